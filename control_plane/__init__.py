@@ -1,0 +1,1 @@
+"""The mesh's control plane: watches a registry and streams endpoints and policies to clients."""

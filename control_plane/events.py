@@ -1,0 +1,71 @@
+"""What sources tell the catalog and the policy book. Pure values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_client.core.model import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceObserved:
+    """A source's whole view of one service, in place of what it said of it before."""
+
+    source: str
+    service: str
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceVanished:
+    """The source does not list the service any more."""
+
+    source: str
+    service: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointDrained:
+    """An endpoint asked to leave: it must not be published any more, even while its source still lists it.
+
+    Raised by ``RegistryService.Drain``. The removal of a drained endpoint is never a loss.
+    """
+
+    service: str
+    endpoint_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConnected:
+    """The source can be read: what it said last is current."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLost:
+    """The source cannot be read. Everything it said stays."""
+
+    source: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStored:
+    """A policy document as its store holds it, valid or not."""
+
+    service: str
+    document: bytes
+    stored_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyDeleted:
+    """The store holds no policy for the service any more."""
+
+    service: str
+
+
+EndpointEvent = ServiceObserved | ServiceVanished | EndpointDrained | SourceConnected | SourceLost
+PolicyEvent = PolicyStored | PolicyDeleted
+Event = EndpointEvent | PolicyEvent

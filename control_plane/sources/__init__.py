@@ -1,0 +1,1 @@
+"""Where endpoints and policies come from."""

@@ -1,0 +1,358 @@
+"""The policy of a service: how clients call it and what its servers admit.
+
+One model, validated the same way where it is written (control plane, `mesh policy`) and where it is obeyed (clients).
+Field names equal those of ``mesh.v1.ServicePolicy``, so the protobuf form is this model's JSON form.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from mesh_client.core.errors import FieldError, InvalidPolicyError, InvalidValueError
+from mesh_client.core.model import MAX_WEIGHT, StatusCode, check_service_name
+
+MAX_DOCUMENT_BYTES = 256 * 1024
+"""Largest policy document; Consul's KV takes 512 KB."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_METHOD = re.compile(r"\*|[A-Za-z_][\w.]*/(?:\*|[A-Za-z_]\w*)")
+_METADATA_KEY = re.compile(r"[a-z0-9_.-]{1,64}")
+
+
+def parse_duration(value: object) -> object:
+    """Seconds from ``250ms``, ``1.5s``, ``2m``, ``1h`` or a number of seconds; other values pass through for pydantic."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
+        return float(match[1]) * _UNITS[match[2]]
+    if isinstance(value, bool):
+        raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
+    return value
+
+
+def format_duration(seconds: float) -> str:
+    """As protobuf's JSON form writes a duration: decimal seconds, at most nine fraction digits."""
+    text = f"{seconds:.9f}".rstrip("0").rstrip(".")
+    return f"{text}s"
+
+
+def _method_pattern(value: str) -> str:
+    value = value.removeprefix("/")
+    if not _METHOD.fullmatch(value):
+        raise ValueError("expected 'package.Service/Method', 'package.Service/*' or '*'")
+    return value
+
+
+def _status_code(value: object) -> object:
+    if isinstance(value, str):
+        if value in StatusCode.__members__:
+            return StatusCode[value]
+        raise ValueError(f"expected a gRPC status code name: {', '.join(StatusCode.__members__)}")
+    return value
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+_DURATION_SCHEMA = {"type": ["string", "number"], "pattern": r"^\d+(\.\d+)?(ms|s|m|h)$", "examples": ["250ms", "1.5s", "2m"]}
+
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    AfterValidator(_finite),
+    Field(ge=0.0, le=86_400.0),
+    PlainSerializer(format_duration, return_type=str, when_used="json"),
+    WithJsonSchema(_DURATION_SCHEMA),
+]
+"""Seconds, 0 to 86400. Written as ``250ms``, ``1.5s``, ``2m``, ``1h``."""
+
+PositiveDuration = Annotated[Duration, Field(gt=0.0)]
+Percent = Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=100.0)]
+MethodPattern = Annotated[str, AfterValidator(_method_pattern)]
+Code = Annotated[
+    StatusCode,
+    BeforeValidator(_status_code),
+    PlainSerializer(lambda code: code.name, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "enum": list(StatusCode.__members__)}),
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Algorithm(enum.StrEnum):
+    """Balancing algorithms."""
+
+    ROUND_ROBIN = "ROUND_ROBIN"
+    LEAST_REQUEST = "LEAST_REQUEST"
+    WEIGHTED_ROUND_ROBIN = "WEIGHTED_ROUND_ROBIN"
+    RANDOM = "RANDOM"
+    RING_HASH = "RING_HASH"
+    PEAK_EWMA = "PEAK_EWMA"
+
+
+class HashSource(enum.StrEnum):
+    """Where the key of RING_HASH comes from."""
+
+    SOURCE_IP = "SOURCE_IP"
+    """The address of the inbound caller; outside a server, of this host: IP hash."""
+    METADATA = "METADATA"
+    """A metadata value of the outbound call."""
+    EXPLICIT = "EXPLICIT"
+    """The key that the caller sets with ``mesh_client.hash_key``."""
+
+
+class RateLimitScope(enum.StrEnum):
+    """Which callers share a bucket."""
+
+    PER_CALLER = "PER_CALLER"
+    ALL = "ALL"
+
+
+class Backoff(_Model):
+    """Jittered exponential backoff: the n-th retry waits a random time up to ``min(initial * multiplier**(n-1), max)``.
+
+    Full jitter, after https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
+    """
+
+    initial: PositiveDuration = 0.025
+    max: PositiveDuration = 1.0
+    multiplier: Annotated[float, Field(ge=1.0, le=10.0)] = 2.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.initial:
+            raise ValueError("max must be at least initial")
+        return self
+
+
+class RetryBudget(_Model):
+    """Retries allowed as a share of calls."""
+
+    ratio: Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=1.0)] = 0.2
+    min_per_second: Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=10_000.0)] = 10.0
+
+
+class RetryPolicy(_Model):
+    """Retries of failed calls, after gRFC A6."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Attempts in all, the first included; 1 means no retry."""
+    retry_on: Annotated[tuple[Code, ...], Field(min_length=1, max_length=16)] = (StatusCode.UNAVAILABLE,)
+    """Status codes that are retried. Retry only what is safe to repeat."""
+    per_try_timeout: PositiveDuration | None = None
+    """Deadline of each attempt; one that exceeds it is retried whatever ``retry_on`` says."""
+    backoff: Backoff = Backoff()
+    budget: RetryBudget = RetryBudget()
+
+    @model_validator(mode="after")
+    def _no_ok(self) -> Self:
+        if StatusCode.OK in self.retry_on or StatusCode.CANCELLED in self.retry_on:
+            raise ValueError("retry_on must not hold OK or CANCELLED")
+        return self
+
+
+class HashKey(_Model):
+    """What RING_HASH hashes."""
+
+    source: HashSource = HashSource.SOURCE_IP
+    metadata_key: Annotated[str, Field(pattern=_METADATA_KEY.pattern)] | None = None
+
+    @model_validator(mode="after")
+    def _key_where_needed(self) -> Self:
+        if (self.source is HashSource.METADATA) != (self.metadata_key is not None):
+            raise ValueError("metadata_key is needed for METADATA, and for nothing else")
+        return self
+
+
+class LoadBalancer(_Model):
+    """Balancing algorithm and its settings."""
+
+    algorithm: Algorithm = Algorithm.LEAST_REQUEST
+    hash_key: HashKey = HashKey()
+    prefer_same_zone: bool = True
+    slow_start: Duration = 0.0
+    """Time in which a new endpoint's share grows to full; 0 for none."""
+    panic_threshold: Percent = 50.0
+    """With a smaller share of endpoints usable, in percent, health is ignored."""
+
+
+class CircuitBreaker(_Model):
+    """Service breaker: opens when the service as a whole fails."""
+
+    enabled: bool = True
+    consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    open_duration: PositiveDuration = 60.0
+    half_open_probes: Annotated[int, Field(ge=1, le=100)] = 1
+
+
+class OutlierDetection(_Model):
+    """Ejection of single failing endpoints, after Envoy's outlier detection."""
+
+    enabled: bool = True
+    consecutive_failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    base_ejection: PositiveDuration = 30.0
+    max_ejection: PositiveDuration = 300.0
+    max_ejected_percent: Percent = 10.0
+    """At most this share is ejected at once, though always at least one endpoint."""
+    interval: PositiveDuration = 10.0
+    success_rate_min_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 100
+    success_rate_min_endpoints: Annotated[int, Field(ge=2, le=1000)] = 5
+    success_rate_stdev_factor: Annotated[float, Field(ge=0.0, le=10.0)] = 1.9
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_ejection < self.base_ejection:
+            raise ValueError("max_ejection must be at least base_ejection")
+        return self
+
+
+class ConcurrencyLimit(_Model):
+    """Limit on calls in flight; further ones are refused with RESOURCE_EXHAUSTED."""
+
+    max_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class FaultDelay(_Model):
+    """Delay before the first attempt."""
+
+    duration: PositiveDuration
+    percent: Percent = 0.0
+
+
+class FaultAbort(_Model):
+    """Failure in place of a call."""
+
+    code: Code
+    percent: Percent = 0.0
+
+    @model_validator(mode="after")
+    def _fails(self) -> Self:
+        if self.code is StatusCode.OK:
+            raise ValueError("code must not be OK")
+        return self
+
+
+class FaultInjection(_Model):
+    """Faults injected on purpose."""
+
+    delay: FaultDelay | None = None
+    abort: FaultAbort | None = None
+
+
+class WeightedSubset(_Model):
+    """One share of a traffic split."""
+
+    labels: Annotated[dict[str, str], Field(min_length=1, max_length=32)]
+    weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)]
+
+
+class Route(_Model):
+    """Settings of the methods that it matches, in place of the service's."""
+
+    method: MethodPattern = "*"
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    timeout: PositiveDuration | None = None
+    retry: RetryPolicy | None = None
+    fault: FaultInjection | None = None
+    split: Annotated[tuple[WeightedSubset, ...], Field(max_length=16)] = ()
+
+    @model_validator(mode="after")
+    def _split_adds_up(self) -> Self:
+        if self.split and not any(subset.weight for subset in self.split):
+            raise ValueError("split needs at least one weight above 0")
+        return self
+
+
+class RateLimit(_Model):
+    """Token bucket over calls that one server instance admits."""
+
+    method: MethodPattern = "*"
+    scope: RateLimitScope = RateLimitScope.PER_CALLER
+    requests_per_second: Annotated[float, AfterValidator(_finite), Field(gt=0.0, le=1_000_000.0)]
+    burst: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Calls at once from a full bucket; by default ``requests_per_second`` rounded up."""
+
+
+def _service_name(value: str) -> str:
+    try:
+        return check_service_name(value)
+    except InvalidValueError as error:
+        raise ValueError(f"expected {error.expected}") from None
+
+
+class ServicePolicy(_Model):
+    """How clients call one service, and what its servers admit. The defaults are what a service without policy gets."""
+
+    service: Annotated[str, AfterValidator(_service_name)]
+    timeout: PositiveDuration | None = None
+    """Deadline of a call whose caller gave none."""
+    retry: RetryPolicy = RetryPolicy()
+    load_balancer: LoadBalancer = LoadBalancer()
+    circuit_breaker: CircuitBreaker = CircuitBreaker()
+    outlier_detection: OutlierDetection = OutlierDetection()
+    concurrency_limit: ConcurrencyLimit = ConcurrencyLimit()
+    fault: FaultInjection = FaultInjection()
+    routes: Annotated[tuple[Route, ...], Field(max_length=200)] = ()
+    rate_limits: Annotated[tuple[RateLimit, ...], Field(max_length=200)] = ()
+    server_concurrency_limit: ConcurrencyLimit = ConcurrencyLimit()
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> ServicePolicy:
+        """The policy that a parsed YAML or JSON document states.
+
+        Raises:
+            InvalidPolicyError: with the path of every bad field.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise InvalidPolicyError(
+                tuple(
+                    FieldError(_path(item["loc"]), item["msg"].removeprefix("Value error, "))
+                    for item in error.errors(include_url=False, include_context=False, include_input=False)
+                )
+            ) from None
+
+    def dump(self) -> dict[str, Any]:
+        """The whole policy, defaults included, in its JSON form."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
+
+
+def method_matches(pattern: str, method: str) -> bool:
+    """Whether a `MethodPattern` covers a full method name, with or without its leading slash."""
+    if pattern == "*":
+        return True
+    method = method.removeprefix("/")
+    if pattern.endswith("/*"):
+        return method.startswith(pattern[:-1])
+    return method == pattern
