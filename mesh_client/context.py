@@ -1,0 +1,55 @@
+"""What outbound calls inherit from the inbound call that they are made for.
+
+The server's shell sets `inbound` in the context of each handler; tasks started by the handler inherit it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Protocol
+from urllib.parse import unquote
+
+
+class Cancellable(Protocol):
+    """An outbound call, as far as its scope needs to know it."""
+
+    def cancel(self) -> object:
+        """Cancels the call; harmless when it is done."""
+
+
+class InboundCall:
+    """One call that this process is serving.
+
+    Attributes:
+        deadline: when its caller stops waiting, in seconds of the event loop's clock (``loop.time()``); None for never.
+        peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
+        caller: who called: the service that the caller says it belongs to, else ``peer_ip``.
+        scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
+    """
+
+    __slots__ = ("caller", "deadline", "peer_ip", "scope")
+
+    def __init__(self, deadline: float | None = None, peer_ip: str = "", caller: str = "") -> None:
+        self.deadline = deadline
+        self.peer_ip = peer_ip
+        self.caller = caller or peer_ip
+        self.scope: set[Cancellable] = set()
+
+    def cancel(self) -> None:
+        """Cancels every outbound call in scope."""
+        while self.scope:
+            self.scope.pop().cancel()
+
+
+inbound: ContextVar[InboundCall | None] = ContextVar("mesh_inbound", default=None)
+"""The call that the running task serves; None outside of handlers."""
+
+
+def parse_peer_ip(peer: str) -> str:
+    """The address in a gRPC peer string such as ``ipv4:10.0.0.7:5123`` or ``ipv6:%5B::1%5D:5123``; else empty."""
+    kind, _, rest = peer.partition(":")
+    if kind == "ipv4":
+        return rest.rpartition(":")[0]
+    if kind == "ipv6":
+        return unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
+    return ""
