@@ -33,7 +33,7 @@ MAX_DOCUMENT_BYTES = 256 * 1024
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _METHOD = re.compile(r"\*|[A-Za-z_][\w.]*/(?:\*|[A-Za-z_]\w*)")
-_METADATA_KEY = re.compile(r"[a-z0-9_.-]{1,64}")
+_METADATA_KEY = re.compile(r"^[a-z0-9_.-]{1,64}$")
 
 
 def parse_duration(value: object) -> object:
@@ -88,7 +88,7 @@ Duration = Annotated[
 """Seconds, 0 to 86400. Written as ``250ms``, ``1.5s``, ``2m``, ``1h``."""
 
 PositiveDuration = Annotated[Duration, Field(gt=0.0)]
-Percent = Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=100.0)]
+Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 MethodPattern = Annotated[str, AfterValidator(_method_pattern)]
 Code = Annotated[
     StatusCode,
@@ -151,8 +151,8 @@ class Backoff(_Model):
 class RetryBudget(_Model):
     """Retries allowed as a share of calls."""
 
-    ratio: Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=1.0)] = 0.2
-    min_per_second: Annotated[float, AfterValidator(_finite), Field(ge=0.0, le=10_000.0)] = 10.0
+    ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    min_per_second: Annotated[float, Field(ge=0.0, le=10_000.0)] = 10.0
 
 
 class RetryPolicy(_Model):
@@ -291,7 +291,7 @@ class RateLimit(_Model):
 
     method: MethodPattern = "*"
     scope: RateLimitScope = RateLimitScope.PER_CALLER
-    requests_per_second: Annotated[float, AfterValidator(_finite), Field(gt=0.0, le=1_000_000.0)]
+    requests_per_second: Annotated[float, Field(gt=0.0, le=1_000_000.0)]
     burst: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Calls at once from a full bucket; by default ``requests_per_second`` rounded up."""
 
