@@ -1,1 +1,123 @@
-"""Where endpoints and policies come from."""
+"""Where the control plane learns of endpoints and policies: the protocols that every registry implements.
+
+A source runs in the event loop of the control plane and calls ``emit`` synchronously; it never raises for trouble
+outside of itself, but says `SourceLost`, keeps trying, and says `SourceConnected` when it can read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from control_plane.events import Event, PolicyEvent, SourceConnected, SourceLost
+from mesh_client.core.errors import MeshError
+
+Emit = Callable[[Event], None]
+"""Takes one event of a `Source`. Called in the event loop, never blocks, never raises."""
+
+PolicyStoreEvent = PolicyEvent | SourceConnected | SourceLost
+EmitPolicy = Callable[[PolicyStoreEvent], None]
+"""Takes one event of a `PolicyStore`. Called in the event loop, never blocks, never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A policy document as its store holds it, valid or not."""
+
+    service: str
+    document: bytes
+    version: str
+    """The store's own version, for compare-and-set. Never empty."""
+
+
+class PolicyStoreError(MeshError):
+    """A policy store refused or could not do what it was asked."""
+
+
+class VersionConflictError(PolicyStoreError):
+    """The stored version is another than the caller expected.
+
+    Attributes:
+        service: whose policy.
+        expected: version that the caller named; empty: that none is stored.
+        stored: version that is stored; empty when none is.
+    """
+
+    def __init__(self, service: str, expected: str, stored: str) -> None:
+        wanted = f"version {expected}" if expected else "no policy"
+        found = f"version {stored} is stored" if stored else "none is stored"
+        super().__init__(f"policy of {service}: expected {wanted}, but {found}; read it again and repeat the change")
+        self.service = service
+        self.expected = expected
+        self.stored = stored
+
+
+class NotStoredError(PolicyStoreError):
+    """No policy is stored for the service."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"no policy is stored for {service}")
+        self.service = service
+
+
+class StoreUnavailableError(PolicyStoreError):
+    """The store cannot be reached, or failed; nothing is known about whether a write took place."""
+
+
+class Source(Protocol):
+    """A registry of endpoints."""
+
+    @property
+    def name(self) -> str:
+        """``consul`` or ``embedded``; stands in every event of the source."""
+
+    async def run(self, emit: Emit) -> None:
+        """Emits what the registry holds and every change, until cancelled."""
+
+
+class PolicyStore(Protocol):
+    """Where policy documents are kept. Documents are stored as they are; validation is the caller's."""
+
+    @property
+    def name(self) -> str:
+        """Stands in the store's `SourceConnected` and `SourceLost` events."""
+
+    async def run(self, emit: EmitPolicy) -> None:
+        """Emits every stored document and every change, until cancelled."""
+
+    async def get(self, service: str) -> StoredDocument | None:
+        """The stored document, or None.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read.
+        """
+
+    async def list(self) -> Sequence[StoredDocument]:
+        """Every stored document, ordered by service.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read.
+        """
+
+    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+        """Stores a document by compare-and-set.
+
+        Args:
+            service: a service name.
+            document: at most ``MAX_DOCUMENT_BYTES``.
+            if_version: version that must be stored now; empty: none must be; None: whatever is.
+
+        Raises:
+            VersionConflictError: another version is stored; nothing is changed.
+            StoreUnavailableError: the store cannot be written.
+        """
+
+    async def delete(self, service: str, if_version: str | None) -> None:
+        """Deletes a document by compare-and-set.
+
+        Raises:
+            NotStoredError: there is none.
+            VersionConflictError: another version is stored; nothing is changed.
+            StoreUnavailableError: the store cannot be written.
+        """
