@@ -10,6 +10,11 @@ from typing import Protocol
 from urllib.parse import unquote
 
 
+CALLER_METADATA_KEY = "mesh-caller"
+"""Metadata by which a client says which service it belongs to. Unproven until there is identity: good for sharing out
+load among callers, never for authorization."""
+
+
 class Cancellable(Protocol):
     """An outbound call, as far as its scope needs to know it."""
 
@@ -21,18 +26,16 @@ class InboundCall:
     """One call that this process is serving.
 
     Attributes:
-        deadline: when its caller stops waiting, in seconds of the event loop's clock (``loop.time()``); None for never.
+        deadline: when its caller stops waiting, in seconds of `time.monotonic`, the event loop's clock; None for never.
         peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
-        caller: who called: the service that the caller says it belongs to, else ``peer_ip``.
         scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
     """
 
-    __slots__ = ("caller", "deadline", "peer_ip", "scope")
+    __slots__ = ("deadline", "peer_ip", "scope")
 
-    def __init__(self, deadline: float | None = None, peer_ip: str = "", caller: str = "") -> None:
+    def __init__(self, deadline: float | None = None, peer_ip: str = "") -> None:
         self.deadline = deadline
         self.peer_ip = peer_ip
-        self.caller = caller or peer_ip
         self.scope: set[Cancellable] = set()
 
     def cancel(self) -> None:
