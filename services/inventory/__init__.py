@@ -1,0 +1,1 @@
+"""Keeps stock and reserves it for orders."""

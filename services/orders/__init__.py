@@ -1,0 +1,1 @@
+"""Takes orders: reserves stock at inventory, charges at payments, and remembers."""

@@ -1,0 +1,132 @@
+"""`shop.v1.OrderService`."""
+
+from __future__ import annotations
+
+import logging
+
+import grpc
+from shop.v1 import inventory_pb2, payments_pb2
+from shop.v1 import orders_pb2 as pb
+from shop.v1.inventory_pb2_grpc import InventoryServiceStub
+from shop.v1.orders_pb2_grpc import OrderServiceServicer
+from shop.v1.payments_pb2_grpc import PaymentServiceStub
+
+from services.orders.store import OrderStore, State, StoredOrder
+
+logger = logging.getLogger(__name__)
+
+PRICES_CENTS = {"espresso-beans": 1250, "filter-paper": 450, "grinder": 18900}
+"""What the shop sells, and for how much a unit."""
+
+_STATES = {
+    State.PENDING: pb.ORDER_STATE_PENDING,
+    State.PLACED: pb.ORDER_STATE_PLACED,
+    State.REJECTED: pb.ORDER_STATE_REJECTED,
+}
+
+
+class OrderService(OrderServiceServicer):
+    """Takes orders.
+
+    An order is a saga of three databases: remember it, reserve stock, charge. Every step may be repeated, and the
+    idempotency key makes the whole repeatable, so the mesh and the caller are free to retry.
+    """
+
+    def __init__(
+        self, orders: OrderStore, inventory: grpc.aio.Channel, payments: grpc.aio.Channel, instance: str
+    ) -> None:
+        self._orders = orders
+        self._inventory = InventoryServiceStub(inventory)
+        self._payments = PaymentServiceStub(payments)
+        self._instance = instance
+
+    async def PlaceOrder(
+        self,
+        request: pb.PlaceOrderRequest,
+        context: grpc.aio.ServicerContext[pb.PlaceOrderRequest, pb.PlaceOrderResponse],
+    ) -> pb.PlaceOrderResponse:
+        """Places an order, or goes on with the one that the idempotency key belongs to."""
+        if not 1 <= len(request.idempotency_key) <= 64:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key must have 1 to 64 characters")
+        if not 1 <= request.quantity <= 100:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "quantity must be 1 to 100")
+        if request.sku not in PRICES_CENTS:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"the shop does not sell {request.sku!r}")
+        amount = PRICES_CENTS[request.sku] * request.quantity
+        order = await self._orders.begin(request.idempotency_key, request.sku, request.quantity, amount, self._instance)
+        if (order.sku, order.quantity) != (request.sku, request.quantity):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key belongs to another order")
+        if order.state is State.PENDING:
+            try:
+                finished = await self._fulfil(order)
+            except grpc.aio.AioRpcError as error:
+                await self._give_up(order, error)
+                # Not UNAVAILABLE: this instance is well, and the mesh must not try all others in turn.
+                await context.abort(
+                    grpc.StatusCode.ABORTED, f"cannot be fulfilled now, try again with the same key: {error.details()}"
+                )
+            if finished is None:
+                await context.abort(grpc.StatusCode.ABORTED, "a later attempt at this order took over")
+            order = finished
+        return pb.PlaceOrderResponse(order=_message(order))
+
+    async def GetOrder(
+        self, request: pb.GetOrderRequest, context: grpc.aio.ServicerContext[pb.GetOrderRequest, pb.GetOrderResponse]
+    ) -> pb.GetOrderResponse:
+        """One order, whichever instance took it."""
+        order = await self._orders.find(request.order_id)
+        if order is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no order {request.order_id!r}")
+        return pb.GetOrderResponse(order=_message(order))
+
+    async def _fulfil(self, order: StoredOrder) -> StoredOrder | None:
+        """The finished order; None when a later attempt took over. Errors other than a refusal are raised."""
+        try:
+            await self._inventory.Reserve(
+                inventory_pb2.ReserveRequest(
+                    order_id=order.order_id, sku=order.sku, quantity=order.quantity, attempt=order.attempt
+                )
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            return await self._reject(order, error)
+        try:
+            charge = await self._payments.Charge(
+                payments_pb2.ChargeRequest(order_id=order.order_id, amount_cents=order.amount_cents, currency="EUR")
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            await self._release(order)
+            return await self._reject(order, error)
+        logger.info("placed", extra={"order": order.order_id, "payment": charge.payment_id})
+        return await self._orders.finish(order, State.PLACED, payment_id=charge.payment_id)
+
+    async def _reject(self, order: StoredOrder, refusal: grpc.aio.AioRpcError) -> StoredOrder | None:
+        logger.info("rejected", extra={"order": order.order_id, "reason": refusal.details()})
+        return await self._orders.finish(order, State.REJECTED, rejection=refusal.details() or "refused")
+
+    async def _give_up(self, order: StoredOrder, cause: grpc.aio.AioRpcError) -> None:
+        """Gives the stock back. The order stays pending: a repetition finds out whether it was charged."""
+        logger.warning("given up", extra={"order": order.order_id, "code": cause.code().name, "cause": cause.details()})
+        try:
+            await self._release(order)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("stock stays reserved", extra={"order": order.order_id, "cause": error.details()})
+
+    async def _release(self, order: StoredOrder) -> None:
+        await self._inventory.Release(inventory_pb2.ReleaseRequest(order_id=order.order_id, attempt=order.attempt))
+
+
+def _message(order: StoredOrder) -> pb.Order:
+    return pb.Order(
+        order_id=order.order_id,
+        sku=order.sku,
+        quantity=order.quantity,
+        state=_STATES[order.state],
+        payment_id=order.payment_id,
+        taken_by=order.taken_by,
+        amount_cents=order.amount_cents,
+        rejection=order.rejection,
+    )

@@ -1,0 +1,1 @@
+"""Charges orders, each once."""
