@@ -95,8 +95,7 @@ class Endpoint:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        if not _ENDPOINT_ID.fullmatch(self.id):
-            raise InvalidValueError("endpoint.id", self.id, "1 to 128 characters of A-Z a-z 0-9 . _ : -")
+        check_endpoint_id(self.id, "endpoint.id")
         check_address(self.address, "endpoint.address")
         if not 1 <= self.port <= 65535:
             raise InvalidValueError("endpoint.port", self.port, "1 to 65535")
@@ -143,6 +142,17 @@ def check_service_name(name: str) -> str:
     if not _SERVICE_NAME.fullmatch(name):
         raise InvalidValueError("service", name, "a DNS label: 1 to 63 of a-z 0-9 -, not beginning or ending with -")
     return name
+
+
+def check_endpoint_id(endpoint_id: str, path: str = "endpoint_id") -> str:
+    """The id itself, when it is one.
+
+    Raises:
+        InvalidValueError: it is not.
+    """
+    if not _ENDPOINT_ID.fullmatch(endpoint_id):
+        raise InvalidValueError(path, endpoint_id, "1 to 128 characters of A-Z a-z 0-9 . _ : -")
+    return endpoint_id
 
 
 def check_address(address: str, path: str = "address") -> str:
