@@ -1,0 +1,5 @@
+"""``python -m mesh_cli`` is the `mesh` command."""
+
+from mesh_cli.main import main
+
+main()

@@ -1,0 +1,76 @@
+"""The `mesh` command's tree of commands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mesh_cli import control_plane, policy, removals
+from mesh_cli.endpoints import endpoints
+from mesh_cli.status import status
+
+app = typer.Typer(
+    name="mesh",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: mesh demo",
+)
+
+
+Consul = Annotated[bool, typer.Option("--consul", help="On a real Consul in place of the embedded registry.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"grpc-mesh {importlib.metadata.version('grpc-mesh')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def mesh(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Write the version and exit.")
+    ] = False,
+) -> None:
+    """grpc-mesh: a proxyless service mesh for Python gRPC services. Runs its control plane and shows what it does."""
+
+
+app.command(
+    "control-plane", epilog="Example: mesh control-plane --listen 0.0.0.0:7070 --registry consul://127.0.0.1:8500"
+)(control_plane.control_plane)
+app.command(epilog="Example: mesh status --watch")(status)
+app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
+app.add_typer(policy.app, name="policy")
+app.add_typer(removals.app, name="removals")
+
+
+@app.command(epilog="Example: mesh demo --json promises.json")
+def demo(
+    consul: Consul = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write each promise with its figure as JSON."),
+    ] = None,
+) -> None:
+    """Run a whole mesh with an example application, break it on purpose, and show what its callers notice: nothing.
+
+    Takes less than two minutes. Exit code 1 when a promise is broken.
+    """
+    from mesh_cli.demo import command
+
+    raise typer.Exit(command(consul=consul, json_file=json_file))
+
+
+@app.command(epilog="Example: mesh up --consul")
+def up(
+    consul: Consul = False,
+) -> None:
+    """Keep the demo's system running until Ctrl-C, to look around in."""
+    from mesh_cli.up import up as run
+
+    raise typer.Exit(run(consul=consul))

@@ -1,0 +1,83 @@
+"""Options that several commands share, checked where they are read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from mesh.v1 import admin_pb2
+
+from mesh_cli.client import AdminClient
+from mesh_client.addresses import CONTROL_PLANE_VARIABLE, parse_control_planes
+from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
+from mesh_client.core.model import check_service_name
+
+DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
+
+_COMPLETION_TIMEOUT = 1.0
+"""Seconds for which somebody who presses the tabulator key waits at most."""
+
+
+def _checked_addresses(text: str) -> str:
+    try:
+        addresses = parse_control_planes(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not addresses:
+        raise typer.BadParameter("names no control plane; expected host:port, several separated by commas")
+    return ",".join(addresses)
+
+
+def _checked_service(text: str) -> str:
+    try:
+        return check_service_name(text)
+    except InvalidValueError as error:
+        raise typer.BadParameter(f"{text!r}: expected {error.expected}") from None
+
+
+def complete_service(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of known services for the shell's completion; none when the control plane does not answer at once."""
+    addresses = context.params.get("control_plane") or DEFAULT_CONTROL_PLANE
+    try:
+        with connect(addresses, _COMPLETION_TIMEOUT) as client:
+            status = client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
+    except MeshError:
+        return []
+    return [service.service for service in status.services if service.service.startswith(incomplete)]
+
+
+ControlPlane = Annotated[
+    str,
+    typer.Option(
+        "--control-plane",
+        envvar=CONTROL_PLANE_VARIABLE,
+        metavar="HOST:PORT",
+        callback=_checked_addresses,
+        help="Control plane to ask; of several, separated by commas, the first that can be reached.",
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option("--timeout", min=0.05, max=600.0, metavar="SECONDS", help="How long to wait for each answer."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON: protobuf field names, durations in seconds.")]
+Service = Annotated[
+    str,
+    typer.Argument(
+        metavar="SERVICE",
+        callback=_checked_service,
+        autocompletion=complete_service,
+        help="Name of the service.",
+        show_default=False,
+    ),
+]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again until Ctrl-C.")]
+Interval = Annotated[
+    float,
+    typer.Option("--interval", min=0.05, max=3600.0, metavar="SECONDS", help="How often, with --watch."),
+]
+
+
+def connect(control_plane: str, timeout: float) -> AdminClient:
+    """The client that the options ask for; it connects when it is first used."""
+    return AdminClient(control_plane.split(","), timeout)

@@ -1,0 +1,162 @@
+"""What the `mesh` command writes: consoles, tables, ages, JSON, and errors in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, cast
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mesh_client.core.errors import MeshError
+
+Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
+
+Parameters = ParamSpec("Parameters")
+
+PIPE_WIDTH = 200
+"""Columns of what is not written to a terminal: a table is never cut for `grep`."""
+
+
+_POLICY = "mesh.v1.ServicePolicy"
+
+
+class Failure(MeshError):  # noqa: N818 - it is an outcome of a command whose message has been written already
+    """A command failed and has written why. Ends it with exit code 1."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the current standard output or error: no markup in what others named, no colour in a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: clients name themselves, and a terminal obeys escapes."""
+    return "".join(_escape(character) if unicodedata.category(character)[0] == "C" else character for character in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """A table without lines, whose rows can be cut up by other tools; columns in ``right`` are aligned to the right."""
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def add_row(to: Table, *cells: str | Text) -> None:
+    """Adds a row of plain text; what others named cannot style the terminal."""
+    to.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
+
+
+def seconds(duration: Duration) -> float:
+    """A protobuf duration in seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def age(value: float | Duration) -> str:
+    """A span of time in its two largest units: ``3.2s``, ``42s``, ``4m12s``, ``2h05m``, ``3d04h``."""
+    span = seconds(value) if isinstance(value, Duration) else value
+    if span < 10:
+        return f"{math.floor(span * 10) / 10:g}s"
+    whole = int(span)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d{whole % 86_400 // 3600:02d}h"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 endpoint``, ``2 endpoints``; "policy" gives "policies"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+
+
+def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:
+    """A message in the command's JSON form: protobuf's field names, durations as numbers of seconds.
+
+    Fields without presence are always there. A message field that is not set is null.
+
+    Args:
+        message: what to convert.
+        sparse: leave out what is not set or empty, as in a policy, where that means the default.
+    """
+    made: dict[str, Json] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        choices = {} if field.enum_type is None else {choice.number: choice.name for choice in field.enum_type.values}
+        if field.has_presence and not message.HasField(field.name):
+            if not sparse:
+                made[field.name] = None
+        elif not field.is_repeated:
+            made[field.name] = _value(value, choices, sparse)
+        elif value or not sparse:
+            is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+            made[field.name] = (
+                {key: value[key] for key in sorted(value)}
+                if is_map
+                else [_value(item, choices, sparse) for item in value]
+            )
+    return made
+
+
+def _value(value: object, choices: Mapping[int, str], sparse: bool) -> Json:
+    if isinstance(value, Duration):
+        return round(seconds(value), 9)
+    if isinstance(value, Message):
+        return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name == _POLICY)
+    if isinstance(value, int) and value in choices:
+        return choices[value]
+    return cast("Json", value)
+
+
+def write_json(value: Json, *, compact: bool = False) -> None:
+    """Writes JSON to standard output: indented, or in one line so that a stream of them can be read line by line."""
+    text = json.dumps(value, indent=None if compact else 2, separators=(",", ":") if compact else None)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_error(message: str) -> None:
+    """Writes one error to standard error, in one line however long it is."""
+    console(stderr=True).print(Text.assemble(("mesh: ", "bold red"), printable(message)), soft_wrap=True)
+
+
+def reports_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Turns an expected error of a command into one line on standard error and exit code 1, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except Failure:
+            raise typer.Exit(1) from None
+        except MeshError as error:
+            write_error(str(error))
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def names(of: Sequence[str]) -> str:
+    """A list of names in a sentence, or a dash."""
+    return ", ".join(map(printable, of)) or "-"
