@@ -1,0 +1,198 @@
+"""Breaker of a service as a whole: pybreaker's state machine, driven by events and an injected clock."""
+
+from __future__ import annotations
+
+import enum
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pybreaker
+
+from mesh_client.core.errors import InvalidTransitionError
+from mesh_client.core.model import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mesh_client.core.policy import CircuitBreaker
+
+_SUCCESS = Outcome.SUCCESS
+_NEUTRAL = Outcome.NEUTRAL
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class BreakerState(enum.Enum):
+    """State of a breaker, in the field's usual sense: open refuses."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+class _CallFailed(Exception):
+    """What pybreaker is shown for a failed call."""
+
+
+class _Storage(pybreaker.CircuitMemoryStorage):
+    """pybreaker's memory storage on the injected clock: ``opened_at`` is ``now``, whatever the wall clock says."""
+
+    def __init__(self, now: float) -> None:
+        super().__init__(pybreaker.STATE_CLOSED)
+        self.now = now
+        self.opened_at_seconds = now
+
+    @property
+    def opened_at(self) -> datetime:
+        """The moment of opening, as a time since 1970 of the injected clock."""
+        return _EPOCH + timedelta(seconds=self.opened_at_seconds)
+
+    @opened_at.setter
+    def opened_at(self, _wall_clock: datetime) -> None:
+        self.opened_at_seconds = self.now
+
+
+class _Transitions(pybreaker.CircuitBreakerListener):
+    """Remembers transitions, so that they are told after pybreaker has released its lock."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[BreakerState, BreakerState]] = []
+
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: pybreaker.CircuitBreakerState | None,
+        new_state: pybreaker.CircuitBreakerState,
+    ) -> None:
+        old = BreakerState.CLOSED if old_state is None else BreakerState(old_state.name)
+        self.pending.append((old, BreakerState(new_state.name)))
+
+
+class ServiceBreaker:
+    """Opens after failures in a row, refuses for a while, then lets a few probes decide.
+
+    Closed, it counts consecutive failures; open, it refuses until ``open_duration`` has passed; half-open, it lets
+    ``half_open_probes`` calls through at once: the first that succeeds closes it, the first that fails opens it again,
+    a neutral one gives its place to the next. Every transition begins a new generation, and what calls of an older
+    generation say is ignored: it is about the past.
+
+    pybreaker's ``call`` would hold its lock for the whole call and let any number of probes through, so it sees a call
+    only when that has ended, and only when it matters. One owner at a time: the breaker does not lock.
+    """
+
+    __slots__ = (
+        "_closed",
+        "_generation",
+        "_listener",
+        "_machine",
+        "_probes",
+        "_quiet",
+        "_settings",
+        "_state",
+        "_storage",
+        "_transitions",
+    )
+
+    def __init__(
+        self,
+        settings: CircuitBreaker,
+        now: float,
+        listener: Callable[[BreakerState, BreakerState], None] | None = None,
+    ) -> None:
+        """``listener`` is called with the old and the new state after each transition, the breaker being in the new one.
+
+        An error that it raises reaches the caller of `admit` or `settle`; the breaker is in its new state all the same.
+        """
+        self._settings = settings
+        self._listener = listener
+        self._storage = _Storage(now)
+        self._transitions = _Transitions()
+        self._machine = pybreaker.CircuitBreaker(
+            fail_max=settings.consecutive_failures,
+            reset_timeout=settings.open_duration,
+            listeners=[self._transitions],
+            state_storage=self._storage,
+            throw_new_error_on_trip=False,
+        )
+        self._state = BreakerState.CLOSED
+        self._generation = 0
+        self._probes = 0
+        self._closed = True
+        self._quiet = True
+
+    def admit(self, now: float) -> int:
+        """Ask for one call: a token for `settle`, or -1 when it is refused. Half-open, it takes a probe's place."""
+        if self._closed:
+            return self._generation
+        if self._state is BreakerState.OPEN:
+            if self.retry_after(now) > 0.0:
+                return -1
+            self._storage.now = now
+            self._machine.half_open()
+            self._tell()
+        if self._probes >= self._settings.half_open_probes:
+            return -1
+        self._probes += 1
+        return self._generation
+
+    def settle(self, token: int, outcome: Outcome, now: float) -> None:
+        """Say how an admitted call ended, exactly once.
+
+        Raises:
+            InvalidTransitionError: the token was never given, or every probe of its generation has settled.
+        """
+        generation = self._generation
+        if token == generation and self._quiet and outcome is _SUCCESS:
+            return
+        if not 0 <= token <= generation:
+            raise InvalidTransitionError(f"token {token} was never given; the generation is {generation}")
+        if token < generation or not self._settings.enabled:
+            return
+        if not self._closed:
+            if not self._probes:
+                raise InvalidTransitionError("a probe settled that was not under way")
+            self._probes -= 1
+        if outcome is _NEUTRAL:
+            return
+        self._storage.now = now
+        if outcome is _SUCCESS:
+            self._machine.call(_succeed)
+        else:
+            try:
+                self._machine.call(_fail)
+            except _CallFailed:
+                pass
+        self._quiet = self._storage.counter == 0
+        if self._transitions.pending:
+            self._tell()
+
+    def state(self, now: float) -> BreakerState:
+        """The state at ``now``: open becomes half-open by the clock, even before the first probe. Changes nothing."""
+        if self._state is BreakerState.OPEN and self.retry_after(now) <= 0.0:
+            return BreakerState.HALF_OPEN
+        return self._state
+
+    def retry_after(self, now: float) -> float:
+        """Seconds until probes are let through; 0 unless open."""
+        if self._state is not BreakerState.OPEN:
+            return 0.0
+        return max(0.0, self._storage.opened_at_seconds + self._settings.open_duration - now)
+
+    def _tell(self) -> None:
+        transitions = self._transitions.pending[:]
+        self._transitions.pending.clear()
+        for old, new in transitions:
+            self._state = new
+            self._generation += 1
+            self._probes = 0
+            self._closed = new is BreakerState.CLOSED
+            self._quiet = self._closed
+            if self._listener is not None:
+                self._listener(old, new)
+
+
+def _succeed() -> None:
+    """A call that went well."""
+
+
+def _fail() -> None:
+    raise _CallFailed
