@@ -5,9 +5,10 @@ The wheel carries ``mesh.v1``. An editable install, and ``python hatch_build.py`
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import sys
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,24 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
 OUT = ROOT / "generated"
+GENERATORS = ("grpcio-tools", "googleapis-common-protos", "mypy-protobuf")
 
 
 def generate(root: Path = ROOT, out: Path = OUT) -> None:
-    """Writes stubs for every proto below ``root/protos`` to ``out``; does nothing when they are newer than their sources.
+    """Writes stubs for every proto below ``root/protos`` to ``out``; does nothing when they are there for these protos.
 
     Raises:
         RuntimeError: protoc refused a file; its own messages are on standard error.
     """
+    protos = sorted((root / "protos").rglob("*.proto"))
+    stamp = out / ".stamp"
+    wanted = _fingerprint(protos, root)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+
     import google.api
     from grpc_tools import protoc
 
-    protos = sorted((root / "protos").rglob("*.proto"))
-    newest = max(path.stat().st_mtime for path in [*protos, Path(__file__)])
-    stamp = out / ".stamp"
-    if stamp.exists() and stamp.stat().st_mtime >= newest and all(_stub(path, root, out).exists() for path in protos):
-        return
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -52,16 +55,21 @@ def generate(root: Path = ROOT, out: Path = OUT) -> None:
     ]
     if protoc.main(arguments) != 0:
         raise RuntimeError("protoc failed; its messages are above")
-    for package in {_stub(path, root, fresh).parent for path in protos}:
+    for package in {(fresh / path.relative_to(root / "protos")).parent for path in protos}:
         (package / "py.typed").touch()
-    (fresh / ".stamp").touch()
+    (fresh / ".stamp").write_text(wanted)
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
 
 
-def _stub(proto: Path, root: Path, out: Path) -> Path:
-    relative = proto.relative_to(root / "protos")
-    return out / relative.with_name(relative.stem + "_pb2.py")
+def _fingerprint(protos: list[Path], root: Path) -> str:
+    """Changes with the protos, their names, this file, and the generators."""
+    joined = hashlib.sha256(Path(__file__).read_bytes())
+    for package in GENERATORS:
+        joined.update(f"{package} {metadata.version(package)}\n".encode())
+    for path in protos:
+        joined.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return joined.hexdigest()
 
 
 class StubsBuildHook(BuildHookInterface[Any]):
@@ -76,4 +84,3 @@ class StubsBuildHook(BuildHookInterface[Any]):
 
 if __name__ == "__main__":
     generate()
-    sys.stdout.write(f"stubs are in {OUT.relative_to(ROOT)}\n")

@@ -1,0 +1,60 @@
+# Every target sets up what it needs first (tools/setup.py), which is quick when nothing has changed.
+# ARGS passes arguments on: make demo ARGS=--consul, make test ARGS="tests/core -k breaker".
+
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+ARGS ?=
+
+# Settings of the caller's shell that would lead Python or pip out of .venv.
+unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_TARGET PIP_USER
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check format bench lock clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: python ## virtual environment, packages, stubs, Consul
+	@$(PYTHON) -m tools.setup
+
+demo: python ## start the whole system, break it on purpose, show what happens
+	@$(PYTHON) -m tools.setup --consul-optional
+	@exec $(BIN)/mesh demo $(ARGS)
+
+up: python ## start the whole system and keep it running until Ctrl-C
+	@$(PYTHON) -m tools.setup --consul-optional
+	@exec $(BIN)/mesh up $(ARGS)
+
+test: setup ## all tests, with coverage and its gates; parts of them with ARGS
+	@rm -f .coverage .coverage.*
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --cov --cov-report=)
+	$(if $(ARGS),,$(BIN)/coverage report)
+	$(if $(ARGS),,@$(BIN)/python -m tools.coverage_gates)
+
+check: setup ## formatting, lint, types, protos, import rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	@tools/protos.sh
+	$(BIN)/pytest -q tests/test_imports.py
+
+format: setup ## format the code and the protos
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	BUF_CACHE_DIR=.tools/buf-cache $(BIN)/buf format protos --write
+
+bench: setup ## measure, print a table, write benchmarks/out/results.json
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+lock: setup ## renew requirements.lock from pyproject.toml; ARGS=--upgrade for newer versions
+	$(BIN)/pip-compile --quiet --no-config --all-extras --allow-unsafe --generate-hashes --strip-extras --no-header \
+		--no-annotate --no-emit-find-links --no-emit-index-url --no-emit-options --no-emit-trusted-host \
+		--output-file=requirements.lock $(ARGS) pyproject.toml
+
+clean: ## remove everything that set-up and the tools made
+	rm -rf .venv .tools generated .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov dist
+
+.PHONY: python
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is not on PATH. As root: apt-get install python3" >&2; exit 1; }

@@ -1,0 +1,83 @@
+"""Holds coverage to what this project promises: ``python -m tools.coverage_gates`` after ``coverage combine``.
+
+Lines and branches count together. Generated code is not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+PURE = (
+    "mesh_client/core/*.py",
+    "control_plane/catalog.py",
+    "control_plane/events.py",
+    "control_plane/snapshot.py",
+    "control_plane/subscription.py",
+)
+"""Files without I/O. tests/test_imports.py holds them to that."""
+
+PURE_PERCENT = 100.0
+ALL_PERCENT = 95.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Statements and branches, and how many of them ran."""
+
+    covered: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Share that ran, 0 to 100."""
+        return 100.0 * self.covered / self.total if self.total else 100.0
+
+
+def tallies(report: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]) -> dict[str, Tally]:
+    """Tally per file of a ``coverage json`` report."""
+    found = {}
+    for path, entry in report["files"].items():
+        summary = entry["summary"]
+        covered = summary["covered_lines"] + summary["covered_branches"]
+        found[path] = Tally(covered, summary["num_statements"] + summary["num_branches"])
+    return found
+
+
+def problems(files: Mapping[str, Tally]) -> list[str]:
+    """What falls short, one line each; empty when every promise holds."""
+    found = []
+    for pattern in PURE:
+        matching = {path: tally for path, tally in files.items() if fnmatch(path, pattern)}
+        if not matching:
+            found.append(f"{pattern}: no such file was measured")
+        for path, tally in sorted(matching.items()):
+            if tally.percent < PURE_PERCENT:
+                found.append(f"{path}: {tally.percent:.2f}% of {PURE_PERCENT:.0f}%, for it is pure")
+    whole = overall(files)
+    if whole.percent < ALL_PERCENT:
+        found.append(f"everything: {whole.percent:.2f}% of {ALL_PERCENT:.0f}%")
+    return found
+
+
+def overall(files: Mapping[str, Tally]) -> Tally:
+    """All files together."""
+    return Tally(sum(tally.covered for tally in files.values()), sum(tally.total for tally in files.values()))
+
+
+def main() -> None:
+    """Exits with 1 and what falls short, if anything does."""
+    command = [sys.executable, "-m", "coverage", "json", "-q", "-o", "-"]
+    files = tallies(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    failures = problems(files)
+    if failures:
+        sys.exit("\n".join(["coverage gates failed:", *(f"  {failure}" for failure in failures)]))
+    print(f"coverage gates passed: pure files {PURE_PERCENT:.0f}%, everything {overall(files).percent:.2f}%")
+
+
+if __name__ == "__main__":
+    main()

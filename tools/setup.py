@@ -1,0 +1,198 @@
+"""Makes a checkout ready for work: ``python3 -m tools.setup``, which every target of the Makefile runs first.
+
+Needs Debian 12 with Python 3.11 or newer, make and git; root or not. What is already as it should be is left alone:
+
+- ``.venv/``: virtual environment with the packages of ``requirements.lock`` and this project, editable
+- ``generated/``: stubs of ``protos/``
+- ``.tools/googleapis/``: the annotations that ``protos/shop`` imports, for buf
+- ``.tools/consul/consul``: a real Consul
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.debian import UnavailableError, fetch
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+TOOLS = ROOT / ".tools"
+CONSUL = TOOLS / "consul" / "consul"
+GOOGLEAPIS = TOOLS / "googleapis"
+LOCK = ROOT / "requirements.lock"
+# The last release of Debian that has Consul.
+CONSUL_SUITE = "bullseye"
+
+
+class SetupError(Exception):
+    """Set-up cannot go on. The message says what is missing and how to get it."""
+
+
+def main() -> None:
+    """Sets up what is missing; exits with 1 and a message when something cannot be had."""
+    parser = argparse.ArgumentParser(description="Makes a checkout ready for work.")
+    parser.add_argument("--consul-optional", action="store_true", help="go on without Consul when it cannot be had")
+    arguments = parser.parse_args()
+    TOOLS.mkdir(exist_ok=True)
+    with (TOOLS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two targets may be made at once
+        try:
+            set_up_packages()
+            set_up_stubs()
+            try:
+                set_up_consul()
+            except SetupError as error:
+                if not arguments.consul_optional:
+                    raise
+                report(f"going on without Consul: {error}")
+        except SetupError as error:
+            sys.exit(f"set-up: {error}")
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"set-up: `{' '.join(map(str, error.cmd))}` failed with {error.returncode}; its messages are above"
+            )
+
+
+def set_up_packages() -> None:
+    """The virtual environment, exactly as the lock file and pyproject.toml say."""
+    stamp = VENV / ".packages"
+    wanted = digest(LOCK, ROOT / "pyproject.toml", ROOT / "tools" / "setup.py")
+    if works(PYTHON, "-c", "") and stamp.exists() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    pip = make_environment()
+    install = [*pip, "install", "--quiet", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    install += ["--root-user-action=ignore"]
+    report(f"packages of {LOCK.name} into {VENV.name}")
+    run([*install, "--require-hashes", "--only-binary=:all:", "--requirement", LOCK])
+    run([*install, "--no-deps", "--no-build-isolation", "--editable", ROOT])
+    copy_googleapis()
+    stamp.write_text(wanted)
+
+
+def make_environment() -> list[str | Path]:
+    """Makes ``.venv`` where there is no working one; the command that runs pip in it."""
+    own_pip: list[str | Path] = [PYTHON, "-m", "pip"]
+    same_python = f"import pip, sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]!r})"
+    if works(PYTHON, "-c", same_python):
+        return own_pip
+    report(f"virtual environment with Python {sys.version.split()[0]}")
+    shutil.rmtree(VENV, ignore_errors=True)
+    if works(Path(sys.executable), "-c", "import ensurepip"):
+        run([sys.executable, "-m", "venv", VENV])
+        return own_pip
+    # Debian moves ensurepip to python3-venv, which only root can install. pip's own wheel does as well.
+    if not works(Path(sys.executable), "-c", "import venv"):
+        raise SetupError(f"{sys.executable} has no venv module. As root: apt-get install python3-venv")
+    run([sys.executable, "-m", "venv", "--without-pip", VENV])
+    report("pip from Debian's python3-pip-whl")
+    try:
+        unpacked = fetch("python3-pip-whl", None, TOOLS / "pip")
+    except UnavailableError as error:
+        message = f"{sys.executable} has neither ensurepip nor pip, and Debian's pip cannot be had: {error}\n"
+        raise SetupError(message + "As root: apt-get install python3-venv; then again.") from error
+    wheel = next((unpacked / "usr/share/python-wheels").glob("pip-*.whl"))
+    return [PYTHON, wheel / "pip"]
+
+
+def copy_googleapis() -> None:
+    """Copies the two protos that ours import: buf resolves imports among modules only, so they become one."""
+    source = next(VENV.glob("lib/python3*/site-packages/google/api"))
+    target = GOOGLEAPIS / "google" / "api"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("annotations.proto", "http.proto"):
+        shutil.copyfile(source / name, target / name)
+
+
+def set_up_stubs() -> None:
+    """The stubs, when a proto has changed."""
+    run([PYTHON, ROOT / "hatch_build.py"])
+
+
+def set_up_consul() -> None:
+    """A Consul: the one that MESH_CONSUL_BINARY names, else one on PATH, else Debian's."""
+    named = os.environ.get("MESH_CONSUL_BINARY")
+    if named:
+        if not works(Path(named), "version"):
+            raise SetupError(f"MESH_CONSUL_BINARY is {named}, which does not run")
+        if not CONSUL.exists() or not CONSUL.samefile(named):
+            link_consul(Path(named))
+        return
+    if works(CONSUL, "version"):
+        return
+    found = shutil.which("consul")
+    if found is not None and works(Path(found), "version"):
+        link_consul(Path(found))
+        return
+    report(f"Consul from Debian {CONSUL_SUITE}")
+    work = TOOLS / "consul-download"
+    try:
+        unpacked = fetch("consul", CONSUL_SUITE, work)
+    except UnavailableError as error:
+        message = f"no Consul on PATH, and Debian's cannot be had: {error}\n"
+        raise SetupError(message + "Put a consul (1.8 or newer) on PATH, or name it in MESH_CONSUL_BINARY.") from error
+    CONSUL.parent.mkdir(exist_ok=True)
+    (unpacked / "usr/bin/consul").replace(CONSUL)
+    shutil.rmtree(work)
+    if not works(CONSUL, "version"):
+        raise SetupError(f"{CONSUL.relative_to(ROOT)} does not run on this machine; name another in MESH_CONSUL_BINARY")
+
+
+def link_consul(binary: Path) -> None:
+    """Makes ``binary`` the one Consul that tests and the demo find."""
+    report(f"Consul is {binary}")
+    CONSUL.parent.mkdir(exist_ok=True)
+    CONSUL.unlink(missing_ok=True)
+    CONSUL.symlink_to(binary.resolve())
+
+
+def digest(*paths: Path) -> str:
+    """Hash of the files' content and of the Python that runs this."""
+    joined = hashlib.sha256(sys.version.encode())
+    for path in paths:
+        joined.update(path.read_bytes())
+    return joined.hexdigest()
+
+
+def works(program: Path, *arguments: str) -> bool:
+    """Whether the program exists and ends with 0."""
+    try:
+        done = subprocess.run(
+            [
+                program,
+                *arguments,
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def run(command: list[str | Path]) -> None:
+    """Runs a step, its messages shown.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
+
+
+def report(message: str) -> None:
+    """One line per step that is really done."""
+    print(f"set-up: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
