@@ -101,7 +101,6 @@ def _services(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
     numbers = ("HEALTHY", "UNHEALTHY", "DRAINING", "SUBSCRIBERS")
     shown = table("SERVICE", "SOURCE", *numbers, "ENDPOINTS", "POLICY", right=numbers)
     for service in answer.services:
-        policy = service.policy_version or "-"
         add_row(
             shown,
             service.service,
@@ -111,7 +110,7 @@ def _services(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
             str(service.draining),
             str(service.subscribers),
             service.endpoints_version or "-",
-            policy if service.has_policy else f"{policy} (defaults)",
+            f"{service.policy_version}{'' if service.has_policy else ' (defaults)'}" if service.policy_version else "-",
         )
     yield shown
 
@@ -144,6 +143,8 @@ def subscription_state(subscription: admin_pb2.SubscriptionStatus) -> Text:
     """In a word: whether the client has what is current."""
     if subscription.rejection:
         return Text("rejected", style="bold red")
+    if not subscription.acknowledged_version and not subscription.current_version:
+        return Text("unknown service", style="yellow")
     if subscription.acknowledged_version == subscription.current_version:
         return Text("current", style="green")
     return Text("behind" if subscription.acknowledged_version else "waiting", style="yellow")

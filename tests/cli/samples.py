@@ -1,0 +1,214 @@
+"""Fixed answers of a control plane, from which the golden files are made."""
+
+from __future__ import annotations
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict
+from mesh.v1 import admin_pb2, endpoint_pb2, policy_pb2, resource_pb2
+
+from mesh_client.core.policy import ServicePolicy
+
+POLICY = resource_pb2.RESOURCE_TYPE_SERVICE_POLICY
+ENDPOINTS = resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS
+
+ORDERS = """\
+service: orders
+timeout: 2s
+retry:
+  max_attempts: 4
+  per_try_timeout: 500ms
+load_balancer:
+  algorithm: RING_HASH
+  hash_key:
+    source: METADATA
+    metadata_key: customer-id
+routes:
+  - method: shop.v1.OrderService/PlaceOrder
+    retry:
+      max_attempts: 1
+    split:
+      - labels: {version: v1}
+        weight: 90
+      - labels: {version: v2}
+        weight: 10
+"""
+
+
+def span(seconds: float) -> Duration:
+    made = Duration()
+    made.FromNanoseconds(round(seconds * 1e9))
+    return made
+
+
+def policy(document: dict[str, object]) -> policy_pb2.ServicePolicy:
+    """The policy as the control plane sends it: through the model, with what the document states."""
+    model = ServicePolicy.parse(document)
+    return ParseDict(model.model_dump(mode="json", exclude_unset=True), policy_pb2.ServicePolicy())
+
+
+def quiet_status() -> admin_pb2.GetStatusResponse:
+    """A control plane that has just started, to which nobody has come yet."""
+    return admin_pb2.GetStatusResponse(
+        control_plane="control-plane-1f0c",
+        uptime=span(0.42),
+        sources=[admin_pb2.SourceStatus(name="embedded", connected=True, since=span(0.4))],
+    )
+
+
+def healthy_status() -> admin_pb2.GetStatusResponse:
+    """A mesh in which all is well."""
+    return admin_pb2.GetStatusResponse(
+        control_plane="control-plane-1f0c",
+        uptime=span(3 * 3600 + 12 * 60 + 5),
+        sources=[admin_pb2.SourceStatus(name="consul", connected=True, since=span(3 * 3600 + 12 * 60 + 4))],
+        services=[
+            admin_pb2.ServiceStatus(
+                service="inventory",
+                source="consul",
+                endpoints_version="5d2a90cc41f7be03",
+                policy_version="0c11f2a8d3e4b596",
+                healthy=3,
+                subscribers=1,
+            ),
+            admin_pb2.ServiceStatus(
+                service="orders",
+                source="consul",
+                endpoints_version="9f3a1b5c7d2e4f60",
+                policy_version="77ab04c1d9e2f358",
+                healthy=2,
+                draining=1,
+                has_policy=True,
+            ),
+        ],
+        clients=[
+            admin_pb2.ClientStatus(
+                node_id="orders-7f3a91",
+                service="orders",
+                peer="10.0.0.7:50122",
+                connected=span(3 * 3600 + 60),
+                subscriptions=[
+                    admin_pb2.SubscriptionStatus(
+                        type=POLICY,
+                        service="inventory",
+                        acknowledged_version="0c11f2a8d3e4b596",
+                        current_version="0c11f2a8d3e4b596",
+                        acknowledged_ago=span(3 * 3600 + 59),
+                    ),
+                    admin_pb2.SubscriptionStatus(
+                        type=ENDPOINTS,
+                        service="inventory",
+                        acknowledged_version="5d2a90cc41f7be03",
+                        current_version="5d2a90cc41f7be03",
+                        acknowledged_ago=span(42),
+                    ),
+                ],
+            ),
+        ],
+    )
+
+
+def troubled_status() -> admin_pb2.GetStatusResponse:
+    """A mesh in which everything that can be shown is shown."""
+    status = healthy_status()
+    status.sources[0].CopyFrom(
+        admin_pb2.SourceStatus(name="consul", connected=False, detail="HTTP 500: No cluster leader", since=span(12.3))
+    )
+    status.services[0].unhealthy = 1
+    status.services.append(admin_pb2.ServiceStatus(service="payments", source="consul", subscribers=2))
+    status.policy_problems.append(
+        admin_pb2.PolicyProblem(
+            service="payments",
+            errors=[
+                admin_pb2.FieldError(path="retry.max_attempts", message="Input should be less than or equal to 10"),
+                admin_pb2.FieldError(path="", message="is not a mapping"),
+            ],
+        )
+    )
+    status.policy_problems.append(
+        admin_pb2.PolicyProblem(
+            service="orders",
+            errors=[admin_pb2.FieldError(path="timeout", message="expected a duration such as 250ms, 1.5s, 2m or 1h")],
+            obeyed_version="77ab04c1d9e2f358",
+        )
+    )
+    status.removal_hold.CopyFrom(
+        admin_pb2.RemovalHold(endpoints=6, services=["inventory", "payments"], since=span(48), remaining=span(252))
+    )
+    status.clients[0].subscriptions[1].current_version = "b7de01a2c3f4e5d6"
+    status.clients.append(
+        admin_pb2.ClientStatus(
+            node_id="gateway-02",
+            peer="10.0.0.9:41700",
+            connected=span(65),
+            subscriptions=[
+                admin_pb2.SubscriptionStatus(
+                    type=POLICY,
+                    service="orders",
+                    acknowledged_version="66aa04c1d9e2f357",
+                    current_version="77ab04c1d9e2f358",
+                    acknowledged_ago=span(7.25),
+                    rejection="routes[0].split[0]: this client knows no split",
+                ),
+                admin_pb2.SubscriptionStatus(type=ENDPOINTS, service="orders", current_version="9f3a1b5c7d2e4f60"),
+                admin_pb2.SubscriptionStatus(type=POLICY, service="oders"),
+            ],
+        )
+    )
+    status.clients.append(
+        # A name that would colour the terminal and open a rich markup tag, if it were allowed to.
+        admin_pb2.ClientStatus(
+            node_id="\x1b[31mevil\x07 [bold]", service="tools", peer="10.0.0.66:1", connected=span(0)
+        )
+    )
+    return status
+
+
+def inventory_endpoints() -> admin_pb2.ListEndpointsResponse:
+    """Endpoints in every state."""
+
+    def endpoint(
+        number: int,
+        address: str,
+        health: endpoint_pb2.HealthStatus.ValueType,
+        age: float,
+        *,
+        weight: int = 0,
+        held: bool = False,
+        locality: endpoint_pb2.Locality | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> admin_pb2.EndpointStatus:
+        return admin_pb2.EndpointStatus(
+            endpoint=endpoint_pb2.Endpoint(
+                id=f"inventory-{number}",
+                address=address,
+                port=50051,
+                weight=weight,
+                health=health,
+                locality=locality,
+                metadata=metadata or {},
+            ),
+            source="consul",
+            age=span(age),
+            held=held,
+        )
+
+    return admin_pb2.ListEndpointsResponse(
+        version="5d2a90cc41f7be03",
+        endpoints=[
+            endpoint(
+                1,
+                "10.0.1.4",
+                endpoint_pb2.HEALTH_STATUS_HEALTHY,
+                90_061,
+                weight=100,
+                locality=endpoint_pb2.Locality(region="eu-west-1", zone="eu-west-1b"),
+                metadata={"version": "v2", "commit": "4c1d9e2"},
+            ),
+            endpoint(
+                2, "fd00::12", endpoint_pb2.HEALTH_STATUS_UNSPECIFIED, 59, locality=endpoint_pb2.Locality(zone="b")
+            ),
+            endpoint(3, "10.0.1.6", endpoint_pb2.HEALTH_STATUS_UNHEALTHY, 9.94),
+            endpoint(4, "10.0.1.7", endpoint_pb2.HEALTH_STATUS_DRAINING, 0.05),
+            endpoint(5, "inventory.internal", endpoint_pb2.HEALTH_STATUS_HEALTHY, 312, held=True),
+        ],
+    )

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from mesh.v1 import admin_pb2
+
+from mesh_cli.client import UnreachableError
+from mesh_cli.watch import show
+from tests.cli import samples
+from tests.cli.conftest import Run
+from tests.cli.scripted import ScriptedAdmin
+
+Golden = Callable[[str, str], None]
+
+
+@pytest.mark.parametrize("name", ["quiet", "healthy", "troubled"])
+def test_status_is_shown_as_tables(name: str, run: Run, admin: ScriptedAdmin, golden: Golden) -> None:
+    admin.answers["GetStatus"] = getattr(samples, f"{name}_status")()
+    result = run("status", "--control-plane", admin.address)
+    assert (result.exit_code, result.stderr) == (0, "")
+    golden(f"status_{name}.txt", result.stdout.replace(admin.address, "127.0.0.1:7070"))
+
+
+@pytest.mark.parametrize("name", ["quiet", "troubled"])
+def test_status_is_written_as_stable_json(name: str, run: Run, admin: ScriptedAdmin, golden: Golden) -> None:
+    admin.answers["GetStatus"] = getattr(samples, f"{name}_status")()
+    result = run("status", "--json", "--control-plane", admin.address)
+    assert (result.exit_code, result.stderr) == (0, "")
+    golden(f"status_{name}.json", result.stdout)
+    assert set(json.loads(result.stdout)) == {field.name for field in admin_pb2.GetStatusResponse.DESCRIPTOR.fields}
+
+
+def test_terminal_escapes_in_a_clients_name_are_shown_and_not_obeyed(run: Run, admin: ScriptedAdmin) -> None:
+    admin.answers["GetStatus"] = samples.troubled_status()
+    shown = run("status", "--control-plane", admin.address).stdout
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+    assert r"\x1b[31mevil\x07 [bold]" in shown
+
+
+def test_a_narrow_terminal_folds_cells_and_loses_nothing(
+    run: Run, admin: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin.answers["GetStatus"] = samples.healthy_status()
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = run("status", "--control-plane", admin.address).stdout
+    assert "…" not in shown
+
+
+def test_watching_repeats_until_interrupted(run: Run, admin: ScriptedAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    waited: list[float] = []
+    answers = iter([samples.quiet_status(), UnreachableError("gone"), samples.healthy_status()])
+
+    def fetch() -> admin_pb2.GetStatusResponse:
+        answer = next(answers)
+        if isinstance(answer, UnreachableError):
+            raise answer
+        return answer
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            raise KeyboardInterrupt
+
+    show(fetch, str, lambda answer: {"uptime": answer.uptime.seconds}, 1.5, wait)
+    captured = capsys.readouterr()
+    assert captured.out == '{"uptime":0}\n{"uptime":11525}\n'
+    assert captured.err == "mesh: gone\n"
+    assert waited == [1.5, 1.5, 1.5]
+
+
+def test_watching_shows_tables_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    rounds = iter(["first", "second"])
+
+    def wait(seconds: float) -> None:
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+
+    remaining = iter([1])
+    show(lambda: next(rounds), str, None, 0.1, wait)
+    assert capsys.readouterr().out == "first\nsecond\n"
