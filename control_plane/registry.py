@@ -1,0 +1,208 @@
+"""RegistryService: registration with the embedded registry, and drains for every registry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Protocol
+
+import grpc
+from mesh.v1 import endpoint_pb2, registry_pb2, registry_pb2_grpc
+
+from control_plane.sources.embedded import EmbeddedSource, LeaseStream
+from control_plane.sources.leases import LeaseHeldError, LeaseLimitError
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.model import Endpoint, Health, Locality, check_endpoint_id, check_service_name
+
+DEFAULT_DRAIN_TIMEOUT = 10.0
+MAX_DRAIN_TIMEOUT = 300.0
+MAX_PENDING = 100
+
+_HEALTH = {
+    endpoint_pb2.HEALTH_STATUS_UNSPECIFIED: Health.HEALTHY,
+    endpoint_pb2.HEALTH_STATUS_HEALTHY: Health.HEALTHY,
+    endpoint_pb2.HEALTH_STATUS_UNHEALTHY: Health.UNHEALTHY,
+    endpoint_pb2.HEALTH_STATUS_DRAINING: Health.DRAINING,
+}
+
+
+_RegisterContext = grpc.aio.ServicerContext[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
+_DrainContext = grpc.aio.ServicerContext[registry_pb2.DrainRequest, registry_pb2.DrainResponse]
+
+
+class DrainOutcome(Protocol):
+    """How a drain ended."""
+
+    @property
+    def acknowledged(self) -> int:
+        """Subscribers that acknowledged a version without the endpoint."""
+
+    @property
+    def pending(self) -> Sequence[str]:
+        """Node ids of those that have not."""
+
+
+class DrainWatch(Protocol):
+    """Takes endpoints out of what is published, and knows who has acknowledged that."""
+
+    def drain(self, service: str, endpoint_id: str) -> None:
+        """Publishes at once without the endpoint."""
+
+    async def wait_drained(self, service: str, endpoint_id: str, timeout: float) -> DrainOutcome:
+        """Returns when every subscriber has acknowledged, or after ``timeout`` seconds."""
+
+
+class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
+    """Serves ``mesh.v1.RegistryService``.
+
+    Args:
+        leases: the embedded registry; None when another registry is in use.
+        drains: what takes endpoints out of what is published.
+        registry: what the operator chose as registry, for messages.
+    """
+
+    def __init__(self, leases: EmbeddedSource | None, drains: DrainWatch, registry: str = "embedded") -> None:
+        self._leases = leases
+        self._drains = drains
+        self._registry = registry
+
+    async def Register(
+        self,
+        request_iterator: AsyncIterator[registry_pb2.RegisterRequest],
+        context: _RegisterContext,
+    ) -> AsyncIterator[registry_pb2.RegisterResponse]:
+        """Holds an endpoint's lease while the stream is open."""
+        leases = self._leases
+        if leases is None:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this control plane's registry is {self._registry}: register there, "
+                "or start the control plane with --registry embedded",
+            )
+        requests = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, "the first request must state the service and the endpoint"
+            )
+        stream = await _register(leases, first, context)
+        try:
+            await leases.confirmed()
+            confirmation = registry_pb2.RegisterResponse(lease_token=stream.token)
+            confirmation.grace.FromTimedelta(timedelta(seconds=leases.lease_grace))
+            yield confirmation
+            async for request in _until(stream.superseded, requests):
+                await _update(leases, stream, request, context)
+                await leases.confirmed()
+                yield confirmation
+            if stream.superseded.is_set():
+                await context.abort(
+                    grpc.StatusCode.ABORTED,
+                    f"the lease of {stream.endpoint_id} was taken over by another stream that showed its token",
+                )
+            # Here the holder has half-closed, or its connection broke: both end the requests. Only a live connection
+            # takes another message, so a broken one does not get past this.
+            yield confirmation
+            leases.closed(stream)
+        finally:
+            leases.broken(stream)
+
+    async def Drain(self, request: registry_pb2.DrainRequest, context: _DrainContext) -> registry_pb2.DrainResponse:
+        """Takes an endpoint out of what is published and waits for the subscribers."""
+        try:
+            service = check_service_name(request.service)
+            endpoint_id = check_endpoint_id(request.endpoint_id)
+            timeout = DEFAULT_DRAIN_TIMEOUT
+            if request.HasField("timeout"):
+                timeout = request.timeout.seconds + request.timeout.nanos / 1e9
+            if not 0.0 <= timeout <= MAX_DRAIN_TIMEOUT:
+                raise InvalidValueError("timeout", timeout, f"0 to {MAX_DRAIN_TIMEOUT:.0f} seconds")
+        except InvalidValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if self._leases is not None:
+            self._leases.drain(service, endpoint_id)
+        self._drains.drain(service, endpoint_id)
+        outcome = await self._drains.wait_drained(service, endpoint_id, timeout)
+        return registry_pb2.DrainResponse(
+            complete=not outcome.pending,
+            acknowledged=outcome.acknowledged,
+            pending=outcome.pending[:MAX_PENDING],
+        )
+
+
+async def _register(
+    leases: EmbeddedSource, request: registry_pb2.RegisterRequest, context: _RegisterContext
+) -> LeaseStream:
+    try:
+        service = check_service_name(request.service)
+        return await leases.register(service, _endpoint(request), request.lease_token, context.peer())
+    except InvalidValueError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except LeaseHeldError as error:
+        await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+    except LeaseLimitError as error:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+
+async def _update(
+    leases: EmbeddedSource, stream: LeaseStream, request: registry_pb2.RegisterRequest, context: _RegisterContext
+) -> None:
+    try:
+        if request.service not in ("", stream.service):
+            raise InvalidValueError("service", request.service, f"{stream.service!r}: it is constant over a stream")
+        leases.update(stream, _endpoint(request))
+    except InvalidValueError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+
+def _endpoint(request: registry_pb2.RegisterRequest) -> Endpoint:
+    if not request.HasField("endpoint"):
+        raise InvalidValueError("endpoint", None, "the endpoint whole, in every request")
+    return endpoint_from_proto(request.endpoint)
+
+
+def endpoint_from_proto(message: endpoint_pb2.Endpoint) -> Endpoint:
+    """The endpoint that a message states.
+
+    Raises:
+        InvalidValueError: with the path of the bad field.
+    """
+    health = _HEALTH.get(message.health)
+    if health is None:
+        raise InvalidValueError("endpoint.health", message.health, "a HealthStatus")
+    return Endpoint(
+        id=message.id,
+        address=message.address,
+        port=message.port,
+        weight=message.weight or 1,
+        health=health,
+        locality=Locality(message.locality.region, message.locality.zone),
+        metadata=dict(message.metadata),
+    )
+
+
+async def _until(
+    superseded: asyncio.Event, requests: AsyncIterator[registry_pb2.RegisterRequest]
+) -> AsyncIterator[registry_pb2.RegisterRequest]:
+    """The requests, until they end or the stream is superseded."""
+    end = asyncio.ensure_future(superseded.wait())
+    read: asyncio.Future[registry_pb2.RegisterRequest | None] | None = None
+    try:
+        while True:
+            read = asyncio.ensure_future(_next(requests))
+            await asyncio.wait((end, read), return_when=asyncio.FIRST_COMPLETED)
+            if end.done():
+                return
+            request = read.result()
+            if request is None:
+                return
+            yield request
+    finally:
+        end.cancel()
+        if read is not None:
+            read.cancel()
+
+
+async def _next(requests: AsyncIterator[registry_pb2.RegisterRequest]) -> registry_pb2.RegisterRequest | None:
+    return await anext(requests, None)

@@ -1,0 +1,186 @@
+"""The SQLite file of the embedded registry and of its policies: one file, one thread, one writer process."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, TypeVar
+
+from control_plane.sources import StoreUnavailableError
+from mesh_client.core.errors import ConfigError
+
+FILE_NAME = "registry.sqlite"
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE leases (
+    service TEXT NOT NULL,
+    endpoint_id TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    token_hash BLOB NOT NULL,
+    peer TEXT NOT NULL,
+    drained INTEGER NOT NULL,
+    PRIMARY KEY (service, endpoint_id)
+) WITHOUT ROWID;
+CREATE TABLE policies (service TEXT PRIMARY KEY, document BLOB NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE last_version (only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL);
+INSERT INTO last_version VALUES (1, 0);
+PRAGMA user_version = 1;
+"""
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Database:
+    """Runs work on the file ``registry.sqlite`` in a thread of its own, each piece in one transaction.
+
+    A file that SQLite finds damaged is moved aside, with an error in the log, and a fresh one is begun: endpoints come
+    back by themselves, policies have to be applied again.
+
+    Args:
+        directory: made when missing. None keeps everything in memory.
+        lock_timeout: seconds to wait for another process that still has the directory.
+    """
+
+    def __init__(self, directory: Path | None, *, lock_timeout: float = 5.0) -> None:
+        self._directory = directory
+        self._lock_timeout = lock_timeout
+        self._lock: IO[bytes] | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mesh-registry")
+
+    @property
+    def path(self) -> Path | None:
+        """The file, or None in memory."""
+        return None if self._directory is None else self._directory / FILE_NAME
+
+    async def open(self) -> None:
+        """Opens the file; `run` does so too when that was not done before.
+
+        Raises:
+            ConfigError: the directory cannot be used, another process uses it, or a newer version wrote the file.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._opened)
+
+    async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """What ``work`` returns, after its transaction is committed; it is rolled back when ``work`` raises.
+
+        Raises:
+            ConfigError: as `open`.
+            StoreUnavailableError: SQLite failed, such as for a full disk.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    async def close(self) -> None:
+        """Finishes what was asked before, and closes the file. The database cannot be used afterwards."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+
+    def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        try:
+            connection = self._opened()
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                return work(connection)
+        except sqlite3.Error as error:
+            if _is_damage(error):
+                self._move_aside(str(error))
+            raise StoreUnavailableError(f"{self.path or 'the database in memory'}: {error}") from error
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            if self._directory is not None:
+                self._take_directory(self._directory)
+            try:
+                self._connection = self._connect()
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise ConfigError(f"{self.path} cannot be used: {error}") from error
+                self._move_aside(str(error))
+                self._connection = self._connect()
+        return self._connection
+
+    def _take_directory(self, directory: Path) -> None:
+        if self._lock is not None:
+            return
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = (directory / "registry.lock").open("ab")
+        except OSError as error:
+            raise ConfigError(f"data directory {directory} cannot be used: {error.strerror}") from error
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    lock.close()
+                    raise ConfigError(
+                        f"data directory {directory} is in use by another control plane; stop it, or name another one"
+                    ) from None
+                time.sleep(0.02)
+            else:
+                self._lock = lock
+                return
+
+    def _connect(self) -> sqlite3.Connection:
+        # Only this thread uses it; transactions are begun by hand.
+        connection = sqlite3.connect(self.path or ":memory:", timeout=2.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            # In WAL mode NORMAL survives the death of the process; only a power cut may lose the last transactions.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise sqlite3.DatabaseError(str(verdict))
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise ConfigError(f"{self.path} was written by a newer version of the control plane; upgrade this one")
+            if version == 0:
+                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _move_aside(self, problem: str) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self.path is None:
+            return
+        aside = self.path.with_name(f"{FILE_NAME}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns()}")
+        for suffix in ("", "-wal", "-shm"):
+            part = self.path.with_name(FILE_NAME + suffix)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + suffix))
+        _logger.error(
+            "%s is damaged (%s): moved to %s and begun afresh; instances register again by themselves, stored policies "
+            "have to be applied again",
+            self.path,
+            problem,
+            aside.name,
+        )
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        # Raised by ourselves for a failed check.
+        return type(error) is sqlite3.DatabaseError
+    return code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
