@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 PRICES_CENTS = {"espresso-beans": 1250, "filter-paper": 450, "grinder": 18900}
 """What the shop sells, and for how much a unit."""
 
+ROUNDS = 3
+"""How often an attempt begins anew after another one took the order over, perhaps only to be cancelled itself."""
+
 _STATES = {
     State.PENDING: pb.ORDER_STATE_PENDING,
     State.PLACED: pb.ORDER_STATE_PLACED,
@@ -52,23 +55,29 @@ class OrderService(OrderServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "quantity must be 1 to 100")
         if request.sku not in PRICES_CENTS:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"the shop does not sell {request.sku!r}")
-        amount = PRICES_CENTS[request.sku] * request.quantity
-        order = await self._orders.begin(request.idempotency_key, request.sku, request.quantity, amount, self._instance)
-        if (order.sku, order.quantity) != (request.sku, request.quantity):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key belongs to another order")
-        if order.state is State.PENDING:
+        for _ in range(ROUNDS):
+            order = await self._orders.begin(
+                request.idempotency_key,
+                request.sku,
+                request.quantity,
+                PRICES_CENTS[request.sku] * request.quantity,
+                self._instance,
+            )
+            if (order.sku, order.quantity) != (request.sku, request.quantity):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key belongs to another order")
             try:
-                finished = await self._fulfil(order)
+                finished = order if order.state is not State.PENDING else await self._fulfil(order)
             except grpc.aio.AioRpcError as error:
                 await self._give_up(order, error)
                 # Not UNAVAILABLE: this instance is well, and the mesh must not try all others in turn.
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"cannot be fulfilled now, try again with the same key: {error.details()}"
                 )
-            if finished is None:
-                await context.abort(grpc.StatusCode.ABORTED, "a later attempt at this order took over")
-            order = finished
-        return pb.PlaceOrderResponse(order=_message(order))
+            if finished is not None:
+                break
+        else:
+            await context.abort(grpc.StatusCode.ABORTED, "other attempts at this order keep taking over; try again")
+        return pb.PlaceOrderResponse(order=_message(finished))
 
     async def GetOrder(
         self, request: pb.GetOrderRequest, context: grpc.aio.ServicerContext[pb.GetOrderRequest, pb.GetOrderResponse]
@@ -88,6 +97,8 @@ class OrderService(OrderServiceServicer):
                 )
             )
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.ABORTED:
+                return None
             if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
                 raise
             return await self._reject(order, error)

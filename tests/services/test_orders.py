@@ -137,36 +137,61 @@ async def test_an_order_left_half_done_is_shown_as_pending(shop: Stubs, tmp_path
     assert answer.order.state == ORDER_STATE_PENDING
 
 
-async def test_an_order_overtaken_while_it_is_paid_is_aborted(shop: Stubs, tmp_path: Path) -> None:
-    """Payments is held up by a writer until a second attempt has begun."""
-    request = an_order()
+async def overtake(shop: Stubs, directory: Path, request: PlaceOrderRequest) -> asyncio.Task[Order]:
+    """An order that is being placed at payments while another attempt, which goes no further, has begun."""
     async with (
-        Database(tmp_path / "orders.sqlite", SCHEMA) as orders,
-        Database(tmp_path / "payments.sqlite", "") as payments,
+        Database(directory / "orders.sqlite", SCHEMA) as orders,
+        Database(directory / "payments.sqlite", "") as file,
     ):
-        await payments.read(lambda connection: connection.execute("PRAGMA user_version"))
-        hold, held = asyncio.Event(), asyncio.Event()
+        release, held = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def block(_: object) -> None:
+        def hold(_: object) -> None:
             loop.call_soon_threadsafe(held.set)
-            asyncio.run_coroutine_threadsafe(hold.wait(), loop).result(timeout=10)
+            asyncio.run_coroutine_threadsafe(release.wait(), loop).result(timeout=10)
 
-        blocking = asyncio.create_task(payments.write(block))
+        holding = asyncio.create_task(file.write(hold))
         await held.wait()
-        first = asyncio.create_task(place(shop.orders, request))
+        before = await stock(shop)
+        placing = asyncio.create_task(place(shop.orders, request))
         watch = shop.inventory.WatchStock(WatchStockRequest(sku="grinder"), timeout=10)
         async for change in watch:
-            if change.available < STOCK:
+            if change.available < before:
                 break
         watch.cancel()
         await OrderStore(orders).begin(request.idempotency_key, request.sku, request.quantity, 0, "orders-b")
-        hold.set()
-        await blocking
-        with pytest.raises(grpc.aio.AioRpcError) as overtaken:
-            await first
+        release.set()
+        await holding
+    return placing
+
+
+async def test_an_order_overtaken_by_an_attempt_that_was_cancelled_is_placed_all_the_same(
+    shop: Stubs, tmp_path: Path
+) -> None:
+    order = await (await overtake(shop, tmp_path, an_order()))
+    assert (order.state, order.taken_by) == (ORDER_STATE_PLACED, "orders-a")
+    assert await stock(shop) == STOCK - 2
+
+
+async def test_an_order_overtaken_again_and_again_is_aborted(
+    shop: Stubs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.orders.service.ROUNDS", 1)
+    request = an_order()
+    placing = await overtake(shop, tmp_path, request)
+    with pytest.raises(grpc.aio.AioRpcError) as overtaken:
+        await placing
     assert overtaken.value.code() is grpc.StatusCode.ABORTED
     assert (await place(shop.orders_b, request)).state == ORDER_STATE_PLACED
+    assert await stock(shop) == STOCK - 2
+
+
+async def test_an_attempt_that_inventory_has_seen_overtaken_begins_anew(shop: Stubs, tmp_path: Path) -> None:
+    request = an_order()
+    async with Database(tmp_path / "orders.sqlite", SCHEMA) as database:
+        order = await OrderStore(database).begin(request.idempotency_key, "grinder", 2, 2 * 18900, "orders-b")
+    await shop.inventory.Release(ReleaseRequest(order_id=order.order_id, attempt=order.attempt + 1))
+    assert (await place(shop.orders, request)).state == ORDER_STATE_PLACED
     assert await stock(shop) == STOCK - 2
 
 
