@@ -1,0 +1,385 @@
+"""Folds what sources say into the services and endpoints that the mesh publishes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from control_plane.events import (
+    EndpointDrained,
+    EndpointEvent,
+    ServiceObserved,
+    ServiceVanished,
+    SourceConnected,
+    SourceLost,
+)
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.model import Endpoint, Health, check_service_name, sorted_endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogSettings:
+    """Times are in seconds.
+
+    Raises:
+        InvalidValueError: a value is below its range.
+    """
+
+    forget_after: float = 600.0
+    """A service that no source lists any more stays known, and empty, for this long. At least 0."""
+    guard_minimum: int = 4
+    """The mass removal guard does not act when fewer endpoints were published before. At least 1."""
+    guard_hold: float = 300.0
+    """Held removals are published after this long without confirmation. Above 0; 0 turns the guard off."""
+    guard_window: float = 5.0
+    """Removals this close together count as one loss, for sources that report service by service. At least 0."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("forget_after", 0.0), ("guard_minimum", 1), ("guard_hold", 0.0), ("guard_window", 0.0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise InvalidValueError(name, value, f"at least {least:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRecord:
+    """One endpoint as operators see it."""
+
+    endpoint: Endpoint
+    """With health DRAINING once it was drained."""
+    source: str
+    changed_at: float
+    held: bool
+    """Only the mass removal guard keeps it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceView:
+    """One known service."""
+
+    service: str
+    sources: tuple[str, ...]
+    """That list it; of a service that none lists, those that did last."""
+    records: tuple[EndpointRecord, ...]
+    """Every endpoint ordered by id, those included that are leaving."""
+    published: tuple[Endpoint, ...]
+    """What clients get, ordered by id. The same object as in the view before when nothing changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalHold:
+    """What the mass removal guard keeps."""
+
+    endpoints: int
+    services: tuple[str, ...]
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class SourceState:
+    """Whether a source can be read."""
+
+    name: str
+    connected: bool
+    detail: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogView:
+    """Everything at one moment."""
+
+    services: Mapping[str, ServiceView]
+    hold: RemovalHold | None
+    sources: tuple[SourceState, ...]
+    next_deadline: float | None
+    """When something changes by time alone; None: nothing does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    endpoint: Endpoint
+    source: str
+    changed_at: float
+
+
+@dataclass(slots=True)
+class _Lost:
+    """A published endpoint that its source stopped listing without draining it."""
+
+    listed: _Listed
+    at: float
+    held: bool = False
+
+
+@dataclass(slots=True)
+class _Service:
+    by_source: dict[str, dict[str, _Listed]] = field(default_factory=dict)
+    listed: dict[str, _Listed] = field(default_factory=dict)
+    """All sources merged; where two list one id, the source whose name sorts first has it."""
+    drained: dict[str, str] = field(default_factory=dict)
+    """Id and target of endpoints that asked to leave and are listed still."""
+    lost: dict[str, _Lost] = field(default_factory=dict)
+    last_sources: tuple[str, ...] = ()
+    live: int = 0
+
+    def is_live(self, listed: _Listed) -> bool:
+        return listed.endpoint.health is not Health.DRAINING and listed.endpoint.id not in self.drained
+
+    def held(self) -> int:
+        return sum(lost.held for lost in self.lost.values())
+
+
+class Catalog:
+    """The services that sources list, as one machine.
+
+    Published are the endpoints that some source lists, except those that drain, and except for the mass removal guard:
+    when endpoints that did not drain vanish within `CatalogSettings.guard_window` of each other and less than half of
+    what was published would be left, they stay published until they come back, are drained, the operator confirms, or
+    `CatalogSettings.guard_hold` passes. Additions and changes are never held.
+
+    A drained endpoint stays unpublished until its source stops listing it or lists its id at another address: then it
+    is another process.
+    """
+
+    def __init__(self, settings: CatalogSettings | None = None) -> None:
+        self._settings = settings or CatalogSettings()
+        self._services: dict[str, _Service] = {}
+        self._vanished: dict[str, float] = {}
+        self._losing: set[str] = set()
+        self._sources: dict[str, SourceState] = {}
+        self._views: dict[str, ServiceView] = {}
+        self._dirty: set[str] = set()
+        self._live = 0
+        self._hold_since: float | None = None
+
+    def apply(self, event: EndpointEvent, now: float) -> bool:
+        """Folds one event; whether anything that a view shows may have changed.
+
+        Raises:
+            InvalidValueError: a service name is wrong, or two endpoints of one service have one id. Nothing is changed.
+        """
+        match event:
+            case ServiceObserved(source, name, endpoints):
+                ordered = sorted_endpoints(endpoints)
+                check_service_name(name)
+                self.advance(now)
+                return self._observe(source, name, ordered, now)
+            case ServiceVanished(source, name):
+                self.advance(now)
+                return self._vanish(source, name, now)
+            case EndpointDrained(name, endpoint_id):
+                self.advance(now)
+                return self._drain(name, endpoint_id)
+            case SourceConnected(source):
+                return self._source_is(source, True, "", now)
+            case SourceLost(source, detail):
+                return self._source_is(source, False, detail, now)
+
+    def advance(self, now: float) -> bool:
+        """Lets time act: holds end, vanished services are forgotten. Whether anything changed."""
+        changed = False
+        if self._hold_since is not None and now >= self._hold_since + self._settings.guard_hold:
+            self._release()
+            changed = True
+        for name in [name for name in self._losing if self._forget_losses(name, now)]:
+            self._losing.discard(name)
+        due = [name for name, at in self._vanished.items() if now >= at + self._settings.forget_after]
+        for name in due:
+            if not self._services[name].held():
+                self._losing.discard(name)
+                del self._vanished[name], self._services[name]
+                self._views.pop(name, None)
+                self._dirty.discard(name)
+                changed = True
+        return changed
+
+    def confirm_removals(self, now: float) -> int:
+        """Publishes the removals that are held; how many there were."""
+        self.advance(now)
+        return self._release()
+
+    def next_deadline(self) -> float | None:
+        """When something that a view shows changes by time alone; None: nothing does."""
+        deadlines = [
+            at + self._settings.forget_after for name, at in self._vanished.items() if not self._services[name].held()
+        ]
+        if self._hold_since is not None:
+            deadlines.append(self._hold_since + self._settings.guard_hold)
+        return min(deadlines, default=None)
+
+    def view(self, now: float) -> CatalogView:
+        """Everything at ``now``. Services that did not change since the last view are the same objects."""
+        self.advance(now)
+        for name in self._dirty:
+            self._views[name] = self._view_service(name, self._services[name], self._views.get(name))
+        self._dirty.clear()
+        return CatalogView(
+            services=MappingProxyType(dict(self._views)),
+            hold=self._view_hold(),
+            sources=tuple(self._sources[name] for name in sorted(self._sources)),
+            next_deadline=self.next_deadline(),
+        )
+
+    def _observe(self, source: str, name: str, endpoints: tuple[Endpoint, ...], now: float) -> bool:
+        service = self._services.setdefault(name, _Service())
+        before = service.by_source.get(source)
+        known = before or {}
+        after = {
+            endpoint.id: old
+            if (old := known.get(endpoint.id)) is not None and old.endpoint == endpoint
+            else _Listed(endpoint, source, now)
+            for endpoint in endpoints
+        }
+        if before == after:
+            return False
+        service.by_source[source] = after
+        self._vanished.pop(name, None)
+        self._merge(name, service, now)
+        return True
+
+    def _vanish(self, source: str, name: str, now: float) -> bool:
+        service = self._services.get(name)
+        if service is None or source not in service.by_source:
+            return False
+        service.last_sources = tuple(sorted(service.by_source))
+        del service.by_source[source]
+        if not service.by_source:
+            self._vanished[name] = now
+        self._merge(name, service, now)
+        self.advance(now)
+        return True
+
+    def _merge(self, name: str, service: _Service, now: float) -> None:
+        before = service.listed
+        merged: dict[str, _Listed] = {}
+        for source in sorted(service.by_source):
+            for endpoint_id, listed in service.by_source[source].items():
+                merged.setdefault(endpoint_id, listed)
+        lost = {
+            endpoint_id: _Lost(listed, now)
+            for endpoint_id, listed in before.items()
+            if endpoint_id not in merged and service.is_live(listed)
+        }
+        service.drained = {
+            endpoint_id: target
+            for endpoint_id, target in service.drained.items()
+            if endpoint_id in merged and merged[endpoint_id].endpoint.target == target
+        }
+        service.listed = merged
+        for endpoint_id in service.lost.keys() & merged.keys():
+            del service.lost[endpoint_id]
+        service.lost.update(lost)
+        if service.lost:
+            self._losing.add(name)
+        self._dirty.add(name)
+        self._count(service)
+        if lost:
+            self._guard(now)
+        self._end_empty_hold()
+
+    def _drain(self, name: str, endpoint_id: str) -> bool:
+        # A drain of an endpoint that is not listed is not remembered: the mark would hit the next process of that id.
+        service = self._services.get(name)
+        if service is None:
+            return False
+        if endpoint_id in service.listed and endpoint_id not in service.drained:
+            service.drained[endpoint_id] = service.listed[endpoint_id].endpoint.target
+        elif endpoint_id in service.lost:
+            del service.lost[endpoint_id]
+        else:
+            return False
+        self._dirty.add(name)
+        self._count(service)
+        self._end_empty_hold()
+        return True
+
+    def _source_is(self, name: str, connected: bool, detail: str, now: float) -> bool:
+        state = self._sources.get(name)
+        if state is not None and state.connected == connected:
+            self._sources[name] = replace(state, detail=detail)
+            return state.detail != detail
+        self._sources[name] = SourceState(name, connected, detail, now)
+        return True
+
+    def _count(self, service: _Service) -> None:
+        live = sum(service.is_live(listed) for listed in service.listed.values())
+        self._live += live - service.live
+        service.live = live
+
+    def _guard(self, now: float) -> None:
+        """Holds every recent loss when too little is left."""
+        lost = [(name, lost) for name in self._losing for lost in self._services[name].lost.values()]
+        before = self._live + len(lost)
+        if not self._settings.guard_hold or before < self._settings.guard_minimum or 2 * self._live >= before:
+            return
+        for name, loss in lost:
+            loss.held = True
+            self._dirty.add(name)
+        if self._hold_since is None:
+            self._hold_since = now
+
+    def _forget_losses(self, name: str, now: float) -> bool:
+        """Forgets the losses that were published long enough ago; whether none is left."""
+        service = self._services[name]
+        service.lost = {
+            endpoint_id: lost
+            for endpoint_id, lost in service.lost.items()
+            if lost.held or now < lost.at + self._settings.guard_window
+        }
+        return not service.lost
+
+    def _release(self) -> int:
+        released = 0
+        for name, service in self._holding():
+            released += service.held()
+            service.lost = {endpoint_id: lost for endpoint_id, lost in service.lost.items() if not lost.held}
+            self._dirty.add(name)
+        self._hold_since = None
+        return released
+
+    def _end_empty_hold(self) -> None:
+        if self._hold_since is not None and not any(True for _ in self._holding()):
+            self._hold_since = None
+
+    def _holding(self) -> Iterator[tuple[str, _Service]]:
+        for name in self._losing:
+            if self._services[name].held():
+                yield name, self._services[name]
+
+    def _view_hold(self) -> RemovalHold | None:
+        if self._hold_since is None:
+            return None
+        holding = sorted(self._holding(), key=lambda item: item[0])
+        return RemovalHold(
+            endpoints=sum(service.held() for _, service in holding),
+            services=tuple(name for name, _ in holding),
+            since=self._hold_since,
+            until=self._hold_since + self._settings.guard_hold,
+        )
+
+    @staticmethod
+    def _view_service(name: str, service: _Service, before: ServiceView | None) -> ServiceView:
+        records = [
+            EndpointRecord(
+                replace(listed.endpoint, health=Health.DRAINING)
+                if listed.endpoint.id in service.drained
+                else listed.endpoint,
+                listed.source,
+                listed.changed_at,
+                held=False,
+            )
+            for listed in service.listed.values()
+        ]
+        records += [
+            EndpointRecord(lost.listed.endpoint, lost.listed.source, lost.listed.changed_at, held=True)
+            for lost in service.lost.values()
+            if lost.held
+        ]
+        records.sort(key=lambda record: record.endpoint.id)
+        published = tuple(record.endpoint for record in records if record.endpoint.health is not Health.DRAINING)
+        if before is not None and before.published == published:
+            published = before.published
+        return ServiceView(name, tuple(sorted(service.by_source)) or service.last_sources, tuple(records), published)

@@ -1,0 +1,281 @@
+"""DiscoveryService: one subscription machine per stream, and what all of them share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from mesh.v1 import discovery_pb2
+
+from control_plane.convert import ResponseEncoder, request_from_proto
+from control_plane.events import EndpointDrained
+from control_plane.publisher import Publisher
+from control_plane.snapshot import DeltaCache, Kind, Snapshot
+from control_plane.subscription import (
+    MAX_SUBSCRIPTIONS,
+    ClientNode,
+    Effect,
+    ProtocolError,
+    Subscriptions,
+    SubscriptionState,
+)
+from mesh_client.core.model import StatusCode
+
+_log = logging.getLogger(__name__)
+
+_SERVICE = discovery_pb2.DESCRIPTOR.services_by_name["DiscoveryService"]
+
+_CODES = {
+    StatusCode.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    StatusCode.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainResult:
+    """How a drain ended."""
+
+    acknowledged: int
+    """Subscribers that acknowledged a version without the endpoint, or never had it."""
+    pending: tuple[str, ...]
+    """Node ids of those that have not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientState:
+    """One connected client as operators see it."""
+
+    node: ClientNode | None
+    """None until its first request."""
+    peer: str
+    connected_at: float
+    subscriptions: Sequence[SubscriptionState]
+
+
+class _Stream:
+    """One open stream."""
+
+    __slots__ = ("closing", "connected_at", "peer", "subscriptions", "task", "wake")
+
+    def __init__(self, subscriptions: Subscriptions, peer: str, connected_at: float) -> None:
+        self.subscriptions = subscriptions
+        self.peer = peer
+        self.connected_at = connected_at
+        self.wake = asyncio.Event()
+        self.task = asyncio.current_task()
+        self.closing = False
+
+    @property
+    def node_id(self) -> str:
+        node = self.subscriptions.node
+        return node.id if node is not None else self.peer
+
+
+class _DrainWait:
+    """Somebody waits until no stream holds an endpoint."""
+
+    __slots__ = ("acknowledged", "done", "endpoint_id", "pending", "service")
+
+    def __init__(self, service: str, endpoint_id: str, streams: Sequence[_Stream]) -> None:
+        self.service = service
+        self.endpoint_id = endpoint_id
+        self.pending = {stream for stream in streams if self._holds(stream)}
+        self.acknowledged = len(streams) - len(self.pending)
+        self.done = asyncio.Event()
+        if not self.pending:
+            self.done.set()
+
+    def look(self, stream: _Stream) -> None:
+        """The stream's state changed. One that comes back with an old version held is waited for too."""
+        if self._holds(stream):
+            if not self.done.is_set():
+                self.pending.add(stream)
+        elif stream in self.pending:
+            self.acknowledged += 1
+            self.forget(stream)
+
+    def forget(self, stream: _Stream) -> None:
+        """The stream is no longer waited for."""
+        self.pending.discard(stream)
+        if not self.pending:
+            self.done.set()
+
+    def _holds(self, stream: _Stream) -> bool:
+        return stream.subscriptions.may_hold_endpoint(self.service, self.endpoint_id)
+
+
+class StreamHub:
+    """Knows every open stream, wakes those that a new snapshot concerns, and whom a drain waits for.
+
+    Args:
+        publisher: whose snapshots are streamed.
+        emit: takes the event of a drain into the catalog.
+        control_plane: name of this control plane in responses.
+        max_streams: further streams are refused.
+        max_subscriptions: limit of each stream.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        emit: Callable[[EndpointDrained], None],
+        control_plane: str,
+        max_streams: int = 10_000,
+        max_subscriptions: int = MAX_SUBSCRIPTIONS,
+    ) -> None:
+        self._publisher = publisher
+        self._emit = emit
+        self._max_streams = max_streams
+        self._max_subscriptions = max_subscriptions
+        self._encoder = ResponseEncoder(control_plane)
+        self._delta = DeltaCache()
+        self._streams: dict[_Stream, None] = {}
+        self._subscribers: dict[tuple[Kind, str], dict[_Stream, None]] = {}
+        self._drains: list[_DrainWait] = []
+        publisher.listen(self._published)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service's handler, for ``server.add_generic_rpc_handlers``.
+
+        Requests and responses pass as bytes: what cannot be parsed gets a clear refusal, and what is the same for
+        many streams is serialised once.
+        """
+        method = _SERVICE.methods_by_name["DeltaResources"].name
+        return grpc.method_handlers_generic_handler(
+            _SERVICE.full_name, {method: grpc.stream_stream_rpc_method_handler(self._serve)}
+        )
+
+    def clients(self) -> list[ClientState]:
+        """Every connected client, in order of connection."""
+        return [
+            ClientState(stream.subscriptions.node, stream.peer, stream.connected_at, stream.subscriptions.states())
+            for stream in self._streams
+        ]
+
+    def subscriber_count(self, service: str) -> int:
+        """How many streams subscribe to a service's endpoints."""
+        return len(self._subscribers.get((Kind.ENDPOINTS, service), ()))
+
+    def drain(self, service: str, endpoint_id: str) -> None:
+        """Takes an endpoint out of what is published, at once."""
+        self._emit(EndpointDrained(service, endpoint_id))
+        self._publisher.publish_now()
+
+    async def wait_drained(self, service: str, endpoint_id: str, timeout: float) -> DrainResult:
+        """Waits until no subscriber can hold the endpoint any more.
+
+        A subscriber that disconnects is not waited for.
+
+        Args:
+            service: the endpoint's service.
+            endpoint_id: its id.
+            timeout: seconds; then it returns with those who are still pending.
+        """
+        drain = _DrainWait(service, endpoint_id, list(self._subscribers.get((Kind.ENDPOINTS, service), ())))
+        self._drains.append(drain)
+        try:
+            async with asyncio.timeout(timeout):
+                await drain.done.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._drains.remove(drain)
+        return DrainResult(drain.acknowledged, tuple(sorted(stream.node_id for stream in drain.pending)))
+
+    def close(self) -> None:
+        """Ends every stream with UNAVAILABLE, so that clients go to another control plane at once."""
+        for stream in self._streams:
+            stream.closing = True
+            if stream.task is not None:
+                stream.task.cancel()
+
+    def _published(self, snapshot: Snapshot, changed: frozenset[tuple[Kind, str]]) -> None:
+        for kind, name in changed:
+            for stream in self._subscribers.get((kind, name), ()):
+                stream.subscriptions.touch(kind, name)
+                stream.wake.set()
+
+    async def _serve(self, _requests: object, context: _Context) -> None:
+        if len(self._streams) >= self._max_streams:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this control plane serves at most {self._max_streams} streams (max_streams); "
+                "use another control plane or raise the limit",
+            )
+        now = asyncio.get_running_loop().time()
+        stream = _Stream(Subscriptions(self._delta, self._max_subscriptions), context.peer(), now)
+        self._streams[stream] = None
+        writer = asyncio.create_task(self._write(stream, context))
+        writer.add_done_callback(lambda task: _end_with(task, stream))
+        try:
+            await self._read(stream, context)
+        except ProtocolError as error:
+            _log.warning("stream of %s at %s ends: %s", stream.node_id, stream.peer, error)
+            await context.abort(_CODES[error.code], str(error))
+        except asyncio.CancelledError:
+            if not stream.closing:
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this control plane is stopping; use another")
+        finally:
+            writer.cancel()
+            self._forget(stream)
+
+    async def _read(self, stream: _Stream, context: _Context) -> None:
+        loop = asyncio.get_running_loop()
+        while isinstance(data := await context.read(), bytes):
+            try:
+                message = discovery_pb2.DeltaResourcesRequest.FromString(data)
+            except DecodeError:
+                raise ProtocolError("request", "is not a DeltaResourcesRequest") from None
+            effect = stream.subscriptions.receive(request := request_from_proto(message), loop.time())
+            self._index(stream, request.kind, effect)
+            for drain in self._drains:
+                drain.look(stream)
+            if stream.subscriptions.ready():
+                stream.wake.set()
+
+    async def _write(self, stream: _Stream, context: _Context) -> None:
+        await self._publisher.opened.wait()
+        while True:
+            await stream.wake.wait()
+            stream.wake.clear()
+            responses = stream.subscriptions.next_responses(self._publisher.snapshot)
+            for drain in self._drains:
+                drain.look(stream)
+            for response in responses:
+                await context.write(self._encoder.encode(response))
+
+    def _index(self, stream: _Stream, kind: Kind, effect: Effect) -> None:
+        for name in effect.unsubscribed:
+            self._unindex(stream, kind, name)
+        for name in effect.subscribed:
+            self._subscribers.setdefault((kind, name), {})[stream] = None
+
+    def _unindex(self, stream: _Stream, kind: Kind, name: str) -> None:
+        subscribers = self._subscribers[kind, name]
+        del subscribers[stream]
+        if not subscribers:
+            del self._subscribers[kind, name]
+
+    def _forget(self, stream: _Stream) -> None:
+        del self._streams[stream]
+        for state in stream.subscriptions.states():
+            self._unindex(stream, state.kind, state.service)
+        for drain in self._drains:
+            drain.forget(stream)
+
+
+def _end_with(writer: asyncio.Task[None], stream: _Stream) -> None:
+    """A stream whose writer failed must not stay open and silent."""
+    if writer.cancelled() or stream.task is None:
+        return
+    if (error := writer.exception()) is not None:
+        _log.warning("stream of %s at %s ends: %r", stream.node_id, stream.peer, error)
+        stream.task.cancel()

@@ -1,0 +1,249 @@
+"""Wires one control plane: sources, catalog, publisher, streams and the gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from mesh.v1 import admin_pb2, admin_pb2_grpc, discovery_pb2, registry_pb2, registry_pb2_grpc
+
+from control_plane.admin import AdminServicer
+from control_plane.catalog import Catalog
+from control_plane.credentials import add_port
+from control_plane.discovery import StreamHub
+from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.options import ControlPlaneOptions, consul_address
+from control_plane.policies import PolicyBook
+from control_plane.publisher import Debounce, Publisher
+from control_plane.registry import RegistryServicer
+from control_plane.snapshot import Snapshot, build_snapshot
+from control_plane.sources import PolicyStore, Source
+from control_plane.sources.database import Database
+from control_plane.sources.embedded import EmbeddedSource
+from control_plane.sources.embedded_policies import EmbeddedPolicyStore
+from mesh_client.core.errors import InvalidValueError
+
+_log = logging.getLogger(__name__)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Two control planes on one port would each serve half of the clients.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 10 s. gRPC's own minimum of 300 s would end their connections with too_many_pings.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client that hangs or whose host is gone is noticed within 30 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # With gRPC's default of 1000, many clients that come back at once would be refused.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", 16 * 1024),
+)
+
+POLICY_WAIT = 30.0
+"""Seconds after the registry was read within which policies must be; then services get the defaults instead."""
+
+
+class ControlPlane:
+    """One control plane: watches a registry, streams to clients.
+
+    Args:
+        options: what the operator chose.
+        source: in place of the registry that the options name, for tests.
+        policies: in place of that registry's policy store, for tests.
+    """
+
+    def __init__(
+        self, options: ControlPlaneOptions, *, source: Source | None = None, policies: PolicyStore | None = None
+    ) -> None:
+        self._options = options
+        self._database = Database(options.data_dir) if options.registry == "embedded" else None
+        self._leases: EmbeddedSource | None = None
+        if self._database is not None:
+            self._leases = EmbeddedSource(self._database)
+            self._source = source or self._leases
+            self._policies = policies or EmbeddedPolicyStore(self._database)
+        else:
+            raise NotImplementedError(consul_address(options.registry))
+        self._catalog = Catalog(options.catalog)
+        self._book = PolicyBook()
+        self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))
+        self._hub = StreamHub(self._publisher, self._emit, options.control_plane_id, options.max_streams)
+        self._unread = {self._source.name, self._policies.name}
+        self._policy_wait: asyncio.TimerHandle | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self.port = 0
+        """Where it listens, once started."""
+
+    @property
+    def address(self) -> str:
+        """``host:port`` where it listens, once started."""
+        return f"{self._options.address.rpartition(':')[0]}:{self.port}"
+
+    async def start(self) -> None:
+        """Listens and begins to read the registry; clients are answered once that was read.
+
+        Raises:
+            ConfigError: the address or the data directory cannot be used.
+        """
+        if self._database is not None:
+            await self._database.open()
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server.add_generic_rpc_handlers((self._hub.handler(),))
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryServicer(self._leases, self._hub, self._options.registry), server
+        )
+        admin = AdminServicer(
+            self._options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = [
+            descriptor.full_name
+            for file in (admin_pb2, discovery_pb2, registry_pb2, health_pb2)
+            for descriptor in file.DESCRIPTOR.services_by_name.values()
+        ]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        try:
+            self.port = add_port(server, self._options.address)
+            await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            await server.start()
+        except BaseException:
+            await self._close_database()
+            raise
+        self._server = server
+        self._tasks = [
+            asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
+            asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
+        ]
+        _log.info("control plane %s listens on %s", self._options.control_plane_id, self.address)
+
+    async def stop(self, grace: float = 1.0) -> None:
+        """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
+
+        Args:
+            grace: seconds that calls in flight have.
+        """
+        if self._policy_wait is not None:
+            self._policy_wait.cancel()
+        self._publisher.close()
+        self._hub.close()
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace)
+            self._server = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._close_database()
+        self._stopped.set()
+
+    async def wait(self) -> None:
+        """Returns when it was stopped.
+
+        Raises:
+            Exception: what a source raised, which it should not have; the control plane must be stopped.
+        """
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait([stopped, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
+                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                    raise error
+            await stopped
+        finally:
+            stopped.cancel()
+
+    async def _run(self, source: Coroutine[object, object, None]) -> None:
+        await source
+        raise RuntimeError("a source ended by itself")
+
+    def _emit(self, event: Event) -> None:
+        """Takes one event of a source in. Never raises: what one service says wrong must not stop the others."""
+        try:
+            if isinstance(event, PolicyStored | PolicyDeleted):
+                changed = self._book.apply(event)
+            else:
+                changed = self._catalog.apply(event, asyncio.get_running_loop().time())
+        except InvalidValueError as error:
+            _log.warning("%s is ignored: %s", type(event).__name__, error)
+            return
+        if changed:
+            self._publisher.notify()
+        if isinstance(event, SourceConnected) and event.source in self._unread:
+            self._read(event.source)
+
+    def _read(self, source: str) -> None:
+        """A source was read whole for the first time."""
+        self._unread.discard(source)
+        if self._source.name in self._unread or self._publisher.opened.is_set():
+            return
+        if self._unread:
+            loop = asyncio.get_running_loop()
+            self._policy_wait = loop.call_later(POLICY_WAIT, self._go_without_policies)
+            return
+        self._open()
+
+    def _go_without_policies(self) -> None:
+        if not self._publisher.opened.is_set():
+            _log.error("policies cannot be read from %s: services get the default policy", self._policies.name)
+            self._open()
+
+    def _open(self) -> None:
+        self._publisher.open()
+        task = asyncio.create_task(self._health.set("", health_pb2.HealthCheckResponse.SERVING))
+        self._tasks.append(task)
+
+    def _compile(self, previous: Snapshot, now: float) -> tuple[Snapshot, float | None]:
+        view = self._catalog.view(now)
+        services = {name: service.published for name, service in view.services.items()}
+        return build_snapshot(services, self._book.policy, previous), view.next_deadline
+
+    async def _close_database(self) -> None:
+        if self._database is not None:
+            await self._database.close()
+
+
+async def serve(options: ControlPlaneOptions) -> None:
+    """Runs a control plane until SIGTERM or SIGINT; says on standard output when it listens.
+
+    Raises:
+        ConfigError: it cannot start as asked.
+    """
+    plane = ControlPlane(options)
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await plane.start()
+    try:
+        sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
+        sys.stdout.flush()
+        failed = asyncio.create_task(plane.wait())
+        signalled = asyncio.create_task(asked.wait())
+        try:
+            await asyncio.wait([failed, signalled], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                failed.result()
+        finally:
+            signalled.cancel()
+            failed.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await failed
+    finally:
+        await plane.stop()
+
+
+__all__: Sequence[str] = ("ControlPlane", "ControlPlaneOptions", "serve")
