@@ -2,6 +2,152 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Literal
 
-def control_plane() -> None:
-    """Run a control plane until Ctrl-C or SIGTERM."""
+import typer
+
+from mesh_cli.options import DEFAULT_CONTROL_PLANE
+from mesh_cli.output import reports_errors
+from mesh_client.addresses import REGISTRY_VARIABLE
+from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+TOKEN_VARIABLE = "CONSUL_HTTP_TOKEN"  # noqa: S105 - the name of a variable
+TOKEN_FILE_VARIABLE = "CONSUL_HTTP_TOKEN_FILE"  # noqa: S105 - the name of a variable
+
+
+@reports_errors
+def control_plane(
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where clients connect; port 0 for any free one.")
+    ] = DEFAULT_CONTROL_PLANE,
+    registry: Annotated[
+        str,
+        typer.Option(
+            "--registry",
+            envvar=REGISTRY_VARIABLE,
+            metavar="REGISTRY",
+            help="Where endpoints and policies are: embedded, or consul://host:port.",
+        ),
+    ] = "embedded",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--data-dir",
+            envvar="MESH_DATA_DIR",
+            file_okay=False,
+            help="Where the embedded registry keeps its state. Default: grpc-mesh in XDG_STATE_HOME.",
+            show_default=False,
+        ),
+    ] = None,
+    consul_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--consul-token-file",
+            envvar=TOKEN_FILE_VARIABLE,
+            exists=True,
+            dir_okay=False,
+            help=f"File with the ACL token for Consul. Without it: the variable {TOKEN_VARIABLE}, if set.",
+            show_default=False,
+        ),
+    ] = None,
+    max_streams: Annotated[
+        int, typer.Option("--max-streams", min=1, max=1_000_000, help="Clients at once; further ones are refused.")
+    ] = 10_000,
+    debounce_quiet: Annotated[
+        float,
+        typer.Option("--debounce-quiet", min=0.0, metavar="SECONDS", help="Changes wait this long for further ones."),
+    ] = 0.02,
+    debounce_maximum: Annotated[
+        float, typer.Option("--debounce-maximum", min=0.0, metavar="SECONDS", help="Changes wait this long at most.")
+    ] = 0.2,
+    guard_hold: Annotated[
+        float,
+        typer.Option(
+            "--guard-hold",
+            min=0.0,
+            metavar="SECONDS",
+            help="How long suspiciously many removals are held back without `mesh removals confirm`; 0: never.",
+        ),
+    ] = 300.0,
+    forget_after: Annotated[
+        float,
+        typer.Option(
+            "--forget-after", min=0.0, metavar="SECONDS", help="How long a service without endpoints stays known."
+        ),
+    ] = 600.0,
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")] = "info",
+) -> None:
+    """Run a control plane until Ctrl-C or SIGTERM. It writes one line when it is ready.
+
+    Exit code 0 after a clean stop, 1 when it cannot run, 2 when an option is wrong.
+    """
+    try:
+        from control_plane.catalog import CatalogSettings
+        from control_plane.options import ControlPlaneOptions
+        from control_plane.server import serve
+    except ModuleNotFoundError as error:
+        raise missing_extra(error) from None
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    token = read_token(consul_token_file)
+    try:
+        options = ControlPlaneOptions(
+            address=listen,
+            registry=registry,
+            data_dir=data_dir or default_data_dir(),
+            consul_token=token,
+            max_streams=max_streams,
+            debounce_quiet=debounce_quiet,
+            debounce_maximum=debounce_maximum,
+            catalog=CatalogSettings(forget_after=forget_after, guard_hold=guard_hold),
+        )
+    except (ConfigError, InvalidValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
+        asyncio.run(serve(options))
+    except OSError as error:
+        raise ConfigError(f"the control plane cannot run: {error}") from None
+
+
+def missing_extra(error: ModuleNotFoundError) -> MeshError:
+    """What to say when a package of the ``control-plane`` extra is not installed.
+
+    Raises:
+        ModuleNotFoundError: the missing module is one of grpc-mesh itself: the installation is broken.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "control_plane", "mesh_client", "mesh"):
+        raise error
+    return ConfigError(
+        f"the control plane needs the package {package!r}, which is not installed; "
+        "install it with pip install 'grpc-mesh[control-plane]'"
+    )
+
+
+def read_token(file: Path | None) -> str:
+    """The ACL token for Consul: from the file, else from the environment, else empty.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no token.
+    """
+    if file is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip()
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"--consul-token-file: {file} cannot be read: {reason}") from None
+    if not token:
+        raise ConfigError(f"--consul-token-file: {file} is empty; expected a token")
+    return token
+
+
+def default_data_dir() -> Path:
+    """``grpc-mesh`` in the user's state directory (XDG base directory specification)."""
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "grpc-mesh"

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from control_plane.documents import parse_document
 from mesh_client.core.errors import ConfigError, FieldError, InvalidPolicyError
-from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy import MAX_DOCUMENT_BYTES, ServicePolicy
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -34,7 +35,16 @@ class Document:
     @property
     def place(self) -> str:
         """Where it is, for messages."""
-        return f"{self.file}: document {self.number} (line {self.line})"
+        return f"{self.file}, document {self.number}"
+
+    @property
+    def in_place(self) -> str:
+        """The text below as many empty lines as are above it in its file, so that errors name the file's lines.
+
+        The text alone when that would make it too large for a policy.
+        """
+        moved = "\n" * (self.line - 1) + self.text
+        return moved if len(moved.encode(errors="surrogatepass")) <= MAX_DOCUMENT_BYTES else self.text
 
 
 @dataclass(slots=True)
@@ -108,15 +118,13 @@ def check(documents: Iterable[Document]) -> list[Checked]:
 
     That a service is stated twice is an error of the later document: which one counts would be an accident.
     """
-    from control_plane.policies import parse_document
-
     checked: list[Checked] = []
     stated: dict[str, Document] = {}
     for document in documents:
         result = Checked(document)
         checked.append(result)
         try:
-            result.policy = parse_document(document.text)
+            result.policy = parse_document(document.in_place)
         except InvalidPolicyError as error:
             result.errors = list(error.errors)
             continue

@@ -41,9 +41,6 @@ Files = Annotated[
     list[Path],
     typer.Argument(
         metavar="FILE...",
-        exists=True,
-        dir_okay=False,
-        allow_dash=True,
         help="YAML or JSON files, each with one or several documents; - is standard input.",
         show_default=False,
     ),
@@ -71,7 +68,7 @@ def validate(files: Files, as_json: AsJson = False) -> None:
         _write_errors(checked)
         for item in checked:
             if not item.errors:
-                console().print(f"{printable(item.document.place)}: {item.service}: valid", soft_wrap=True)
+                console().print(f"{printable(item.document.place)}: policy of {item.service} is valid", soft_wrap=True)
     if not valid:
         raise Failure
 

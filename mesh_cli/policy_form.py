@@ -19,7 +19,7 @@ _CONTEXT = 3
 
 
 def stated(policy: policy_pb2.ServicePolicy) -> dict[str, Json]:
-    """What a policy states, without defaults, as its YAML form has it; durations are numbers of seconds."""
+    """What a policy message states, as its YAML form has it; durations are numbers of seconds."""
     return to_json(policy, sparse=True)
 
 
@@ -54,8 +54,7 @@ def stated_yaml(policy: policy_pb2.ServicePolicy) -> str:
         model = ServicePolicy.parse(document)
     except InvalidPolicyError:
         return to_yaml(document)
-    # Through the model, so that durations have their unit.
-    return to_yaml(model.model_dump(mode="json", exclude_unset=True))
+    return to_yaml({"service": model.service, **model.model_dump(mode="json", exclude_defaults=True)})
 
 
 def difference(before: dict[str, Json], after: dict[str, Json], before_name: str, after_name: str) -> Iterator[str]:

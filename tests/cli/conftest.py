@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +44,7 @@ def admin() -> Iterator[ScriptedAdmin]:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compares a text with ``tests/golden/NAME``; with ``--update`` writes the file instead."""
-    update = request.config.getoption("--update", default=False) or "MESH_UPDATE_GOLDEN" in os.environ
+    update = request.config.getoption("--update")
 
     def compare(name: str, text: str) -> None:
         path = GOLDEN / name

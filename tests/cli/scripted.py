@@ -24,7 +24,7 @@ class Refusal:
 
 
 class ScriptedAdmin:
-    """Answers each method with what is in ``answers`` under its name, else with an empty message; keeps the requests."""
+    """Answers each method with what is in ``answers`` under its name, else with an empty message."""
 
     def __init__(self) -> None:
         self.address = ""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from mesh.v1 import admin_pb2
@@ -51,6 +51,7 @@ def test_a_narrow_terminal_folds_cells_and_loses_nothing(
 
 def test_watching_repeats_until_interrupted(run: Run, admin: ScriptedAdmin, capsys: pytest.CaptureFixture[str]) -> None:
     waited: list[float] = []
+    answers: Iterator[admin_pb2.GetStatusResponse | UnreachableError]
     answers = iter([samples.quiet_status(), UnreachableError("gone"), samples.healthy_status()])
 
     def fetch() -> admin_pb2.GetStatusResponse:
