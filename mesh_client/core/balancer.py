@@ -95,7 +95,7 @@ def next_rebuild(settings: LoadBalancer, nodes: Sequence[Node], now: float) -> f
 
 
 def _local_share(local_health: float, remote_health: float) -> float:
-    """Share of the calls that stay in the zone, after Envoy's priority load: what is short on both sides is scaled up."""
+    """Share of the calls that stay in the zone, after Envoy's priority load: a shortage on both sides is scaled up."""
     local = min(1.0, OVERPROVISIONING_FACTOR * local_health)
     remote = min(1.0 - local, OVERPROVISIONING_FACTOR * remote_health)
     return local / (local + remote)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ class BreakerState(enum.Enum):
     HALF_OPEN = "half-open"
 
 
-class _CallFailed(Exception):
+class _CallFailedError(Exception):
     """What pybreaker is shown for a failed call."""
 
 
@@ -49,22 +50,6 @@ class _Storage(pybreaker.CircuitMemoryStorage):
     @opened_at.setter
     def opened_at(self, _wall_clock: datetime) -> None:
         self.opened_at_seconds = self.now
-
-
-class _Transitions(pybreaker.CircuitBreakerListener):
-    """Remembers transitions, so that they are told after pybreaker has released its lock."""
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[BreakerState, BreakerState]] = []
-
-    def state_change(
-        self,
-        cb: pybreaker.CircuitBreaker,
-        old_state: pybreaker.CircuitBreakerState | None,
-        new_state: pybreaker.CircuitBreakerState,
-    ) -> None:
-        old = BreakerState.CLOSED if old_state is None else BreakerState(old_state.name)
-        self.pending.append((old, BreakerState(new_state.name)))
 
 
 class ServiceBreaker:
@@ -89,7 +74,6 @@ class ServiceBreaker:
         "_settings",
         "_state",
         "_storage",
-        "_transitions",
     )
 
     def __init__(
@@ -98,18 +82,17 @@ class ServiceBreaker:
         now: float,
         listener: Callable[[BreakerState, BreakerState], None] | None = None,
     ) -> None:
-        """``listener`` is called with the old and the new state after each transition, the breaker being in the new one.
+        """``listener`` is called with the old and the new state after each transition.
 
-        An error that it raises reaches the caller of `admit` or `settle`; the breaker is in its new state all the same.
+        The breaker is in the new state by then. An error that it raises reaches the caller of `admit` or `settle`; an
+        `admit` that raises has admitted nothing.
         """
         self._settings = settings
         self._listener = listener
         self._storage = _Storage(now)
-        self._transitions = _Transitions()
         self._machine = pybreaker.CircuitBreaker(
             fail_max=settings.consecutive_failures,
             reset_timeout=settings.open_duration,
-            listeners=[self._transitions],
             state_storage=self._storage,
             throw_new_error_on_trip=False,
         )
@@ -128,7 +111,7 @@ class ServiceBreaker:
                 return -1
             self._storage.now = now
             self._machine.half_open()
-            self._tell()
+            self._follow(BreakerState.OPEN, BreakerState.HALF_OPEN)
         if self._probes >= self._settings.half_open_probes:
             return -1
         self._probes += 1
@@ -157,13 +140,13 @@ class ServiceBreaker:
         if outcome is _SUCCESS:
             self._machine.call(_succeed)
         else:
-            try:
+            with suppress(_CallFailedError):
                 self._machine.call(_fail)
-            except _CallFailed:
-                pass
-        self._quiet = self._storage.counter == 0
-        if self._transitions.pending:
-            self._tell()
+        state = BreakerState(self._storage.state)
+        if state is not self._state:
+            self._follow(self._state, state)
+        else:
+            self._quiet = self._storage.counter == 0
 
     def state(self, now: float) -> BreakerState:
         """The state at ``now``: open becomes half-open by the clock, even before the first probe. Changes nothing."""
@@ -177,17 +160,14 @@ class ServiceBreaker:
             return 0.0
         return max(0.0, self._storage.opened_at_seconds + self._settings.open_duration - now)
 
-    def _tell(self) -> None:
-        transitions = self._transitions.pending[:]
-        self._transitions.pending.clear()
-        for old, new in transitions:
-            self._state = new
-            self._generation += 1
-            self._probes = 0
-            self._closed = new is BreakerState.CLOSED
-            self._quiet = self._closed
-            if self._listener is not None:
-                self._listener(old, new)
+    def _follow(self, old: BreakerState, new: BreakerState) -> None:
+        """Begin a new generation where pybreaker has changed its state; then tell the listener."""
+        self._state = new
+        self._generation += 1
+        self._probes = 0
+        self._closed = self._quiet = new is BreakerState.CLOSED
+        if self._listener is not None:
+            self._listener(old, new)
 
 
 def _succeed() -> None:
@@ -195,4 +175,4 @@ def _succeed() -> None:
 
 
 def _fail() -> None:
-    raise _CallFailed
+    raise _CallFailedError

@@ -45,9 +45,7 @@ class EndpointLoad:
         self._measured_at = 0.0
 
     def start(self, now: float) -> None:
-        """A call begins at ``now``."""
-        if not self.outstanding and not self._cost:
-            self._measured_at = now
+        """A call begins."""
         self.outstanding += 1
 
     def finish(self, started_at: float, now: float, outcome: Outcome) -> None:
@@ -63,16 +61,14 @@ class EndpointLoad:
             raise InvalidTransitionError("a call finished on an endpoint that has none in flight")
         self.outstanding -= 1
         latency = now - started_at
-        remaining = math.exp((self._measured_at - now) / self._decay)
+        cost = self._cost
+        remaining = math.exp((self._measured_at - now) / self._decay) if cost else 0.0
         if outcome is not _SUCCESS:
             if outcome is not _NEUTRAL and latency < FAILURE_LATENCY:
                 latency = FAILURE_LATENCY
-            if latency <= self._cost * remaining:
+            if latency <= cost * remaining:
                 return
-        if latency > self._cost:
-            self._cost = latency
-        else:
-            self._cost = latency + (self._cost - latency) * remaining
+        self._cost = latency if latency > cost else latency + (cost - latency) * remaining
         self._measured_at = now
 
     def latency_cost(self, now: float) -> float:

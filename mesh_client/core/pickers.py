@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect_left, bisect_right
 from itertools import accumulate, cycle
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 RING_POINTS = 160
 """Points on the ring of an endpoint of average weight, as in ketama: shares differ by about 8%."""
 
-MAX_SCHEDULE = 16_384
-"""Longest period of a smooth weighted round robin that is remembered and replayed."""
+MAX_SCHEDULE_WORK = 20_000
+"""Turns times nodes up to which a smooth weighted order is worked out beforehand: about a millisecond."""
+
+DRAWS_BEFORE_SEARCH = 4
+"""Draws of a retry before it looks for the nodes that it has not tried."""
 
 _POINTS_PER_DIGEST = 8
 _OWNER_BITS = 20
 _OWNER_MASK = (1 << _OWNER_BITS) - 1
+
+_Item = TypeVar("_Item")
 
 
 class WeightedPicker(Protocol):
@@ -72,9 +77,8 @@ class RoundRobinPicker:
     __slots__ = ("_count", "_turns")
 
     def __init__(self, nodes: Sequence[Node], rng: Random) -> None:
-        first = rng.randrange(len(nodes))
         self._count = len(nodes)
-        self._turns: Iterator[Node] = cycle((*nodes[first:], *nodes[:first]))
+        self._turns = _cycle_from(nodes, rng)
 
     def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
         """The next node; excluded ones lose their turn."""
@@ -91,68 +95,80 @@ class SmoothWeightedPicker:
     """Weighted round robin that spreads each node's turns evenly.
 
     nginx's algorithm (https://github.com/nginx/nginx/commit/52327e0627f49dbda1e8db695e63a4b0af4448b1): every turn adds
-    its weight to each node's credit; the node with most credit is picked and pays the sum of weights. With whole
-    weights the order repeats after ``sum / gcd`` turns, so the first round is remembered and then replayed.
+    its weight to each node's credit; the node with most credit is picked and pays the sum of weights. Nodes of equal
+    weight share one entry and take turns within it. With whole weights the order of the entries repeats after
+    ``sum / gcd`` turns: unless that is very long it is worked out once and replayed from a random turn on. Otherwise,
+    in slow start too, a pick is linear in the number of nodes.
     """
 
-    __slots__ = ("_credits", "_nodes", "_period", "_rng", "_schedule", "_total", "_turns", "_weights")
+    __slots__ = ("_credits", "_nodes", "_rng", "_total", "_turns", "_weights")
 
     def __init__(self, nodes: Sequence[Node], weights: Sequence[float], rng: Random) -> None:
         self._nodes = tuple(nodes)
         self._rng = rng
         self._weights: tuple[float, ...] = ()
         self._total = 0.0
-        self._period = 0
-        self._schedule: list[Node] = []
-        self._turns: Iterator[Node] | None = None
-        # Random first credits are a random phase: without them every client would begin with the heaviest node.
+        self._turns: Iterator[Iterator[Node]] | None = None
+        # Without a random phase every client would begin with the heaviest node.
         self._credits = [rng.random() * weight for weight in weights]
+        self._credits[rng.choices(range(len(weights)), weights)[0]] += math.fsum(weights)
         self.reweigh(weights)
 
     def reweigh(self, weights: Sequence[float]) -> None:
         """Use these weights from now on; credits stay."""
         self._weights = tuple(weights)
         self._total = math.fsum(weights)
-        self._schedule = []
-        self._turns = None
-        self._period = 0
-        if all(float(weight).is_integer() for weight in weights):
-            whole = [int(weight) for weight in weights]
-            period = sum(whole) // math.gcd(*whole)
-            self._period = period if period <= MAX_SCHEDULE else 0
+        self._turns = self._plan([int(weight) for weight in weights]) if _all_whole(weights) else None
+
+    def _plan(self, weights: Sequence[int]) -> Iterator[Iterator[Node]] | None:
+        groups: dict[int, list[Node]] = {}
+        for node, weight in zip(self._nodes, weights, strict=True):
+            groups.setdefault(weight, []).append(node)
+        shares = [weight * len(nodes) for weight, nodes in groups.items()]
+        period = sum(shares) // math.gcd(*shares)
+        if period * len(shares) > MAX_SCHEDULE_WORK:
+            return None
+        balance = [0.0] * len(shares)
+        total = sum(shares)
+        entries = [_cycle_from(nodes, self._rng) for nodes in groups.values()]
+        return _cycle_from([entries[_smooth_turn(balance, shares, total)] for _ in range(period)], self._rng)
 
     def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
         """The node whose turn it is; excluded ones lose theirs."""
         turns = self._turns
-        node = self._compute() if turns is None else next(turns)
+        if turns is None:
+            node = self._nodes[_smooth_turn(self._credits, self._weights, self._total)]
+        else:
+            node = next(next(turns))
         if excluded and node in excluded:
-            return self._other(node, excluded)
+            others = [index for index, other in enumerate(self._nodes) if other not in excluded]
+            if others:
+                return self._nodes[self._rng.choices(others, [self._weights[index] for index in others])[0]]
         return node
 
-    def _compute(self) -> Node:
-        credits = self._credits
-        best = 0
-        for index, weight in enumerate(self._weights):
-            credit = credits[index] = credits[index] + weight
-            if credit > credits[best]:
-                best = index
-        credits[best] -= self._total
-        node = self._nodes[best]
-        if self._period:
-            self._schedule.append(node)
-            if len(self._schedule) == self._period:
-                self._turns = cycle(self._schedule)
-        return node
 
-    def _other(self, node: Node, excluded: Collection[Node]) -> Node:
-        others = [index for index, other in enumerate(self._nodes) if other not in excluded]
-        if not others:
-            return node
-        return self._nodes[self._rng.choices(others, [self._weights[index] for index in others])[0]]
+def _cycle_from(items: Sequence[_Item], rng: Random) -> Iterator[_Item]:
+    """The items in turn for ever, from a random one on."""
+    first = rng.randrange(len(items))
+    return cycle((*items[first:], *items[:first]))
+
+
+def _all_whole(weights: Sequence[float]) -> bool:
+    return all(weight == int(weight) for weight in weights)
+
+
+def _smooth_turn(balance: list[float], weights: Sequence[float], total: float) -> int:
+    best = 0
+    for index, weight in enumerate(weights):
+        credit = balance[index] = balance[index] + weight
+        if credit > balance[best]:
+            best = index
+    balance[best] -= total
+    return best
 
 
 class _SamplingPicker:
-    """What the pickers that draw at random share: weights, and a retry's draw among the nodes it has not tried."""
+    """What the pickers that draw at random share: weights, and what a retry does about nodes it has tried."""
 
     __slots__ = ("_bounds", "_count", "_last", "_nodes", "_random", "_rng", "_total", "_uniform", "_weights")
 
@@ -172,23 +188,22 @@ class _SamplingPicker:
         self._uniform = min(weights) == max(weights)
 
     def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
-        """A node of those not excluded, or of all when every one is."""
-        if excluded:
-            return self._pick_other(excluded, now)
-        return self._draw(now)
-
-    def _draw(self, now: float) -> Node:
+        """A drawn node; one that is not excluded while there is any."""
         raise NotImplementedError
 
     def _pick_other(self, excluded: Collection[Node], now: float) -> Node:
-        # Linear, but only retries come here.
+        """A few draws nearly always find a node that is not excluded; if not, draw among those alone."""
+        for _ in range(DRAWS_BEFORE_SEARCH):
+            node = self.pick(None, (), now)
+            if node not in excluded:
+                return node
         left = [pair for pair in zip(self._nodes, self._weights, strict=True) if pair[0] not in excluded]
         if not left:
-            return self._draw(now)
+            return self.pick(None, (), now)
         if len(left) == 1:
             return left[0][0]
         nodes, weights = zip(*left, strict=True)
-        return type(self)(nodes, weights, self._rng)._draw(now)
+        return type(self)(nodes, weights, self._rng).pick(None, (), now)
 
 
 class RandomPicker(_SamplingPicker):
@@ -196,7 +211,10 @@ class RandomPicker(_SamplingPicker):
 
     __slots__ = ()
 
-    def _draw(self, now: float) -> Node:
+    def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
+        """A node."""
+        if excluded:
+            return self._pick_other(excluded, now)
         if self._uniform:
             return self._nodes[int(self._random() * self._count)]
         return self._nodes[bisect_right(self._bounds, self._random() * self._total, 0, self._last)]
@@ -212,7 +230,10 @@ class LeastRequestPicker(_SamplingPicker):
 
     __slots__ = ()
 
-    def _draw(self, now: float) -> Node:
+    def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
+        """A node."""
+        if excluded:
+            return self._pick_other(excluded, now)
         nodes = self._nodes
         random = self._random
         if self._uniform:
@@ -248,7 +269,10 @@ class PeakEwmaPicker(_SamplingPicker):
 
     __slots__ = ()
 
-    def _draw(self, now: float) -> Node:
+    def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
+        """A node."""
+        if excluded:
+            return self._pick_other(excluded, now)
         random = self._random
         first = int(random() * self._count)
         second = int(random() * self._last)
