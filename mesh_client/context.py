@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from typing import Protocol
 from urllib.parse import unquote
 
-
 CALLER_METADATA_KEY = "mesh-caller"
 """Metadata by which a client says which service it belongs to. Unproven until there is identity: good for sharing out
 load among callers, never for authorization."""

@@ -1,4 +1,4 @@
-"""When and where a server registers, and whether it is well. Pure: `mesh_client.registration` does what these decide."""
+"""When and where a server registers, and whether it is well: what `mesh_client.registration` obeys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from random import Random
 
 from mesh_client.core.errors import ConfigError, InvalidTransitionError
+from mesh_client.core.policy import Backoff
+from mesh_client.core.retry import backoff_delay
 
-FIRST_WAIT = 0.2
-"""Seconds; bound of the first wait after a failure."""
-LONGEST_WAIT = 10.0
-"""Seconds; bound that the waits grow to, and the least wait after a refusal is half of it."""
+WAITS = Backoff(initial=0.2, max=10.0, multiplier=2.0)
+"""Waits between rounds over all addresses."""
 
 
 class RegistrationState(enum.Enum):
@@ -48,8 +48,8 @@ class Registration:
     """Keeps one registration alive through several registries that can each break at any time.
 
     A failure moves on to the next address. Each round over all addresses waits longer: full jitter over exponential
-    growth (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/), reset only by a registration
-    that was confirmed. A refusal is waited out longer from the start, since trying again soon cannot help.
+    growth, reset only by a registration that was confirmed. A refusal is waited out longer from the start, since trying
+    again soon cannot help.
 
     Args:
         addresses: registries, in the order of preference; at least one.
@@ -108,9 +108,7 @@ class Registration:
         Raises:
             InvalidTransitionError: none was attempted.
         """
-        self._require(
-            "confirm", RegistrationState.ATTEMPTING, RegistrationState.REGISTERED, RegistrationState.LEAVING
-        )
+        self._require("confirm", RegistrationState.ATTEMPTING, RegistrationState.REGISTERED, RegistrationState.LEAVING)
         if self._state is not RegistrationState.ATTEMPTING:
             return False
         self._failures = 0
@@ -137,10 +135,9 @@ class Registration:
         self._failures += 1
         self._next = (self._next + 1) % len(self._addresses)
         if refused:
-            wait = self._rng.uniform(LONGEST_WAIT / 2, LONGEST_WAIT)
+            wait = self._rng.uniform(WAITS.max / 2, WAITS.max)
         else:
-            rounds = (self._failures - 1) // len(self._addresses)
-            wait = self._rng.uniform(0.0, min(LONGEST_WAIT, FIRST_WAIT * 2.0 ** min(rounds, 16)))
+            wait = backoff_delay(WAITS, 1 + (self._failures - 1) // len(self._addresses), self._rng)
         self._due = now + wait
         self._enter(RegistrationState.WAITING, now)
 

@@ -1,0 +1,271 @@
+"""What a server does with each call before its handler runs: context for outbound calls, load shedding, rate limits.
+
+Handlers are wrapped once, when they are registered: unlike an interceptor this costs a call no further await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Protocol, cast
+
+import grpc
+import grpc.aio
+
+from mesh_client.context import CALLER_METADATA_KEY, InboundCall, inbound, parse_peer_ip
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
+from mesh_client.core.retry import PUSHBACK_KEY
+
+SHED_PUSHBACK = (0.05, 0.15)
+"""Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
+
+_MAX_WRAPPED_METHODS = 1000
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class CallContext(Protocol):
+    """What the asynchronous and the synchronous servicer context have in common."""
+
+    def peer(self) -> str:
+        """Address of the caller."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds to the deadline."""
+
+    def invocation_metadata(self) -> Any:
+        """Metadata pairs."""
+
+    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...]) -> None:
+        """What the status will carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a call is not admitted, and when it would be."""
+
+    details: str
+    retry_after: float
+    """Seconds."""
+
+
+class Admission:
+    """Admits calls to one server, as its service's policy says. Without limits in the policy it admits every call.
+
+    Args:
+        rng: draws pushback times of shed calls.
+    """
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        # Handlers that are plain functions run in grpc's threads.
+        self._lock = threading.Lock()
+        self._gate = ConcurrencyGate(None)
+        self._policy: ServicePolicy | None = None
+        self._limiter: RateLimiter | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that have been admitted and are not finished."""
+        return self._gate.in_flight
+
+    def apply(self, policy: ServicePolicy) -> None:
+        """Obeys a policy from the next call on. Buckets start full again only if the rate limits changed."""
+        with self._lock:
+            before = self._policy.rate_limits if self._policy is not None else ()
+            if policy.rate_limits != before:
+                self._limiter = RateLimiter(policy.rate_limits, time.monotonic()) if policy.rate_limits else None
+            self._gate.limit = policy.server_concurrency_limit.max_in_flight
+            self._policy = policy
+
+    def wrap_generic(self, handler: grpc.GenericRpcHandler) -> grpc.GenericRpcHandler:
+        """A handler that admits the calls of every method that ``handler`` finds."""
+        return _AdmittingGenericHandler(self, handler)
+
+    def wrap_methods(self, service_name: str, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
+        """Handlers by method name, each admitting its calls."""
+        return {name: self.wrap(f"/{service_name}/{name}", handler) for name, handler in handlers.items()}
+
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """One handler that admits its calls. It stays what it was: coroutine, generator or plain function.
+
+        Args:
+            method: full name with leading slash.
+            handler: the handler.
+        """
+        make, behavior = _kind(handler)
+        wrapped: Callable[..., Any]
+        if inspect.isasyncgenfunction(behavior):
+            wrapped = self._wrap_generator(method, behavior)
+        elif inspect.iscoroutinefunction(behavior):
+            wrapped = self._wrap_coroutine(method, behavior)
+        elif handler.response_streaming:
+            wrapped = self._wrap_plain_stream(method, behavior)
+        else:
+            wrapped = self._wrap_plain(method, behavior)
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    def _wrap_coroutine(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            refusal = self._enter(method, context)
+            if refusal is not None:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = None
+            try:
+                call = _begin(context)
+                return await behavior(request, context)
+            except asyncio.CancelledError:
+                if call is not None:
+                    call.cancel()
+                raise
+            finally:
+                self._leave()
+
+        return admit
+
+    def _wrap_generator(
+        self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]]
+    ) -> Callable[..., AsyncIterator[Any]]:
+        async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            refusal = self._enter(method, context)
+            if refusal is not None:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = None
+            try:
+                call = _begin(context)
+                async with contextlib.aclosing(behavior(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                # A call that is cancelled while it writes a response ends the generator in place of cancelling it.
+                if call is not None:
+                    call.cancel()
+                raise
+            finally:
+                self._leave()
+
+        return admit
+
+    def _wrap_plain(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Any]:
+        def admit(request: Any, context: grpc.ServicerContext) -> Any:
+            refusal = self._enter(method, context)
+            if refusal is not None:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            try:
+                _begin(context)
+                return behavior(request, context)
+            finally:
+                inbound.set(None)  # the thread and its context outlive the call
+                self._leave()
+
+        return admit
+
+    def _wrap_plain_stream(self, method: str, behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            refusal = self._enter(method, context)
+            if refusal is not None:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            try:
+                _begin(context)
+                yield from behavior(request, context)
+            finally:
+                inbound.set(None)
+                self._leave()
+
+        return admit
+
+    def _enter(self, method: str, context: CallContext) -> Refusal | None:
+        """Counts the call in, or says why it is refused."""
+        refusal = None
+        with self._lock:
+            if not self._gate.enter():
+                refusal = Refusal(
+                    f"{self._gate.in_flight} calls are in flight, which is all that this instance admits; "
+                    "call another one, or later",
+                    self._rng.uniform(*SHED_PUSHBACK),
+                )
+            elif self._limiter is not None:
+                refusal = self._limit_rate(self._limiter, method, context)
+                if refusal is not None:
+                    self._gate.leave()
+        if refusal is not None:
+            context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
+        return refusal
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._gate.leave()
+
+    @staticmethod
+    def _limit_rate(limiter: RateLimiter, method: str, context: CallContext) -> Refusal | None:
+        caller = _caller(context)
+        verdict = limiter.take(caller, method, time.monotonic())
+        if verdict.limit is None:
+            return None
+        return Refusal(
+            f"{caller} exceeds {verdict.limit.requests_per_second:g} calls a second to {verdict.limit.method} of this "
+            f"instance; next in {verdict.retry_after:.3f} s",
+            verdict.retry_after,
+        )
+
+
+class _AdmittingGenericHandler(grpc.GenericRpcHandler):
+    """Wraps what another generic handler finds. What it finds again for a method is not wrapped again."""
+
+    def __init__(self, admission: Admission, handler: grpc.GenericRpcHandler) -> None:
+        self._admission = admission
+        self._handler = handler
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        found = self._handler.service(handler_call_details)
+        if found is None:
+            return None
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None and known[0] is found:
+            return known[1]
+        if len(self._wrapped) >= _MAX_WRAPPED_METHODS:  # a proxy that serves whatever method it is asked for
+            self._wrapped.clear()
+        wrapped = self._admission.wrap(method, found)
+        self._wrapped[method] = (found, wrapped)
+        return wrapped
+
+
+def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]:
+    """How to make a handler of the same kind of RPC, and the function in this one."""
+    make: Callable[..., Handler]
+    if handler.request_streaming and handler.response_streaming:
+        make, behavior = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+    elif handler.request_streaming:
+        make, behavior = grpc.stream_unary_rpc_method_handler, handler.stream_unary
+    elif handler.response_streaming:
+        make, behavior = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+    else:
+        make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+    return make, cast("Callable[..., Any]", behavior)
+
+
+def _begin(context: CallContext) -> InboundCall:
+    """Makes the call the one that the running context serves."""
+    remaining = context.time_remaining()
+    deadline = None if remaining is None else time.monotonic() + remaining
+    call = InboundCall(deadline, parse_peer_ip(context.peer()))
+    inbound.set(call)
+    return call
+
+
+def _caller(context: CallContext) -> str:
+    """Whose bucket a call draws from: the service that the caller names, else the address that it calls from."""
+    for key, value in context.invocation_metadata():
+        if key == CALLER_METADATA_KEY and isinstance(value, str):
+            return value[:64]
+    return parse_peer_ip(context.peer()) or "unknown"

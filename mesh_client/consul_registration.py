@@ -1,0 +1,267 @@
+"""Registers a server with a Consul agent. Needs the ``consul`` extra: ``pip install 'grpc-mesh[consul]'``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from random import Random
+
+import requests
+from consul import base, std
+
+from mesh_client.addresses import HostPort
+from mesh_client.core.model import Endpoint
+from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
+
+logger = logging.getLogger(__name__)
+
+TAG = "grpc-mesh"
+"""Marks registrations that the control plane takes for endpoints."""
+
+ZONE_KEY = "mesh-zone"
+REGION_KEY = "mesh-region"
+DRAINING_KEY = "mesh-draining"
+ACL_VARIABLE = "CONSUL_HTTP_TOKEN"
+"""Environment variable of the ACL token, as in Consul's own tools."""
+
+DEREGISTER_AFTER = "1m"
+"""How long a critical registration is kept; Consul's own minimum."""
+
+AGENT_TIMEOUT = 5.0
+"""Seconds for the agent to answer."""
+
+
+class AgentError(Exception):
+    """The agent did not do what it was asked.
+
+    Attributes:
+        refused: it answered that it may not, so that only a change elsewhere can help.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+def service_definition(service: str, endpoint: Endpoint, check_lifetime: float, *, draining: bool) -> dict[str, object]:
+    """What ``/v1/agent/service/register`` takes (https://developer.hashicorp.com/consul/api-docs/agent/service).
+
+    Args:
+        service: the service.
+        endpoint: the endpoint. Its id becomes Consul's service id, which must be unique on the agent.
+        check_lifetime: seconds that one report of a passed self-check lasts.
+        draining: whether the endpoint is leaving.
+    """
+    meta = dict(endpoint.metadata)
+    if endpoint.locality.zone:
+        meta[ZONE_KEY] = endpoint.locality.zone
+    if endpoint.locality.region:
+        meta[REGION_KEY] = endpoint.locality.region
+    if draining:
+        meta[DRAINING_KEY] = "true"
+    return {
+        "ID": endpoint.id,
+        "Name": service,
+        "Tags": [TAG],
+        "Address": endpoint.address,
+        "Port": endpoint.port,
+        "Meta": meta,
+        "Weights": {"Passing": endpoint.weight, "Warning": 1},
+        "Check": {
+            "CheckID": check_id(endpoint),
+            "Name": "self-check over gRPC",
+            "TTL": f"{check_lifetime:g}s",
+            "DeregisterCriticalServiceAfter": DEREGISTER_AFTER,
+        },
+    }
+
+
+def check_id(endpoint: Endpoint) -> str:
+    """Id of the endpoint's TTL check."""
+    return f"grpc-mesh:{endpoint.id}"
+
+
+class ConsulAgent:
+    """The calls to a Consul agent that registration needs, off the event loop.
+
+    python-consul2 blocks, so it runs in one thread of its own. Its ``Consul`` class lets ``CONSUL_HTTP_ADDR`` override
+    the address it is given and knows no weights; its HTTP client does neither harm.
+
+    Args:
+        address: the agent.
+        token: ACL token, or empty.
+    """
+
+    def __init__(self, address: HostPort, token: str) -> None:
+        self._http = std.HTTPClient(host=address.host, port=address.port, timeout=AGENT_TIMEOUT)
+        self._http.session.trust_env = False
+        self._headers = {"X-Consul-Token": token} if token else {}
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="consul-agent")
+
+    async def register(self, definition: dict[str, object]) -> None:
+        """Registers, or replaces what is registered with the same id.
+
+        Raises:
+            AgentError: it is not registered.
+        """
+        await self._put("/v1/agent/service/register", data=json.dumps(definition))
+
+    async def report(self, check: str, verdict: Verdict) -> None:
+        """Reports a TTL check.
+
+        Raises:
+            AgentError: the agent does not know the check, or did not take the report.
+        """
+        verb = "pass" if verdict.healthy else "fail"
+        await self._put(f"/v1/agent/check/{verb}/{check}", params=[("note", verdict.detail)])
+
+    async def deregister(self, service_id: str) -> None:
+        """Deregisters; an id that the agent does not know is none of our business any more.
+
+        Raises:
+            AgentError: it may still be registered.
+        """
+        await self._put(f"/v1/agent/service/deregister/{service_id}", unknown_is_fine=True)
+
+    def close(self) -> None:
+        """Lets the thread end once its last call has."""
+        self._thread.shutdown(wait=False)
+        self._http.session.close()
+
+    async def _put(
+        self,
+        path: str,
+        *,
+        params: list[tuple[str, str]] | None = None,
+        data: str = "",
+        unknown_is_fine: bool = False,
+    ) -> None:
+        put = partial(self._http.put, _answer, path, params=params, data=data, headers=self._headers)
+        try:
+            answer = await asyncio.get_running_loop().run_in_executor(self._thread, put)
+        except requests.RequestException as error:
+            raise AgentError(f"{type(error).__name__}: {error}") from error
+        if answer.code == 200 or (unknown_is_fine and _says_unknown(answer)):
+            return
+        raise AgentError(f"{answer.code} {answer.body.strip()[:200]}", refused=answer.code in (400, 401, 403))
+
+
+def _answer(response: base.Response) -> base.Response:
+    return response
+
+
+def _says_unknown(answer: base.Response) -> bool:
+    return answer.code == 404 or (answer.code == 500 and "nknown service" in answer.body)
+
+
+class ConsulRegistrar:
+    """Keeps an endpoint registered with a Consul agent, with a TTL check that real self-checks feed.
+
+    An agent that has forgotten the registration, because it restarted, refuses the next report; that registers anew.
+
+    Args:
+        service: the service.
+        endpoint: the endpoint.
+        agent: the Consul agent's address.
+        interval: seconds between reports; one report lasts three times as long and a second.
+        rng: draws waits between attempts.
+    """
+
+    def __init__(self, service: str, endpoint: Endpoint, agent: HostPort, interval: float, rng: Random) -> None:
+        self._service = service
+        self._endpoint = endpoint
+        self._lifetime = 3 * interval + 1.0
+        self._agent = ConsulAgent(agent, os.environ.get(ACL_VARIABLE, ""))
+        self._machine = Registration([str(agent)], rng, time.monotonic())
+        self._verdict: Verdict | None = None
+        self._reported = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def status(self) -> RegistrationStatus:
+        """Where the registration stands."""
+        return self._machine.status()
+
+    def start(self) -> None:
+        """Begins to register, in the background of the running event loop."""
+        self._task = asyncio.create_task(self._run(), name=f"Consul registration of {self._endpoint.id}")
+
+    def report(self, verdict: Verdict) -> None:
+        """Passes on what a self-check found; without such reports the check turns critical by itself."""
+        self._verdict = verdict
+        self._reported.set()
+
+    async def announce_drain(self) -> None:
+        """Marks the registration as draining, for control planes that `drain_everywhere` cannot reach."""
+        was_registered = self._machine.state is RegistrationState.REGISTERED
+        self._machine.leave(time.monotonic())
+        await self._end_task()
+        if was_registered:
+            try:
+                await self._agent.register(self._definition(draining=True))
+                await self._agent.report(check_id(self._endpoint), Verdict(True, "draining"))
+            except AgentError as error:
+                logger.warning("marking %s/%s as draining: %s", self._service, self._endpoint.id, error)
+
+    async def deregister(self) -> None:
+        """Deregisters from the agent, whatever is known of the registration."""
+        self._machine.leave(time.monotonic())
+        await self._end_task()
+        try:
+            await self._agent.deregister(self._endpoint.id)
+        except AgentError as error:
+            logger.warning(
+                "deregistration of %s/%s: %s; Consul removes it when its check has been critical for %s",
+                self._service,
+                self._endpoint.id,
+                error,
+                DEREGISTER_AFTER,
+            )
+        else:
+            self._machine.left(time.monotonic())
+            logger.info("deregistered %s/%s from Consul", self._service, self._endpoint.id)
+        self._agent.close()
+
+    async def close(self) -> None:
+        """Ends every background task at once; the check turns critical for want of reports."""
+        self._machine.leave(time.monotonic())
+        await self._end_task()
+        self._agent.close()
+
+    async def _run(self) -> None:
+        while self._machine.state is RegistrationState.WAITING:
+            wait = self._machine.wait(time.monotonic())
+            if wait > 0.0:
+                await asyncio.sleep(wait)
+                continue
+            address = self._machine.attempt(time.monotonic())
+            try:
+                await self._agent.register(self._definition(draining=False))
+                await self._pass_on_verdict()
+                self._machine.confirmed(time.monotonic())
+                logger.info("registered %s/%s with Consul at %s", self._service, self._endpoint.id, address)
+                while True:
+                    await self._reported.wait()
+                    await self._pass_on_verdict()
+            except AgentError as error:
+                self._machine.failed(time.monotonic(), f"{address}: {error}", refused=error.refused)
+                logger.warning(
+                    "registration of %s/%s with Consul at %s: %s", self._service, self._endpoint.id, address, error
+                )
+
+    async def _pass_on_verdict(self) -> None:
+        self._reported.clear()
+        if self._verdict is not None:
+            await self._agent.report(check_id(self._endpoint), self._verdict)
+
+    async def _end_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def _definition(self, *, draining: bool) -> dict[str, object]:
+        return service_definition(self._service, self._endpoint, self._lifetime, draining=draining)

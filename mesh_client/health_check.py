@@ -1,0 +1,105 @@
+"""The standard gRPC health service of a server, and the server's check of itself through its own port.
+
+Needs the ``server`` extra: ``pip install 'grpc-mesh[server]'``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mesh_client.core.registration import SelfCheckRecord, Verdict
+from mesh_client.transport import open_channel
+
+logger = logging.getLogger(__name__)
+
+SERVICE_NAME: str = health.SERVICE_NAME
+"""``grpc.health.v1.Health``."""
+
+CHECK_TIMEOUT = 2.0
+"""Seconds; a self-check that takes longer is unanswered."""
+
+
+class HealthReporter:
+    """What the health service says of this server as a whole, and of each of its services.
+
+    The overall status is that of the empty name. After `enter_shutdown` everything is NOT_SERVING for good.
+    """
+
+    def __init__(self) -> None:
+        self._servicer = health.aio.HealthServicer()
+        self._names: tuple[str, ...] = ("",)
+
+    async def add_to(self, server: grpc.aio.Server, service_names: Iterable[str]) -> None:
+        """Adds the health service to a server that has not started; every named service is SERVING."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        self._names = ("", *service_names)
+        for name in self._names:
+            await self._servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def set_serving(self, serving: bool, service_name: str | None = None) -> None:
+        """Changes the status of one service, of the server as a whole for ``""``, or of everything for None."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names if service_name is None else (service_name,):
+            await self._servicer.set(name, status)
+
+    async def enter_shutdown(self) -> None:
+        """Everything is NOT_SERVING from now on; watchers are told."""
+        await self._servicer.enter_graceful_shutdown()
+
+
+class SelfCheck:
+    """Calls the server's own health service through its real listening port, again and again.
+
+    What it finds is what registries are told, so a server whose event loop hangs, whose port is gone or that says of
+    itself that it is not serving stops being offered to callers.
+
+    Args:
+        target: the server's own address, as ``host:port``.
+        interval: seconds between checks.
+        report: told of every verdict, in the event loop.
+    """
+
+    def __init__(self, target: str, interval: float, report: Callable[[Verdict], None]) -> None:
+        self._interval = interval
+        self._report = report
+        self._record = SelfCheckRecord()
+        self._channel = open_channel(target)
+        self._stub = health_pb2_grpc.HealthStub(self._channel)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the last decisive check found."""
+        return self._record.verdict
+
+    async def check(self) -> Verdict | None:
+        """Checks once, within `CHECK_TIMEOUT`; None when the check got no answer and that decides nothing yet."""
+        try:
+            response = await self._stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT)
+        except grpc.aio.AioRpcError as error:
+            return self._record.unanswered(f"self-check failed: {error.code().name} {error.details()}")
+        if response.status == health_pb2.HealthCheckResponse.SERVING:
+            return self._record.answered(True, "self-check passed")
+        status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        return self._record.answered(False, f"self-check: the server says {status}")
+
+    async def run(self) -> None:
+        """Checks until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval)
+            before = self._record.verdict
+            verdict = await self.check()
+            if verdict is None:
+                continue
+            if verdict.healthy != before.healthy:
+                logger.log(logging.INFO if verdict.healthy else logging.WARNING, "%s", verdict.detail)
+            self._report(verdict)
+
+    async def close(self) -> None:
+        """Closes its connection."""
+        await self._channel.close()

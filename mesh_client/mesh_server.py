@@ -1,0 +1,428 @@
+"""A gRPC server that is part of the mesh: registered, checked, limited, and taken out without a failed call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from grpc_reflection.v1alpha import reflection
+
+from mesh_client.addresses import HostPort, address_towards, parse_host_port
+from mesh_client.admission import Admission
+from mesh_client.core.errors import ConfigError, InvalidTransitionError, MeshError
+from mesh_client.core.model import Endpoint
+from mesh_client.core.registration import RegistrationStatus, Verdict
+from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
+from mesh_client.health_check import HealthReporter, SelfCheck
+from mesh_client.mesh import connect
+from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
+from mesh_client.stop_signals import StopSignals
+from mesh_client.transport import add_port
+
+if TYPE_CHECKING:
+    from mesh_client.core.policy import ServicePolicy
+    from mesh_client.mesh import Mesh
+    from mesh_client.server import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+BLIND_DRAIN = 1.0
+"""Seconds to go on serving when no control plane could be told of the drain."""
+
+LINGER = 0.2
+"""Seconds to go on serving after the drain, for calls that were on the wire when their caller acknowledged it."""
+
+START_CHECKS = 3
+"""Self-checks that may go unanswered before a start counts as failed."""
+
+EXIT_CLEAN = 0
+"""Exit code after a shutdown that went its whole way."""
+EXIT_FAILED = 1
+"""Exit code when serving failed, or a second signal cut the shutdown short."""
+
+
+class Phase(enum.Enum):
+    """Where a server's life stands; it only moves forward."""
+
+    NEW = "new"
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    """Reports NOT_SERVING and waits for its callers to know; every call is still served."""
+    STOPPING = "stopping"
+    """Takes no new calls; those in flight have the grace period."""
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """A server in plain data."""
+
+    service: str
+    instance_id: str
+    phase: Phase
+    endpoint: Endpoint | None
+    """What is registered; None before the start."""
+    health: Verdict
+    """What the last self-check found."""
+    registration: RegistrationStatus
+    in_flight: int
+    """Calls being served."""
+
+
+class MeshServer(grpc.aio.Server):
+    """A `grpc.aio.Server` that is part of the mesh. Made by `server`.
+
+    Use either ``raise SystemExit(await server.serve())``, or `start` and `stop`.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, inner: grpc.aio.Server, mesh: Mesh | None, policy: ServicePolicy | None
+    ) -> None:
+        self._settings = settings
+        self._inner = inner
+        self._rng = random.Random()
+        self._admission = Admission(self._rng)
+        self._policy = policy
+        self._policies = _PolicyWatch(settings, mesh, self._admission.apply)
+        self._service_names: list[str] = []
+        self._phase = Phase.NEW
+        self._endpoint: Endpoint | None = None
+        self._port = 0
+        self._health = HealthReporter()
+        self._self_check: SelfCheck | None = None
+        self._check_task: asyncio.Task[None] | None = None
+        self._registrar: Registrar = NoRegistrar("not started")
+        self._shutdown: asyncio.Task[None] | None = None
+
+    # -- grpc.aio.Server
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Adds handlers, as generated code does. Only before the start."""
+        handlers = list(generic_rpc_handlers)
+        for handler in handlers:
+            if isinstance(handler, grpc.ServiceRpcHandler):
+                self._add_name(handler.service_name())
+        self._inner.add_generic_rpc_handlers([self._admission.wrap_generic(handler) for handler in handlers])
+
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+    ) -> None:
+        """Adds handlers by method name, as generated code does. Only before the start."""
+        self._add_name(service_name)
+        wrapped = self._admission.wrap_methods(service_name, method_handlers)
+        self._inner.add_registered_method_handlers(service_name, wrapped)
+
+    def add_insecure_port(self, address: str) -> int:
+        """Opens one more port, beside the one that is registered with the mesh."""
+        return self._inner.add_insecure_port(address)
+
+    def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
+        """Opens one more port, beside the one that is registered with the mesh."""
+        return self._inner.add_secure_port(address, server_credentials)
+
+    async def start(self) -> None:
+        """Listens, checks that it answers on its own port, then registers, which goes on in the background.
+
+        Raises:
+            ConfigError: the port cannot be bound, or it is not known which address to advertise.
+            MeshError: it does not answer on its own port.
+            InvalidTransitionError: it was started before.
+        """
+        if self._phase is not Phase.NEW:
+            raise InvalidTransitionError(f"cannot start a server that is {self._phase.value}")
+        self._phase = Phase.STARTING
+        try:
+            await self._start()
+        except BaseException:
+            self._phase = Phase.STOPPED
+            await self._release()
+            raise
+        self._phase = Phase.SERVING
+        logger.info("%s/%s serves on %s", self._settings.service, self.instance_id, self.endpoint.target)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Leaves the mesh, then stops: no call fails that this server has taken or that comes before its callers know.
+
+        Reports NOT_SERVING, drains, deregisters, and gives calls in flight their grace period. Idempotent: whoever
+        calls it again waits for the same end.
+
+        Args:
+            grace: seconds for calls in flight, in place of the server's own.
+
+        Raises:
+            InvalidTransitionError: it is starting.
+        """
+        if self._phase is Phase.STARTING:
+            raise InvalidTransitionError("cannot stop a server that is starting; cancel its start in place of that")
+        if self._phase is Phase.NEW:
+            self._phase = Phase.STOPPED
+        if self._shutdown is None:
+            if self._phase is Phase.STOPPED:
+                return
+            self._phase = Phase.DRAINING
+            self._shutdown = asyncio.create_task(self._leave_and_stop(self._settings.grace if grace is None else grace))
+        await asyncio.shield(self._shutdown)
+
+    async def wait_for_termination(self, timeout: float | None = None) -> bool:
+        """As for `grpc.aio.Server`: until the server has stopped; True when the timeout passed first."""
+        return await self._inner.wait_for_termination(timeout)
+
+    # -- the mesh
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on; 0 before the start."""
+        return self._port
+
+    @property
+    def instance_id(self) -> str:
+        """Id of this instance, unique within the service."""
+        return self._settings.endpoint.id
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """What others call.
+
+        Raises:
+            InvalidTransitionError: it has not been started.
+        """
+        if self._endpoint is None:
+            raise InvalidTransitionError("the endpoint is known once the server has started")
+        return self._endpoint
+
+    def status(self) -> ServerStatus:
+        """The server in plain data, for operators and tests."""
+        return ServerStatus(
+            service=self._settings.service,
+            instance_id=self.instance_id,
+            phase=self._phase,
+            endpoint=self._endpoint,
+            health=Verdict(False, "not checked yet") if self._self_check is None else self._self_check.verdict,
+            registration=self._registrar.status(),
+            in_flight=self._admission.in_flight,
+        )
+
+    async def set_serving(self, serving: bool, service_name: str | None = None) -> None:
+        """Says whether the application can serve: the health service shows it, and the mesh learns it by self-check.
+
+        Args:
+            serving: False keeps callers away while it lasts, say because a database is gone.
+            service_name: full name of one gRPC service, for its health status alone; by default the whole server.
+        """
+        await self._health.set_serving(serving, service_name)
+
+    async def serve(self) -> int:
+        """Serves until SIGTERM or SIGINT, then stops as `stop` does; a second signal stops at once.
+
+        Starts the server unless it has been started. Belongs in the main thread, which gets the signals.
+
+        Returns:
+            The exit code for the process: 0 after a clean shutdown; 1 when it could not start, when serving ended by
+            itself, or when a second signal cut the shutdown short.
+        """
+        signals = StopSignals()
+        with signals.handled():
+            try:
+                return await self._serve(signals)
+            finally:
+                if self._phase is not Phase.STOPPED:
+                    await self._stop_at_once()
+
+    async def _serve(self, signals: StopSignals) -> int:
+        if self._phase is Phase.NEW:
+            try:
+                if not await signals.unless_again(self.start()):
+                    return EXIT_FAILED
+            except MeshError as error:
+                logger.error("%s/%s cannot serve: %s", self._settings.service, self.instance_id, error)
+                return EXIT_FAILED
+        ended = asyncio.create_task(self._inner.wait_for_termination())
+        try:
+            await signals.first_or(ended)
+            if not signals.count and self._shutdown is None:
+                why = ended.exception() if ended.done() and not ended.cancelled() else None
+                logger.error("%s/%s ended by itself", self._settings.service, self.instance_id, exc_info=why)
+                return EXIT_FAILED
+            return EXIT_CLEAN if await signals.unless_again(self.stop()) else EXIT_FAILED
+        finally:
+            ended.cancel()
+            await asyncio.wait({ended})
+
+    # -- start
+
+    def _add_name(self, service_name: str) -> None:
+        if service_name not in self._service_names:
+            self._service_names.append(service_name)
+
+    async def _start(self) -> None:
+        settings = self._settings
+        self._port = add_port(self._inner, str(settings.bind))
+        self._endpoint = replace(
+            settings.endpoint,
+            address=await self._advertised_host(),
+            port=settings.advertised.port if settings.advertised and settings.advertised.port else self._port,
+        )
+        if HEALTH_SERVICE not in self._service_names:
+            await self._health.add_to(self._inner, self._service_names)
+        if settings.reflection and reflection.SERVICE_NAME not in self._service_names:
+            names = {*self._service_names, HEALTH_SERVICE, reflection.SERVICE_NAME}
+            reflection.enable_server_reflection(sorted(names), self._inner)
+        await self._inner.start()
+        self._self_check = SelfCheck(
+            str(HostPort(_loopback(settings.bind), self._port)), settings.check_interval, self._report
+        )
+        await self._first_check(self._self_check)
+        if self._policy is not None:
+            self._admission.apply(self._policy)
+        else:
+            await self._policies.start()
+        self._registrar = self._make_registrar(self._endpoint)
+        self._registrar.report(self._self_check.verdict)
+        self._registrar.start()
+        self._check_task = asyncio.create_task(self._self_check.run(), name=f"self-check of {self.instance_id}")
+
+    async def _advertised_host(self) -> str:
+        settings = self._settings
+        if settings.advertised is not None:
+            return settings.advertised.host
+        if not settings.bind.wildcard:
+            return settings.bind.host
+        peers = [settings.registry.agent] if settings.registry.agent else []
+        peers += [parse_host_port(address, "control_plane") for address in settings.control_planes]
+        if not peers:
+            raise ConfigError(f"address: {str(settings.bind)!r} is a wildcard; give advertise=host, for others to call")
+        return await asyncio.to_thread(address_towards, peers[0])
+
+    async def _first_check(self, self_check: SelfCheck) -> None:
+        verdict = None
+        for _ in range(START_CHECKS):
+            verdict = await self_check.check()
+            if verdict is not None and verdict.healthy:
+                return
+        detail = self_check.verdict.detail
+        raise MeshError(f"the server does not answer well on its own port {self._port}: {detail}")
+
+    def _make_registrar(self, endpoint: Endpoint) -> Registrar:
+        settings = self._settings
+        if settings.registry.agent is not None:
+            from mesh_client.consul_registration import ConsulRegistrar
+
+            return ConsulRegistrar(
+                settings.service, endpoint, settings.registry.agent, settings.check_interval, self._rng
+            )
+        if settings.registry.kind == "control-plane":
+            return LeaseRegistrar(settings.service, endpoint, settings.control_planes, self._rng)
+        return NoRegistrar("by choice")
+
+    def _report(self, verdict: Verdict) -> None:
+        self._registrar.report(verdict)
+
+    # -- stop
+
+    async def _leave_and_stop(self, grace: float) -> None:
+        settings = self._settings
+        logger.info(
+            "%s/%s is leaving: %d calls in flight", settings.service, self.instance_id, self._admission.in_flight
+        )
+        await self._health.enter_shutdown()
+        await self._end_checks()
+        await self._drain()
+        await self._registrar.deregister()
+        if self._in_mesh:
+            await asyncio.sleep(LINGER)
+        self._phase = Phase.STOPPING
+        await self._inner.stop(grace)
+        self._phase = Phase.STOPPED
+        await self._release()
+        logger.info("%s/%s has stopped", settings.service, self.instance_id)
+
+    async def _drain(self) -> None:
+        settings = self._settings
+        report, _ = await asyncio.gather(
+            drain_everywhere(settings.control_planes, settings.service, self.instance_id, settings.drain_timeout),
+            asyncio.wait({asyncio.ensure_future(self._registrar.announce_drain())}, timeout=settings.drain_timeout),
+        )
+        name = f"{settings.service}/{self.instance_id}"
+        for failure in report.failures:
+            logger.warning("drain of %s: no answer from %s", name, failure)
+        if report.pending:
+            logger.warning("drain of %s: not acknowledged by %s", name, ", ".join(report.pending))
+        if report.answered:
+            logger.info("drain of %s: acknowledged by %d clients", name, report.acknowledged)
+        elif self._in_mesh:
+            await asyncio.sleep(min(BLIND_DRAIN, settings.drain_timeout))
+
+    @property
+    def _in_mesh(self) -> bool:
+        return self._settings.registry.kind != "none" or bool(self._settings.control_planes)
+
+    async def _end_checks(self) -> None:
+        if self._check_task is not None:
+            self._check_task.cancel()
+            await asyncio.wait({self._check_task})
+
+    async def _stop_at_once(self) -> None:
+        """Aborts calls in flight; the registry finds out by itself."""
+        self._phase = Phase.STOPPED
+        await self._inner.stop(None)
+        if self._shutdown is not None:
+            self._shutdown.cancel()
+            await asyncio.wait({self._shutdown})
+        await self._release()
+
+    async def _release(self) -> None:
+        """Gives back everything that is open; harmless when nothing is."""
+        await self._end_checks()
+        await self._registrar.close()
+        await self._policies.stop()
+        if self._self_check is not None:
+            await self._self_check.close()
+        await self._inner.stop(None)
+
+
+class _PolicyWatch:
+    """Obeys the service's own policy, through a mesh connection that is given or its own."""
+
+    def __init__(self, settings: ServerSettings, mesh: Mesh | None, apply: Callable[[ServicePolicy], None]) -> None:
+        self._settings = settings
+        self._mesh = mesh
+        self._apply = apply
+        self._exits = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Begins to watch; the policy comes when the control plane has sent it."""
+        settings = self._settings
+        mesh = self._mesh
+        if mesh is None:
+            if not settings.control_planes:
+                return
+            mesh = await self._exits.enter_async_context(
+                connect(
+                    settings.control_planes,
+                    service=settings.service,
+                    zone=settings.endpoint.locality.zone,
+                    region=settings.endpoint.locality.region,
+                    node_id=settings.endpoint.id,
+                )
+            )
+        self._exits.callback(mesh.watch_policy(settings.service, self._apply))
+
+    async def stop(self) -> None:
+        """Ends watching, and its own connection."""
+        await self._exits.aclose()
+
+
+def _loopback(bind: HostPort) -> str:
+    """An address of this host by which a listener can be reached."""
+    if not bind.wildcard:
+        return bind.host
+    return "::1" if ":" in bind.host else "127.0.0.1"

@@ -1,0 +1,173 @@
+"""The way to make a server that is part of the mesh."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from mesh_client.addresses import HostPort, Registry, parse_control_planes, parse_host_port, parse_registry
+from mesh_client.core.errors import ConfigError
+from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
+from mesh_client.mesh import DEFAULT_CONTROL_PLANE
+from mesh_client.transport import SERVER_OPTIONS, merge_options
+
+if TYPE_CHECKING:
+    from mesh_client.core.policy import ServicePolicy
+    from mesh_client.mesh import Mesh
+    from mesh_client.mesh_server import MeshServer
+
+ZONE_VARIABLE = "MESH_ZONE"
+REGION_VARIABLE = "MESH_REGION"
+
+MAX_DRAIN_TIMEOUT = 300.0
+"""Seconds; the control plane's own bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What a server is to be, validated, with the environment's part in it."""
+
+    service: str
+    control_planes: tuple[str, ...]
+    registry: Registry
+    bind: HostPort
+    advertised: HostPort | None
+    endpoint: Endpoint
+    """The endpoint with a placeholder for address and port."""
+    drain_timeout: float
+    grace: float
+    check_interval: float
+    reflection: bool
+
+
+def server(  # noqa: PLR0913 - options of one thing, all by keyword
+    service: str,
+    *,
+    control_plane: str | Sequence[str] | None = None,
+    registry: str | None = None,
+    address: str = "127.0.0.1:0",
+    advertise: str | None = None,
+    instance_id: str | None = None,
+    weight: int = 1,
+    zone: str | None = None,
+    region: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    drain_timeout: float = 10.0,
+    grace: float = 10.0,
+    check_interval: float = 3.0,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    options: Sequence[tuple[str, object]] = (),
+    migration_thread_pool: Executor | None = None,
+    compression: grpc.Compression | None = None,
+    reflection: bool = True,
+    mesh: Mesh | None = None,
+    policy: ServicePolicy | None = None,
+) -> MeshServer:
+    """A server for one instance of a service; nothing is opened or registered before it starts.
+
+    Generated ``add_...Servicer_to_server`` functions take it as it is. Needs the ``server`` extra, and the ``consul``
+    extra to register with Consul.
+
+    Args:
+        service: the name that callers give to ``mesh.channel``; a DNS label.
+        control_plane: addresses as ``host:port``, a list or comma-separated; by default ``MESH_CONTROL_PLANE``, else
+            ``127.0.0.1:7070``.
+        registry: ``control-plane``; ``consul://host:port``, with the ACL token in ``CONSUL_HTTP_TOKEN``; or ``none`` for
+            a server that is found by other means. By default ``MESH_REGISTRY``, else ``control-plane``.
+        address: where to listen, as ``host:port``; port 0 for any free one.
+        advertise: where others reach it, as ``host`` or ``host:port``; by default the listening address, or, if that
+            is a wildcard, the host's address towards the registry.
+        instance_id: unique within the service; by default made up.
+        weight: share of calls relative to other instances, 1 to 1000.
+        zone: where it runs; by default ``MESH_ZONE``.
+        region: where it runs; by default ``MESH_REGION``.
+        metadata: labels that traffic splits select by.
+        drain_timeout: seconds to wait at most, when stopping, until every client knows; 0 to 300.
+        grace: seconds that calls in flight have to finish, once no new ones come.
+        check_interval: seconds between self-checks, 0.05 to 60. A TTL check with Consul lasts three times as long.
+        interceptors: as for `grpc.aio.server`.
+        options: as for `grpc.aio.server`; they override those that the mesh sets.
+        migration_thread_pool: as for `grpc.aio.server`.
+        compression: as for `grpc.aio.server`.
+        reflection: whether to serve gRPC reflection.
+        mesh: where to read the service's own policy; by default a connection of its own to the control plane.
+        policy: a fixed policy in place of the control plane's.
+
+    Raises:
+        InvalidValueError: a name, label or weight is out of range.
+        ConfigError: an address, duration or choice of registry is not allowed, or an extra is not installed.
+    """
+    check_service_name(service)
+    chosen_registry = parse_registry(registry)
+    control_planes = parse_control_planes(control_plane)
+    if not control_planes and chosen_registry.kind != "none":
+        control_planes = (DEFAULT_CONTROL_PLANE,)
+    settings = ServerSettings(
+        service=service,
+        control_planes=control_planes,
+        registry=chosen_registry,
+        bind=parse_host_port(address, "address", lowest_port=0),
+        advertised=_parse_advertise(advertise),
+        endpoint=Endpoint(
+            id=instance_id if instance_id is not None else f"{service}-{secrets.token_hex(4)}",
+            address="localhost",
+            port=1,
+            weight=weight,
+            locality=_locality(region, zone),
+            metadata=dict(metadata or {}),
+        ),
+        drain_timeout=_seconds("drain_timeout", drain_timeout, 0.0, MAX_DRAIN_TIMEOUT),
+        grace=_seconds("grace", grace, 0.0, 86_400.0),
+        check_interval=_seconds("check_interval", check_interval, 0.05, 60.0),
+        reflection=reflection,
+    )
+    _require_extras(settings.registry)
+    inner = grpc.aio.server(
+        migration_thread_pool=migration_thread_pool,
+        interceptors=interceptors,
+        options=merge_options(SERVER_OPTIONS, options),
+        compression=compression,
+    )
+    from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
+
+    return MeshServer(settings, inner, mesh, policy)
+
+
+def _parse_advertise(advertise: str | None) -> HostPort | None:
+    """The address to advertise; port 0 stands for the one that is listened on."""
+    if advertise is None:
+        return None
+    if advertise.startswith("[") or advertise.count(":") == 1:
+        return parse_host_port(advertise, "advertise")
+    return HostPort(check_address(advertise, "advertise"), 0)
+
+
+def _locality(region: str | None, zone: str | None) -> Locality:
+    return Locality(
+        region=os.environ.get(REGION_VARIABLE, "") if region is None else region,
+        zone=os.environ.get(ZONE_VARIABLE, "") if zone is None else zone,
+    )
+
+
+def _seconds(name: str, value: float, least: float, most: float) -> float:
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ConfigError(f"{name}: {value!r} is not allowed; expected seconds, {least:g} to {most:g}")
+    return float(value)
+
+
+def _require_extras(registry: Registry) -> None:
+    needed = [("grpc_health", "server"), ("grpc_reflection", "server")]
+    if registry.agent is not None:
+        needed.append(("consul", "consul"))
+    for module, extra in needed:
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{module} is not installed; install 'grpc-mesh[{extra}]'")
