@@ -373,7 +373,6 @@ class MeshServer(grpc.aio.Server):
     async def _stop_at_once(self) -> None:
         """Aborts calls in flight; the registry finds out by itself."""
         self._phase = Phase.STOPPED
-        await self._inner.stop(None)
         if self._shutdown is not None:
             self._shutdown.cancel()
             await asyncio.wait({self._shutdown})
@@ -381,12 +380,12 @@ class MeshServer(grpc.aio.Server):
 
     async def _release(self) -> None:
         """Gives back everything that is open; harmless when nothing is."""
+        await self._inner.stop(None)
         await self._end_checks()
         await self._registrar.close()
         await self._policies.stop()
         if self._self_check is not None:
             await self._self_check.close()
-        await self._inner.stop(None)
 
 
 class _PolicyWatch:

@@ -1,0 +1,373 @@
+"""What the four kinds of mesh calls share: they drive the call machine with events and obey its actions.
+
+Everything is driven by callbacks; a call costs no task of its own beyond those of grpc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+import grpc
+from grpc.aio import AioRpcError, Metadata
+
+from mesh_client.context import inbound
+from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
+from mesh_client.core.model import StatusCode
+from mesh_client.core.retry import parse_pushback
+from mesh_client.errors import MeshRpcError
+from mesh_client.multicallable import MultiCallable, Request, Response
+
+T = TypeVar("T")
+
+GrpcCall = Any
+"""The grpc.aio call of one attempt. Its classes are private to grpc; what is used here is the public interface."""
+
+LOCALLY_CANCELLED = "Locally cancelled by application!"
+_OK = grpc.StatusCode.OK
+_RECEIVED = "received from peer"
+"""grpc's debug string holds this when the status came from the server, and not when the transport made it."""
+
+
+class _AttemptDone:
+    """Tells the mesh call that an attempt ended; drops its reference then, so that no cycle waits for the collector."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: MeshCall[Any, Any]) -> None:
+        self.owner: MeshCall[Any, Any] | None = owner
+
+    def __call__(self, call: GrpcCall) -> None:
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.attempt_done(call)
+
+
+class MeshCall(Generic[Request, Response]):
+    """One call through the mesh, from the first pick to the last attempt's end.
+
+    Args:
+        method: the multicallable that makes it.
+        timeout: seconds, or None; an inbound call's deadline and the policy's timeout apply as well.
+        metadata: what the application sends.
+        credentials: per-call credentials.
+        wait_for_ready: wait for an endpoint that can be reached instead of failing.
+        compression: of the request.
+    """
+
+    def __init__(
+        self,
+        method: MultiCallable[Request, Response],
+        timeout: float | None,
+        metadata: Any,
+        credentials: grpc.CallCredentials | None,
+        wait_for_ready: bool | None,
+        compression: grpc.Compression | None,
+    ) -> None:
+        now = monotonic()
+        deadline = None if timeout is None else now + timeout
+        target = method.target
+        self._method = method
+        self._credentials = credentials
+        self._compression = compression
+        self._call: GrpcCall = None
+        self._code: grpc.StatusCode | None = None
+        self._error: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._change: asyncio.Future[None] | None = None
+        self._done_callbacks: list[Callable[[Any], None]] | None = None
+        scope = self._scope = inbound.get()
+        if scope is not None:
+            if scope.deadline is not None and (deadline is None or scope.deadline < deadline):
+                deadline = scope.deadline
+            scope.scope.add(self)
+        if metadata is None:
+            self._metadata = target.metadata
+        else:
+            self._metadata = (*metadata, *target.metadata)
+        service = target.service
+        key = None if service.hash_source is None else target.hash_key(metadata)
+        self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, self._metadata)
+
+    def __del__(self) -> None:
+        # Nobody can see the result any more. Grpc cancels such calls too; the machine must not keep its place.
+        machine = getattr(self, "_machine", None)
+        if machine is not None and not machine.over:
+            machine.cancelled(monotonic())
+
+    # -- driving the machine
+
+    def begin(self) -> None:
+        """Makes the first attempt, or waits for what it needs."""
+        try:
+            self._obey(self._machine.begin(monotonic()))
+        except BaseException:
+            self._machine.cancelled(monotonic())
+            self._release()
+            raise
+
+    def endpoints_changed(self) -> None:
+        """Something about the service changed while the call waited for it."""
+        self._resume()
+
+    def attempt_done(self, call: GrpcCall) -> None:
+        """Grpc has the status of an attempt."""
+        if call is not self._call or self._code is not None:
+            return
+        code = at_once(call.code())
+        if code is _OK:
+            self._machine.succeeded(monotonic())
+            self._finish(_OK, None)
+            return
+        if call.cancelled() or code is None:
+            # Not by `cancel`, which sets the code first: the request iterator raised, or the channel was closed.
+            self._machine.cancelled(monotonic())
+            self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
+            return
+        self._attempt_failed(call, code)
+
+    def _attempt_failed(self, call: GrpcCall, code: grpc.StatusCode) -> None:
+        details = at_once(call.details())
+        debug = at_once(call.debug_error_string()) or ""
+        initial = at_once(call.initial_metadata()) or Metadata()
+        trailing = at_once(call.trailing_metadata()) or Metadata()
+        pushback = trailing.get("grpc-retry-pushback-ms")
+        received = _RECEIVED in debug
+        action = self._machine.failed(
+            AttemptFailure(
+                StatusCode(code.value[0]),
+                details or "",
+                committed=self._committed() or len(initial) > 0,
+                received=received,
+                pushback=None if pushback is None else parse_pushback(str(pushback)),
+            ),
+            monotonic(),
+        )
+        if not isinstance(action, Failed):
+            self._call = None
+            self._obey(action)
+            return
+        if code is grpc.StatusCode.UNAVAILABLE and not received:
+            details = f"{details}; mesh: {action.detail}"
+        self._finish(code, MeshRpcError(code, initial, trailing, details, debug, action.detail))
+
+    def _obey(self, action: Action) -> None:
+        if isinstance(action, Attempt):
+            self._start(action)
+        elif isinstance(action, Pause):
+            self._timer = self._method.target.loop.call_later(action.delay, self._resume)
+        elif isinstance(action, AwaitEndpoints):
+            target = self._method.target
+            target.waiters.add(self)
+            if action.deadline is not None:
+                self._timer = target.loop.call_later(max(action.deadline - monotonic(), 0.0), self._resume)
+        else:
+            error = MeshRpcError.decided(action.code, action.detail)
+            self._finish(error.code(), error)
+
+    def _resume(self) -> None:
+        self._stop_waiting()
+        if self._code is not None:
+            return
+        try:
+            self._obey(self._machine.resumed(monotonic()))
+        except Exception as error:
+            # What grpc refuses to send (such as bad metadata) it refuses at the first attempt, inside `begin`;
+            # a later attempt can only meet a channel closed under it.
+            self._machine.cancelled(monotonic())
+            self._finish(grpc.StatusCode.INTERNAL, error)
+
+    def _start(self, attempt: Attempt) -> None:
+        node = attempt.node
+        connection = node.connection
+        if connection is None:
+            connection = self._method.target.connect(node)
+        deadline = attempt.deadline
+        metadata = self._metadata
+        if attempt.number > 1:
+            metadata = (*metadata, ("grpc-previous-rpc-attempts", str(attempt.number - 1)))
+        call = self._invoke(
+            self._method.on(connection), None if deadline is None else deadline - attempt.started_at, metadata
+        )
+        self._call = call
+        call.add_done_callback(_AttemptDone(self))
+        if self._change is not None:
+            self._changed()
+
+    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
+        raise NotImplementedError
+
+    def _committed(self) -> bool:
+        """Whether a response byte of the running attempt has reached the application."""
+        return False
+
+    def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
+        self._code = code
+        self._error = error
+        self._release()
+        if self._change is not None:
+            self._changed()
+        if self._done_callbacks is not None:
+            callbacks, self._done_callbacks = self._done_callbacks, None
+            for callback in callbacks:
+                callback(self)
+
+    def _release(self) -> None:
+        self._stop_waiting()
+        scope, self._scope = self._scope, None
+        if scope is not None:
+            scope.scope.discard(self)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._method.target.waiters.discard(self)
+
+    # -- waiting for it
+
+    def _changed(self) -> None:
+        change, self._change = self._change, None
+        if change is not None and not change.done():
+            change.set_result(None)
+
+    async def _next_change(self) -> None:
+        """Returns when the next attempt has started or the call is over."""
+        if self._change is None:
+            self._change = self._method.target.loop.create_future()
+        await asyncio.shield(self._change)
+
+    async def _attempt_after(self, call: GrpcCall) -> GrpcCall:
+        """The running or final attempt that is not ``call``.
+
+        Raises:
+            MeshRpcError, asyncio.CancelledError: the call is over and has no such attempt.
+        """
+        while self._call is call or self._call is None:
+            if self._code is not None:
+                raise self._error or asyncio.InvalidStateError("the call is over")
+            await self._next_change()
+        return self._call
+
+    async def _until_over(self) -> None:
+        while self._code is None:
+            await self._next_change()
+
+    # -- grpc.aio.Call
+
+    def cancelled(self) -> bool:
+        """Whether the call ended by being cancelled."""
+        return self._code is grpc.StatusCode.CANCELLED and isinstance(self._error, asyncio.CancelledError)
+
+    def done(self) -> bool:
+        """Whether the call is over, all its attempts included."""
+        return self._code is not None
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline, or None without one."""
+        deadline = self._machine.deadline
+        return None if deadline is None else max(deadline - monotonic(), 0.0)
+
+    def cancel(self) -> bool:
+        """Cancels the call; False when it is over already."""
+        if self._code is not None:
+            return False
+        self._machine.cancelled(monotonic())
+        call = self._call
+        self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
+        if call is not None:
+            call.cancel()
+        return True
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Calls ``callback(call)`` when the call is over; at once when it is."""
+        if self._code is not None:
+            callback(self)
+        elif self._done_callbacks is None:
+            self._done_callbacks = [callback]
+        else:
+            self._done_callbacks.append(callback)
+
+    async def initial_metadata(self) -> Metadata:
+        """The server's initial metadata: of the first attempt that answered, or of the last one."""
+        while True:
+            while self._call is None and self._code is None:
+                await self._next_change()
+            call = self._call
+            if call is None:
+                return self._error.initial_metadata() if isinstance(self._error, AioRpcError) else Metadata()
+            metadata: Metadata = await call.initial_metadata()
+            if call is self._call:
+                return metadata
+
+    async def trailing_metadata(self) -> Metadata:
+        """The trailing metadata of the call's end."""
+        await self._until_over()
+        if isinstance(self._error, AioRpcError):
+            return self._error.trailing_metadata()
+        if self._call is None or self.cancelled():
+            return Metadata()
+        metadata: Metadata = await self._call.trailing_metadata()
+        return metadata
+
+    async def code(self) -> grpc.StatusCode:
+        """The call's status, when it is over."""
+        await self._until_over()
+        code = self._code
+        if code is None:
+            raise asyncio.InvalidStateError("the call is not over")
+        return code
+
+    async def details(self) -> str:
+        """The call's message, when it is over."""
+        await self._until_over()
+        if isinstance(self._error, AioRpcError):
+            return self._error.details() or ""
+        if self.cancelled():
+            return LOCALLY_CANCELLED
+        details: str = await self._call.details()
+        return details
+
+    async def debug_error_string(self) -> str:
+        """Grpc's own account of the failure."""
+        await self._until_over()
+        if isinstance(self._error, AioRpcError):
+            return self._error.debug_error_string() or ""
+        return ""
+
+    async def wait_for_connection(self) -> None:
+        """Returns when an attempt is connected.
+
+        Raises:
+            MeshRpcError: the call failed.
+        """
+        call = None
+        while True:
+            call = await self._attempt_after(call)
+            try:
+                await call.wait_for_connection()
+            except AioRpcError:
+                if self._error is not None:
+                    raise self._error from None
+            else:
+                return
+
+    def __repr__(self) -> str:
+        state = "in flight" if self._code is None else self._code.name
+        return f"<{type(self).__name__} {self._method.target.service.name}{self._method.name} {state}>"
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T | None:
+    """What a coroutine returns that has nothing to wait for; None when it would wait.
+
+    Grpc offers the status of a finished call by coroutines only, and a done-callback cannot wait.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    coroutine.close()
+    return None

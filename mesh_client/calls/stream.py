@@ -1,0 +1,120 @@
+"""Calls with a stream of responses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from grpc.aio import AioRpcError
+
+from mesh_client.calls.base import GrpcCall, MeshCall
+from mesh_client.calls.requests import RequestLog, RequestSource, StreamingRequests
+from mesh_client.multicallable import MultiCallable, Request, Response
+
+
+class StreamResponse(MeshCall[Request, Response]):
+    """A call whose responses are read one by one. It is retried until the first one has been read, never after."""
+
+    _got_response = False
+    _responses: AsyncIterator[Response] | None = None
+
+    def _committed(self) -> bool:
+        return self._got_response
+
+    def _got(self) -> None:
+        self._got_response = True
+
+    def __aiter__(self) -> AsyncIterator[Response]:
+        """The responses. Raises as `read` does."""
+        if self._responses is None:
+            self._responses = self._iterate()
+        return self._responses
+
+    async def _iterate(self) -> AsyncIterator[Response]:
+        call = None
+        while True:
+            call = await self._live_attempt(call)
+            try:
+                async for response in call:
+                    if not self._got_response:
+                        self._got()
+                    yield response
+            except AioRpcError as error:
+                self._raise_if_over(error)
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            else:
+                return
+
+    async def read(self) -> Any:
+        """The next response, or `grpc.aio.EOF` after the last.
+
+        Raises:
+            MeshRpcError: the call failed.
+            asyncio.CancelledError: it was cancelled.
+        """
+        call = None
+        while True:
+            call = await self._live_attempt(call)
+            try:
+                response = await call.read()
+            except AioRpcError as error:
+                self._raise_if_over(error)
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+            else:
+                if response is not grpc.aio.EOF and not self._got_response:
+                    self._got()
+                return response
+
+    async def _live_attempt(self, failed: GrpcCall | None) -> GrpcCall:
+        try:
+            return await self._attempt_after(failed)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def _raise_if_over(self, error: AioRpcError) -> None:
+        if self._error is not None:
+            raise self._error from None
+        if self._code is not None:
+            raise error
+
+
+class UnaryStreamCall(StreamResponse[Request, Response], grpc.aio.UnaryStreamCall[Request, Response]):
+    """One request, a stream of responses."""
+
+    def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
+        super().__init__(method, *options)
+        self._request = request
+        self.begin()
+
+    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
+        return method(
+            self._request,
+            timeout=timeout,
+            metadata=metadata,
+            credentials=self._credentials,
+            compression=self._compression,
+        )
+
+
+class StreamStreamCall(
+    StreamingRequests[Request, Response],
+    StreamResponse[Request, Response],
+    grpc.aio.StreamStreamCall[Request, Response],
+):
+    """Streams both ways."""
+
+    def __init__(self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any) -> None:
+        super().__init__(method, *options)
+        self._requests = RequestLog(requests, method.request_serializer)
+        self.begin()
+
+    def _got(self) -> None:
+        super()._got()
+        self._requests.commit()

@@ -1,0 +1,84 @@
+"""Calls with one response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc.aio import AioRpcError
+
+from mesh_client.calls.base import GrpcCall, MeshCall
+from mesh_client.calls.requests import RequestLog, RequestSource, StreamingRequests
+from mesh_client.multicallable import MultiCallable, Request, Response
+
+
+class UnaryResponse(MeshCall[Request, Response]):
+    """A call that is awaited for its one response."""
+
+    def __await__(self) -> Generator[Any, None, Response]:
+        """The response.
+
+        Raises:
+            MeshRpcError: the call failed.
+            asyncio.CancelledError: it was cancelled.
+        """
+        try:
+            while True:
+                call = self._call
+                if call is None:
+                    if self._error is not None:
+                        raise self._error
+                    yield from self._next_change().__await__()
+                    continue
+                try:
+                    response: Response = yield from call.__await__()
+                except AioRpcError:
+                    if self._error is not None:
+                        raise self._error from None
+                    if call is self._call:
+                        yield from self._next_change().__await__()
+                else:
+                    return response
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        except AioRpcError:
+            raise
+        except Exception:
+            # The request could not be serialised or the response not be read: grpc leaves such calls open.
+            self.cancel()
+            raise
+
+
+class UnaryUnaryCall(UnaryResponse[Request, Response], grpc.aio.UnaryUnaryCall[Request, Response]):
+    """One request, one response."""
+
+    def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
+        super().__init__(method, *options)
+        self._request = request
+        self.begin()
+
+    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
+        return method(
+            self._request,
+            timeout=timeout,
+            metadata=metadata,
+            credentials=self._credentials,
+            compression=self._compression,
+        )
+
+
+class StreamUnaryCall(
+    StreamingRequests[Request, Response],
+    UnaryResponse[Request, Response],
+    grpc.aio.StreamUnaryCall[Request, Response],
+):
+    """A stream of requests, one response."""
+
+    def __init__(self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any) -> None:
+        super().__init__(method, *options)
+        self._requests = RequestLog(requests, method.request_serializer)
+        self.begin()

@@ -1,0 +1,247 @@
+"""One service as one client sees it: what all calls to it share.
+
+Joins policy and endpoints to pickers, and keeps the breaker, ejections, retry budget and limits. `mesh_client.core.call`
+asks it; the shell feeds it and obeys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from mesh_client.core.balancer import Node, Picker, build_picker, next_rebuild
+from mesh_client.core.breaker import BreakerState, ServiceBreaker
+from mesh_client.core.errors import Reason
+from mesh_client.core.model import Endpoint, Health, Outcome
+from mesh_client.core.outlier import OutlierDetector
+from mesh_client.core.policy import Algorithm, FaultInjection, HashSource, RetryPolicy, Route, ServicePolicy, method_matches
+from mesh_client.core.rate_limit import ConcurrencyGate
+from mesh_client.core.retry import RetryBudget
+from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """One share of a traffic split: the labels, and the running total of weights up to and with it."""
+
+    labels: frozenset[tuple[str, str]]
+    upto: int
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSettings:
+    """What a route and its service say of one method."""
+
+    timeout: float | None
+    retry: RetryPolicy
+    retried_codes: frozenset[int]
+    fault: FaultInjection | None
+    split: tuple[Subset, ...] = ()
+
+
+class Service:
+    """Shared state of all calls of one client to one service. Not thread-safe; one owner drives it.
+
+    Args:
+        name: the service.
+        zone: the client's own zone, for the same-zone preference; empty for none.
+        rng: drives every random choice, so that a seed repeats them.
+        now: seconds, monotonic.
+        on_transition: told of each change of the breaker's state.
+        snapshot_age: seconds since the control plane last confirmed what is held, for explanations.
+        control_plane: the state of the discovery stream in words, for explanations.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        zone: str,
+        rng: Random,
+        now: float,
+        on_transition: Callable[[BreakerState, BreakerState], None] | None = None,
+        snapshot_age: Callable[[float], float | None] = lambda now: None,
+        control_plane: Callable[[], str] = str,
+    ) -> None:
+        self.name = name
+        self.snapshot_age = snapshot_age
+        self.control_plane = control_plane
+        self.rng = rng
+        self.resolution = Resolution.PENDING
+        self.unreached: str = ""
+        """Why nothing is known while the resolution is pending and waiting is pointless; empty while there is hope."""
+        self.policy = ServicePolicy(service=name)
+        self.policy_version = ""
+        self.endpoints_version = ""
+        self.picker: Picker = build_picker(self.policy.load_balancer, (), zone=zone, rng=rng, now=now)
+        self.budget = RetryBudget(self.policy.retry.budget, now)
+        self.breaker = ServiceBreaker(self.policy.circuit_breaker, now, on_transition)
+        self.outliers = OutlierDetector(self.policy.outlier_detection)
+        self.gate = ConcurrencyGate(self.policy.concurrency_limit.max_in_flight)
+        self.hash_source: HashSource | None = None
+        """Where RING_HASH takes its key from; None while another algorithm balances."""
+        self._zone = zone
+        self._on_transition = on_transition
+        self._nodes: dict[str, Node] = {}
+        self._subset_pickers: dict[frozenset[tuple[str, str]], Picker] = {}
+        self._settings: dict[str, MethodSettings] = {}
+        self._next_tick = NEVER
+        self._blamed: Node | None = None
+
+    @property
+    def nodes(self) -> Collection[Node]:
+        """The endpoints, in order of id."""
+        return self._nodes.values()
+
+    def activate(self, policy: PolicyResource, endpoints: EndpointsResource, now: float) -> list[Node]:
+        """Obeys a policy and balances over endpoints from now on. Returns the nodes that are gone, to be closed with grace."""
+        first = self.resolution is not Resolution.ACTIVE
+        self.resolution = Resolution.ACTIVE
+        if policy.version != self.policy_version or first:
+            self._obey(policy, now)
+        gone = [] if endpoints.version == self.endpoints_version and not first else self._replace(endpoints, first, now)
+        self._rebuild(now)
+        return gone
+
+    def deactivate(self, resolution: Resolution, now: float) -> list[Node]:
+        """The service is not known (any more). Returns the nodes that are gone."""
+        gone = list(self._nodes.values())
+        self.resolution = resolution
+        self.endpoints_version = ""
+        self._nodes = {}
+        self._rebuild(now)
+        return gone
+
+    def settings(self, method: str, metadata: Iterable[tuple[str, str | bytes]] = ()) -> MethodSettings:
+        """What applies to a call of ``method``, a full name with leading slash.
+
+        ``metadata`` is read only where a route matches on it.
+        """
+        try:
+            return self._settings[method]
+        except KeyError:
+            pass
+        candidates = [route for route in self.policy.routes if method_matches(route.method, method)]
+        needs_metadata = False
+        for route in candidates:
+            if route.metadata:
+                needs_metadata = True
+                held = dict(metadata)
+                if any(held.get(key) != value for key, value in route.metadata.items()):
+                    continue
+            settings = self._resolve(route)
+            break
+        else:
+            settings = self._resolve(Route())
+        if not needs_metadata:
+            self._settings[method] = settings
+        return settings
+
+    def picker_for(self, settings: MethodSettings, now: float) -> Picker:
+        """The picker over all endpoints, or over the subset that the split draws."""
+        if now >= self._next_tick:
+            self.tick(now)
+        if not settings.split:
+            return self.picker
+        draw = self.rng.randrange(settings.split[-1].upto)
+        labels = next(subset.labels for subset in settings.split if draw < subset.upto)
+        try:
+            return self._subset_pickers[labels]
+        except KeyError:
+            picker = self._subset_pickers[labels] = self._build(
+                [node for node in self._nodes.values() if labels <= node.endpoint.metadata.items()], now
+            )
+            return picker
+
+    def why_no_pick(self, settings: MethodSettings) -> Reason:
+        """Why a picker came back empty."""
+        return Reason.NO_MATCHING_ENDPOINTS if settings.split and self._nodes else Reason.NO_ENDPOINTS
+
+    def record(self, node: Node, outcome: Outcome, now: float) -> None:
+        """Accounts an attempt's outcome to its endpoint, and ejects or restores where that follows."""
+        if self.outliers.record(node.endpoint.id, outcome, now):
+            self._rebuild(now)
+
+    def settle(self, token: int, outcome: Outcome, tried: Sequence[Node], now: float) -> None:
+        """Accounts a whole call to the service breaker.
+
+        A row of failures of one endpoint, while others are there, is that endpoint's matter and counts once: the breaker
+        opens when the service fails, not when one host does. A failed probe always counts.
+        """
+        if outcome is Outcome.FAILURE:
+            alone = len(tried) == 1 and len(self._nodes) > 1 and self.breaker.state(now) is BreakerState.CLOSED
+            if alone and tried[0] is self._blamed:
+                outcome = Outcome.NEUTRAL
+            self._blamed = tried[0] if alone else None
+        elif outcome is Outcome.SUCCESS:
+            self._blamed = None
+        self.breaker.settle(token, outcome, now)
+
+    def tick(self, now: float) -> None:
+        """Does what is due by time alone: ends ejections, compares success rates, ends slow starts."""
+        self.outliers.tick(now)
+        self._rebuild(now)
+
+    def _obey(self, resource: PolicyResource, now: float) -> None:
+        old, new = self.policy, resource.policy
+        self.policy, self.policy_version = new, resource.version
+        self._settings.clear()
+        if new.retry.budget != old.retry.budget:
+            self.budget = RetryBudget(new.retry.budget, now)
+        if new.circuit_breaker != old.circuit_breaker:
+            self.breaker = ServiceBreaker(new.circuit_breaker, now, self._on_transition)
+        if new.outlier_detection != old.outlier_detection:
+            self.outliers = OutlierDetector(new.outlier_detection)
+            self.outliers.set_endpoints(self._nodes, now)
+        self.gate.limit = new.concurrency_limit.max_in_flight
+        hashes = new.load_balancer.algorithm is Algorithm.RING_HASH
+        self.hash_source = new.load_balancer.hash_key.source if hashes else None
+
+    def _replace(self, resource: EndpointsResource, first: bool, now: float) -> list[Node]:
+        old = self._nodes
+        self._nodes = {endpoint.id: self._node(endpoint, old, first, now) for endpoint in resource.endpoints}
+        self.endpoints_version = resource.version
+        self.outliers.set_endpoints(self._nodes, now)
+        return [node for id_, node in old.items() if self._nodes.get(id_) is not node]
+
+    @staticmethod
+    def _node(endpoint: Endpoint, old: Mapping[str, Node], first: bool, now: float) -> Node:
+        node = old.get(endpoint.id)
+        if node is None or node.endpoint.target != endpoint.target:
+            return Node(endpoint, added_at=-NEVER if first else now)
+        if node.endpoint.health is not Health.HEALTHY and endpoint.health is Health.HEALTHY:
+            node.added_at = now  # Back from being unhealthy: it starts slowly again, as in Envoy.
+        node.endpoint = endpoint
+        return node
+
+    def _rebuild(self, now: float) -> None:
+        nodes = list(self._nodes.values())
+        for node in nodes:
+            node.ejected = node.endpoint.id in self.outliers.ejected
+        self.picker = self._build(nodes, now)
+        self._subset_pickers = {}
+        ticks = (self.outliers.next_tick(now), next_rebuild(self.policy.load_balancer, nodes, now))
+        self._next_tick = min((tick for tick in ticks if tick is not None), default=NEVER)
+
+    def _build(self, nodes: Sequence[Node], now: float) -> Picker:
+        return build_picker(self.policy.load_balancer, nodes, zone=self._zone, rng=self.rng, now=now)
+
+    def _resolve(self, route: Route) -> MethodSettings:
+        retry = route.retry or self.policy.retry
+        fault = route.fault or self.policy.fault
+        split: list[Subset] = []
+        total = 0
+        for subset in route.split:
+            if subset.weight:
+                total += subset.weight
+                split.append(Subset(frozenset(subset.labels.items()), total))
+        return MethodSettings(
+            timeout=route.timeout if route.timeout is not None else self.policy.timeout,
+            retry=retry,
+            retried_codes=frozenset(map(int, retry.retry_on)),
+            fault=fault if fault.delay or fault.abort else None,
+            split=tuple(split),
+        )

@@ -1,0 +1,168 @@
+"""The client's discovery stream: keeps one open to some control plane, feeds the store, sends its answers.
+
+What to ask and what to answer is decided by `mesh_client.core.store`; this shell moves bytes and reconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from random import Random
+from time import monotonic
+
+import grpc
+from grpc.aio import AioRpcError
+
+from mesh.v1 import discovery_pb2, discovery_pb2_grpc
+from mesh_client import transport
+from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.policy import Backoff
+from mesh_client.core.retry import backoff_delay
+from mesh_client.core.store import Store, Subscribe
+
+log = logging.getLogger(__name__)
+
+RECONNECT = Backoff(initial=0.2, max=10.0, multiplier=2.0)
+STREAM_OPTIONS: tuple[tuple[str, object], ...] = (
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""A control plane that hangs is noticed by keepalive; reconnects are paced here rather than by grpc. Its snapshots are trusted in size."""
+FIRST_RESPONSE_TIMEOUT = 5.0
+"""Seconds that a control plane has to answer on a new stream before the next one is tried."""
+
+
+class Discovery:
+    """Keeps a discovery stream open until it is cancelled.
+
+    Args:
+        addresses: control planes, tried in turn from a random one.
+        node: how this client names itself.
+        store: decides.
+        rng: draws the waits and the first address.
+        on_change: told which services changed, before they are acknowledged.
+        on_state: told when the stream has opened, synced or broken.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        node: discovery_pb2.Node,
+        store: Store,
+        rng: Random,
+        on_change: Callable[[Iterable[str]], None],
+        on_state: Callable[[], None],
+    ) -> None:
+        self._addresses = tuple(addresses)
+        self._node = node
+        self._store = store
+        self._rng = rng
+        self._on_change = on_change
+        self._on_state = on_state
+        self._requests: asyncio.Queue[discovery_pb2.DeltaResourcesRequest] | None = None
+        self._confirmed_at: float | None = None
+        self.failures = 0
+        """Streams in a row that ended before their first response."""
+        self.detail = "not tried yet"
+        """State of the stream, in words."""
+
+    @property
+    def rounds(self) -> int:
+        """How often every address has failed since the last response."""
+        return self.failures // len(self._addresses)
+
+    def age(self, now: float) -> float | None:
+        """Seconds since a control plane last confirmed what the store holds: 0 while in sync, None if it never did."""
+        if self._store.in_sync:
+            return 0.0
+        return None if self._confirmed_at is None else now - self._confirmed_at
+
+    def send(self, requests: Iterable[Subscribe]) -> None:
+        """Sends changes of subscriptions on the open stream."""
+        if self._requests is not None:
+            for request in requests:
+                self._requests.put_nowait(subscribe_to_proto(request))
+
+    async def run(self) -> None:
+        """Connects, follows the stream, reconnects; for ever."""
+        index = self._rng.randrange(len(self._addresses))
+        while True:
+            address = self._addresses[index % len(self._addresses)]
+            answered = await self._follow(address)
+            self.failures = 0 if answered else self.failures + 1
+            self._on_state()
+            index += 1
+            # Another address may be fine: wait only after each has had its turn.
+            if answered or self.failures % len(self._addresses) == 0:
+                await asyncio.sleep(backoff_delay(RECONNECT, min(self.rounds + 1, 32), self._rng))
+
+    async def _follow(self, address: str) -> bool:
+        """Follows one stream to its end; whether it brought a response."""
+        answered = False
+        channel = transport.open_channel(address, STREAM_OPTIONS)
+        try:
+            async for update in self._updates(channel):
+                if not answered:
+                    answered = True
+                    self.failures = 0
+                    self.detail = f"{address} connected"
+                    log.info("discovery stream to %s is open", address)
+                acknowledge, changed = self._store.apply(update_from_proto(update))
+                for service, reason in acknowledge.rejected.items():
+                    log.warning("rejected what %s sent for %s: %s", address, service, reason)
+                self._on_change(changed)
+                if self._requests is not None:
+                    self._requests.put_nowait(acknowledge_to_proto(acknowledge))
+                self._on_state()
+            self._lost(address, "it ended the stream", answered)
+        except AioRpcError as error:
+            self._lost(address, f"{error.code().name}: {error.details()}", answered)
+        except TimeoutError:
+            self._lost(address, f"no response within {FIRST_RESPONSE_TIMEOUT:.0f} s", answered)
+        except InvalidValueError as error:
+            self._lost(address, f"it speaks another protocol: {error}", answered)
+        finally:
+            self._close_stream()
+            await channel.close()
+        return answered
+
+    async def _updates(self, channel: grpc.aio.Channel) -> AsyncIterator[discovery_pb2.DeltaResourcesResponse]:
+        stub = discovery_pb2_grpc.DiscoveryServiceStub(channel)
+        requests = self._requests = asyncio.Queue()
+        first, *others = self._store.opened()
+        requests.put_nowait(subscribe_to_proto(first, self._node))
+        for request in others:
+            requests.put_nowait(subscribe_to_proto(request))
+
+        async def outgoing() -> AsyncIterator[discovery_pb2.DeltaResourcesRequest]:
+            while True:
+                yield await requests.get()
+
+        call = stub.DeltaResources(outgoing())
+        try:
+            async with asyncio.timeout(FIRST_RESPONSE_TIMEOUT):
+                response = await call.read()
+            while response is not grpc.aio.EOF:
+                yield response
+                response = await call.read()
+        finally:
+            call.cancel()
+
+    def _close_stream(self) -> None:
+        if self._store.in_sync:
+            self._confirmed_at = monotonic()
+        if self._requests is not None:
+            self._requests = None
+            self._store.closed()
+
+    def _lost(self, address: str, why: str, answered: bool) -> None:
+        self.detail = f"{address} unreachable: {why}"
+        if answered:
+            log.warning("discovery stream to %s is lost, calls go on with what is held: %s", address, why)
+        else:
+            log.warning("control plane %s cannot be reached: %s", address, why)

@@ -1,0 +1,222 @@
+"""A process's client of the mesh: what applications hold."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import grpc.aio
+
+from mesh.v1 import discovery_pb2, endpoint_pb2
+from mesh_client.channel import MeshChannel
+from mesh_client.core.breaker import BreakerState
+from mesh_client.core.errors import ConfigError
+from mesh_client.core.model import Health, Locality, check_service_name
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.service import Service
+from mesh_client.core.store import Resolution
+from mesh_client.disk_cache import DiskCache, default_directory
+from mesh_client.interceptors import intercepted
+from mesh_client.resolver import Resolver
+
+DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
+USER_AGENT = "grpc-mesh-python/0.1.0"
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """One endpoint as this client sees it."""
+
+    id: str
+    target: str
+    health: Health
+    zone: str
+    outstanding: int
+    """Calls in flight."""
+    ejected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """One service as this client sees it."""
+
+    service: str
+    resolution: Resolution
+    policy_version: str
+    endpoints_version: str
+    endpoints: tuple[EndpointState, ...]
+    breaker: BreakerState
+
+
+@dataclass(frozen=True, slots=True)
+class MeshState:
+    """What this client knows and whom it hears it from."""
+
+    node_id: str
+    control_plane: str
+    """State of the discovery stream, in words."""
+    in_sync: bool
+    """Whether a control plane has confirmed, on the stream that is open, what is held."""
+    age: float | None
+    """Seconds since the last confirmation; 0 while in sync, None if there was none."""
+    services: tuple[ServiceState, ...]
+
+
+class Mesh:
+    """A client of the mesh. Made by `connect`; use it as an async context manager.
+
+    Everything it hands out belongs to the event loop that entered it. Entering never waits for the control plane.
+    """
+
+    def __init__(self, resolver: Resolver, node_id: str, service: str) -> None:
+        self.node_id = node_id
+        self.service = service
+        self._resolver = resolver
+
+    async def __aenter__(self) -> Mesh:
+        """Starts following the control plane.
+
+        Raises:
+            ConfigError: it has been entered before.
+        """
+        await self._resolver.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Stops. Calls in flight are cancelled."""
+        await self._resolver.stop()
+
+    def channel(
+        self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()
+    ) -> grpc.aio.Channel:
+        """A channel to a service, for any generated stub.
+
+        The service is followed from now on; the first calls wait for the first word of it.
+
+        Args:
+            service: its name.
+            interceptors: see each call once, before retries.
+
+        Raises:
+            ConfigError: the mesh client is not entered.
+            InvalidValueError: the name is not a DNS label.
+        """
+        channel = MeshChannel(self._resolver.target(service))
+        return intercepted(channel, interceptors) if interceptors else channel
+
+    def watch_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
+        """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that."""
+        return self._resolver.watch_policy(service, callback)
+
+    def state(self) -> MeshState:
+        """What this client knows now."""
+        discovery = self._resolver.discovery
+        return MeshState(
+            self.node_id,
+            discovery.detail,
+            self._resolver.in_sync,
+            discovery.age(monotonic()),
+            tuple(_service_state(target.service) for target in self._resolver.targets),
+        )
+
+    async def changed(self) -> None:
+        """Returns at the next change of the discovery stream or of a service."""
+        await self._resolver.changed()
+
+    async def synced(self) -> None:
+        """Returns when a control plane has confirmed everything that this client follows."""
+        while not self._resolver.in_sync or any(
+            target.service.resolution is Resolution.PENDING for target in self._resolver.targets
+        ):
+            await self.changed()
+
+
+def connect(
+    control_plane: str | Sequence[str] | None = None,
+    *,
+    service: str | None = None,
+    zone: str | None = None,
+    region: str | None = None,
+    cache_dir: str | Path | None = None,
+    node_id: str | None = None,
+    rng: Random | None = None,
+) -> Mesh:
+    """A client of the mesh; enter it with ``async with``.
+
+    Args:
+        control_plane: addresses as ``host:port``, a list or comma-separated; by default MESH_CONTROL_PLANE, else
+            ``127.0.0.1:7070``.
+        service: the service that this process belongs to; by default MESH_SERVICE, else none.
+        zone: where it runs, for the same-zone preference; by default MESH_ZONE.
+        region: likewise; by default MESH_REGION.
+        cache_dir: where the last snapshot is kept for a start without a control plane; by default MESH_CACHE_DIR, else
+            ``$XDG_CACHE_HOME/grpc-mesh``. An empty string keeps nothing.
+        node_id: unique name of this process for operators; by default made up.
+        rng: drives every random choice; by default seeded by the system.
+
+    Raises:
+        ConfigError, InvalidValueError: an argument or environment variable is wrong; the message says which.
+    """
+    addresses = parse_addresses(control_plane if control_plane is not None else _env("CONTROL_PLANE", DEFAULT_CONTROL_PLANE))
+    service = _env("SERVICE", "") if service is None else service
+    if service:
+        check_service_name(service)
+    locality = Locality(_env("REGION", "") if region is None else region, _env("ZONE", "") if zone is None else zone)
+    if cache_dir is None:
+        cache_dir = os.environ.get("MESH_CACHE_DIR", default_directory())
+    cache = DiskCache.for_control_planes(Path(cache_dir), addresses, service) if str(cache_dir) else None
+    node_id = node_id or f"{service or 'client'}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    node = discovery_pb2.Node(
+        id=node_id,
+        service=service,
+        locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
+        user_agent=USER_AGENT,
+    )
+    return Mesh(Resolver(addresses, node, locality, cache, rng or Random()), node_id, service)
+
+
+def parse_addresses(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Control planes, from a list or a comma-separated string.
+
+    Raises:
+        ConfigError: there is none, or one is not ``host:port``.
+    """
+    addresses = tuple(part.strip() for part in (value.split(",") if isinstance(value, str) else value) if part.strip())
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+            raise ConfigError(f"control plane address {address!r} is not host:port; set control_plane or MESH_CONTROL_PLANE")
+    if not addresses:
+        raise ConfigError("no control plane address; set control_plane or MESH_CONTROL_PLANE to host:port[,host:port]")
+    return addresses
+
+
+def _env(name: str, default: str) -> str:
+    return os.environ.get(f"MESH_{name}") or default
+
+
+def _service_state(service: Service) -> ServiceState:
+    return ServiceState(
+        service.name,
+        service.resolution,
+        service.policy_version,
+        service.endpoints_version,
+        tuple(
+            EndpointState(
+                node.endpoint.id,
+                node.endpoint.target,
+                node.endpoint.health,
+                node.endpoint.locality.zone,
+                node.load.outstanding,
+                node.ejected,
+            )
+            for node in service.nodes
+        ),
+        service.breaker.state(monotonic()),
+    )

@@ -1,0 +1,72 @@
+"""Methods of a service, ready to be called on any of its connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc.aio
+from grpc.aio import UsageError
+
+from mesh_client.target import Target
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Serializer = Callable[[Request], bytes]
+Deserializer = Callable[[bytes], Response]
+
+
+class Closable(Protocol):
+    """A channel, as far as its methods need to know it."""
+
+    target: Target
+    closed: bool
+
+
+class MultiCallable(Generic[Request, Response]):
+    """A method of a service, ready to be called. The base of the four kinds.
+
+    Attributes:
+        target: the service.
+        name: full method name with leading slash.
+        key: finds this method among a connection's multicallables.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        channel: Closable,
+        name: str,
+        request_serializer: Serializer[Request] | None,
+        response_deserializer: Deserializer[Response] | None,
+        registered: bool | None,
+    ) -> None:
+        self.channel = channel
+        self.target = channel.target
+        self.name = name
+        self.request_serializer = request_serializer
+        self.response_deserializer = response_deserializer
+        self.key = (self.kind, name, request_serializer, response_deserializer)
+        self._registered = registered
+
+    def on(self, connection: Any) -> Any:
+        """Grpc's multicallable for this method on a connection."""
+        try:
+            return connection.multicallables[self.key]
+        except KeyError:
+            return connection.multicallable(self)
+
+    def make(self, channel: grpc.aio.Channel) -> Any:
+        """Makes grpc's multicallable on a channel."""
+        make = getattr(channel, self.kind)
+        return make(self.name, self.wire_serializer(), self.response_deserializer, _registered_method=self._registered)
+
+    def wire_serializer(self) -> Serializer[Request] | None:
+        """What grpc serialises requests with."""
+        return self.request_serializer
+
+    def check_open(self) -> None:
+        """Raises `UsageError` when the channel has been closed."""
+        if self.channel.closed:
+            raise UsageError("Channel is closed.")

@@ -1,0 +1,228 @@
+"""From the discovery stream to services that calls can be balanced over: joins store, disk cache and core services."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from random import Random
+from time import monotonic
+from typing import Any
+
+from mesh.v1 import discovery_pb2
+from mesh_client.core.breaker import BreakerState
+from mesh_client.core.errors import ConfigError
+from mesh_client.core.model import Locality, check_service_name
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.service import Service
+from mesh_client.core.store import Resolution, Store
+from mesh_client.discovery import Discovery
+from mesh_client.disk_cache import DiskCache
+from mesh_client.target import Target
+
+log = logging.getLogger(__name__)
+
+RESOLUTION_TIMEOUT = 5.0
+"""Seconds that calls wait for the first word of a service before they fail, unless they wait for ready."""
+CACHE_DELAY = 0.2
+"""Seconds from a change to its being on disk; changes meanwhile are written together."""
+
+
+class Resolver:
+    """Follows services and keeps their targets current.
+
+    What is on disk counts only once every control plane has failed, or has not answered for `RESOLUTION_TIMEOUT`: old
+    endpoints must not be called while newer ones can be had.
+
+    Args:
+        addresses: control planes.
+        node: how this client names itself.
+        locality: where it runs.
+        cache: the last snapshot on disk, or None.
+        rng: drives every random choice.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        node: discovery_pb2.Node,
+        locality: Locality,
+        cache: DiskCache | None,
+        rng: Random,
+    ) -> None:
+        self._node = node
+        self._zone = locality.zone
+        self._cache = cache
+        self._rng = rng
+        self._store = Store()
+        self._targets: dict[str, Target] = {}
+        self._policy_watchers: dict[str, list[Callable[[ServicePolicy], None]]] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._save_timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changes: set[asyncio.Future[None]] = set()
+        self.discovery = Discovery(addresses, node, self._store, rng, self._services_changed, self._stream_changed)
+
+    @property
+    def targets(self) -> Collection[Target]:
+        """The services followed."""
+        return self._targets.values()
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the open stream has confirmed what is held."""
+        return self._store.in_sync
+
+    async def start(self) -> None:
+        """Loads the cache and opens the stream.
+
+        Raises:
+            ConfigError: it was started before.
+        """
+        if self._loop is not None:
+            raise ConfigError("this mesh client has been entered already; make another with mesh_client.connect()")
+        self._loop = asyncio.get_running_loop()
+        if self._cache is not None:
+            self._store.restore(*await asyncio.to_thread(self._cache.load))
+        self._spawn(self.discovery.run())
+
+    async def stop(self) -> None:
+        """Closes the stream and every connection, and writes what is not on disk yet."""
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._save_timer is not None:
+            self._save_timer.cancel()
+            await self._save()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for target in self._targets.values():
+            await target.close()
+
+    def target(self, name: str) -> Target:
+        """The target of a service, followed from now on.
+
+        Raises:
+            ConfigError: the mesh client is not entered.
+            InvalidValueError: the name is not a DNS label.
+        """
+        if self._loop is None:
+            raise ConfigError("enter the mesh client first: async with mesh_client.connect() as mesh")
+        target = self._targets.get(name)
+        if target is None:
+            target = self._targets[name] = Target(
+                self._service(check_service_name(name)),
+                (("mesh-caller", self._node.service),) if self._node.service else (),
+                self._loop,
+                self._spawn,
+            )
+            self.discovery.send(self._store.subscribe(name))
+            self._await_word_of(name)
+            self._stream_changed()
+        return target
+
+    def watch_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
+        """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that."""
+        target = self.target(service)
+        watchers = self._policy_watchers.setdefault(service, [])
+        watchers.append(callback)
+        if target.service.policy_version:
+            callback(target.service.policy)
+        return lambda: watchers.remove(callback)
+
+    async def changed(self) -> None:
+        """Returns at the next change of the stream or of a service."""
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changes.add(change)
+        try:
+            await change
+        finally:
+            self._changes.discard(change)
+
+    def _service(self, name: str) -> Service:
+        def transition(old: BreakerState, new: BreakerState) -> None:
+            log.warning("breaker of %s: %s -> %s", name, old.value, new.value)
+
+        return Service(
+            name,
+            zone=self._zone,
+            rng=self._rng,
+            now=monotonic(),
+            on_transition=transition,
+            snapshot_age=self.discovery.age,
+            control_plane=lambda: self.discovery.detail,
+        )
+
+    def _services_changed(self, names: Iterable[str]) -> None:
+        now = monotonic()
+        for name in names:
+            target = self._targets[name]
+            service = target.service
+            resolution = self._store.resolution(name)
+            policy, endpoints = self._store.policy(name), self._store.endpoints(name)
+            old_policy = service.policy_version
+            if policy is not None and endpoints is not None:
+                gone = service.activate(policy, endpoints, now)
+            elif resolution is Resolution.UNKNOWN or service.resolution is not Resolution.PENDING:
+                gone = service.deactivate(resolution, now)
+            else:
+                continue
+            service.unreached = ""
+            self._timers.pop(name).cancel() if name in self._timers else None
+            target.changed(gone)
+            if service.policy_version != old_policy:
+                for watcher in tuple(self._policy_watchers.get(name, ())):
+                    watcher(service.policy)
+            self._save_soon()
+        self._notify()
+
+    def _stream_changed(self) -> None:
+        if self.discovery.rounds > 0:
+            self._services_changed(self._store.use_cache())
+            for name in self._pending():
+                self._give_up(name)
+        elif self._store.in_sync:
+            for name in self._pending():
+                if self._targets[name].service.unreached:
+                    self._targets[name].service.unreached = ""
+                    self._await_word_of(name)
+        self._notify()
+
+    def _pending(self) -> list[str]:
+        return [name for name, target in self._targets.items() if target.service.resolution is Resolution.PENDING]
+
+    def _await_word_of(self, name: str) -> None:
+        if self._loop is not None:
+            self._timers[name] = self._loop.call_later(RESOLUTION_TIMEOUT, self._word_is_late, name)
+
+    def _word_is_late(self, name: str) -> None:
+        self._services_changed(self._store.use_cache())
+        if name in self._pending():
+            self._give_up(name)
+
+    def _give_up(self, name: str) -> None:
+        target = self._targets[name]
+        target.service.unreached = self.discovery.detail
+        target.changed(())
+
+    def _notify(self) -> None:
+        changes, self._changes = self._changes, set()
+        for change in changes:
+            if not change.done():
+                change.set_result(None)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _save_soon(self) -> None:
+        if self._cache is not None and self._save_timer is None and self._loop is not None:
+            self._save_timer = self._loop.call_later(CACHE_DELAY, lambda: self._spawn(self._save()))
+
+    async def _save(self) -> None:
+        self._save_timer = None
+        if self._cache is not None:
+            await asyncio.to_thread(self._cache.save, self._store.active())

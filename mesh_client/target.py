@@ -1,0 +1,111 @@
+"""A service as calls reach it: the core's state joined to connections and to the calls that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from mesh_client.connection import Connection
+from mesh_client.context import inbound
+from mesh_client.core.balancer import Node
+from mesh_client.core.policy import HashSource
+from mesh_client.core.service import Service
+
+_hash_key: ContextVar[str | None] = ContextVar("mesh_hash_key", default=None)
+
+
+@contextmanager
+def hash_key(key: str) -> Any:
+    """Within the ``with`` block, calls to services that balance by RING_HASH with source EXPLICIT hash this key."""
+    token = _hash_key.set(key)
+    try:
+        yield
+    finally:
+        _hash_key.reset(token)
+
+
+class Waiter(Protocol):
+    """A call that waits for endpoints."""
+
+    def endpoints_changed(self) -> None:
+        """Something about the service changed."""
+
+
+class Target:
+    """One service of one mesh client.
+
+    Args:
+        service: the core's state.
+        metadata: sent with every call.
+        loop: the event loop that all its channels and calls belong to.
+        spawn: starts a background task that lives as long as the mesh client.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        metadata: tuple[tuple[str, str], ...],
+        loop: asyncio.AbstractEventLoop,
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> None:
+        self.service = service
+        self.metadata = metadata
+        self.loop = loop
+        self.waiters: set[Waiter] = set()
+        self._spawn = spawn
+        self._listeners: set[asyncio.Event] = set()
+
+    def connect(self, node: Node) -> Connection:
+        """The connection to a node, made on first use."""
+        connection = node.connection
+        if not isinstance(connection, Connection):
+            connection = Connection(node)
+            node.connection = connection
+        return connection
+
+    def changed(self, gone: Iterable[Node]) -> None:
+        """The service has changed: pickers are swapped, so what is gone may close, and who waits may look again."""
+        for node in gone:
+            if isinstance(node.connection, Connection):
+                self._spawn(node.connection.retire())
+        for waiter in list(self.waiters):
+            waiter.endpoints_changed()
+        for listener in self._listeners:
+            listener.set()
+
+    @contextmanager
+    def listening(self) -> Any:
+        """An event that is set at each change of the service."""
+        event = asyncio.Event()
+        self._listeners.add(event)
+        try:
+            yield event
+        finally:
+            self._listeners.discard(event)
+
+    async def close(self) -> None:
+        """Closes every connection at once; calls in flight are cancelled."""
+        connections = [node.connection for node in self.service.nodes if isinstance(node.connection, Connection)]
+        await asyncio.gather(*(connection.channel.close() for connection in connections))
+
+    def hash_key(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+        """The key that RING_HASH hashes for a call made here and now."""
+        source = self.service.hash_source
+        if source is HashSource.EXPLICIT:
+            return _hash_key.get()
+        if source is HashSource.METADATA:
+            wanted = self.service.policy.load_balancer.hash_key.metadata_key
+            for key, value in metadata or ():
+                if key == wanted:
+                    return value if isinstance(value, str) else value.hex()
+            return None
+        call = inbound.get()
+        return (call.peer_ip or None) if call is not None else _own_address()
+
+
+def _own_address() -> str:
+    return socket.gethostname()
