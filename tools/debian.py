@@ -148,4 +148,4 @@ def _run(command: list[str], directory: Path) -> None:
     if done.returncode != 0:
         problems = [line for line in done.stdout.splitlines() if line.startswith(("E:", "W:", "Err:", "dpkg"))]
         tail = "\n".join(f"    {line}" for line in problems[-5:])
-        raise UnavailableError(f"{' '.join([command[0], *command[-2:]])} failed:\n{tail}")
+        raise UnavailableError(f"{' '.join(word for word in command if not word.startswith('-'))} failed:\n{tail}")

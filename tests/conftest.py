@@ -1,0 +1,56 @@
+"""What every test gets: a check that it leaves nothing running, and settings of hypothesis and golden files."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import hypothesis
+import pytest
+
+from tests import leaks
+
+pytest_plugins = ["pytester"]
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=5_000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update`` rewrites golden files instead of comparing with them."""
+    parser.addoption("--update", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_configure() -> None:
+    """Prepares the checks below."""
+    leaks.adopt_orphans()
+    leaks.remember_channels()
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_processes_or_threads() -> Iterator[None]:
+    """Fails the test that leaves child processes, orphans of theirs, or threads behind."""
+    processes = leaks.living_descendants()
+    threads = threading.enumerate()
+    yield
+    left = [*leaks.leaked_processes(processes), *leaks.leaked_threads(threads)]
+    assert not left, f"the test left behind: {', '.join(left)}"
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_tasks_or_channels(request: pytest.FixtureRequest, leaves_no_processes_or_threads: None) -> None:
+    """Fails the asynchronous test that leaves tasks or open gRPC channels in its loop."""
+    if inspect.iscoroutinefunction(getattr(request, "function", None)):
+        request.getfixturevalue("watch_loop")
+
+
+@pytest.fixture
+async def watch_loop() -> AsyncIterator[None]:
+    """Set up before, and so torn down after, the test's other asynchronous fixtures."""
+    channels = leaks.open_channels()
+    yield
+    left = [*await leaks.leaked_tasks(), *leaks.leaked_channels(channels)]
+    assert not left, f"the test left behind: {', '.join(left)}"
