@@ -37,7 +37,7 @@ _METADATA_KEY = re.compile(r"^[a-z0-9_.-]{1,64}$")
 
 
 def parse_duration(value: object) -> object:
-    """Seconds from ``250ms``, ``1.5s``, ``2m``, ``1h`` or a number of seconds; other values pass through for pydantic."""
+    """Seconds from ``250ms``, ``1.5s``, ``2m``, ``1h`` or a number of seconds; other values are left to pydantic."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
@@ -69,18 +69,23 @@ def _status_code(value: object) -> object:
     return value
 
 
-def _finite(value: float) -> float:
+def _whole_nanoseconds(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError("expected a finite number")
-    return value
+    # What protobuf cannot carry must not be accepted: it would reach clients as 0s and be refused there.
+    return round(value, 9)
 
 
-_DURATION_SCHEMA = {"type": ["string", "number"], "pattern": r"^\d+(\.\d+)?(ms|s|m|h)$", "examples": ["250ms", "1.5s", "2m"]}
+_DURATION_SCHEMA = {
+    "type": ["string", "number"],
+    "pattern": r"^\d+(\.\d+)?(ms|s|m|h)$",
+    "examples": ["250ms", "1.5s", "2m"],
+}
 
 Duration = Annotated[
     float,
     BeforeValidator(parse_duration),
-    AfterValidator(_finite),
+    AfterValidator(_whole_nanoseconds),
     Field(ge=0.0, le=86_400.0),
     PlainSerializer(format_duration, return_type=str, when_used="json"),
     WithJsonSchema(_DURATION_SCHEMA),
