@@ -43,7 +43,7 @@ def parse_duration(value: object) -> object:
         if match is None:
             raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
         return float(match[1]) * _UNITS[match[2]]
-    if isinstance(value, bool):
+    if value is True or value is False:
         raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
     return value
 
