@@ -7,6 +7,17 @@
 
 from mesh_client.errors import MeshError, MeshErrorDetail, MeshRpcError, Reason
 from mesh_client.mesh import Mesh, MeshState, connect
+from mesh_client.server import server
 from mesh_client.target import hash_key
 
-__all__ = ["Mesh", "MeshError", "MeshErrorDetail", "MeshRpcError", "MeshState", "Reason", "connect", "hash_key"]
+__all__ = [
+    "Mesh",
+    "MeshError",
+    "MeshErrorDetail",
+    "MeshRpcError",
+    "MeshState",
+    "Reason",
+    "connect",
+    "hash_key",
+    "server",
+]

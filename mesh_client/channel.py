@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -105,7 +105,7 @@ class MeshChannel(grpc.aio.Channel):
         self.target = target
         self.closed = False
 
-    async def __aenter__(self) -> MeshChannel:
+    async def __aenter__(self) -> Self:
         """The channel itself."""
         return self
 
@@ -125,9 +125,7 @@ class MeshChannel(grpc.aio.Channel):
         """
         if self.closed:
             return grpc.ChannelConnectivity.SHUTDOWN
-        states = {
-            connection.channel.get_state(try_to_connect) for connection in self._connections(try_to_connect)
-        }
+        states = {connection.channel.get_state(try_to_connect) for connection in self._connections(try_to_connect)}
         if not states:
             idle = bool(self.target.service.nodes)
             return grpc.ChannelConnectivity.IDLE if idle else grpc.ChannelConnectivity.CONNECTING

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from google.protobuf import json_format
-
 from mesh.v1 import discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
+
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
 from mesh_client.core.model import Endpoint, Health, Locality, check_service_name, sorted_endpoints
 from mesh_client.core.policy import ServicePolicy

@@ -13,8 +13,8 @@ from time import monotonic
 
 import grpc
 from grpc.aio import AioRpcError
-
 from mesh.v1 import discovery_pb2, discovery_pb2_grpc
+
 from mesh_client import transport
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.errors import InvalidValueError
@@ -32,7 +32,7 @@ STREAM_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 )
-"""A control plane that hangs is noticed by keepalive; reconnects are paced here rather than by grpc. Its snapshots are trusted in size."""
+"""A control plane that hangs is noticed by keepalive. Its snapshots are trusted in size."""
 FIRST_RESPONSE_TIMEOUT = 5.0
 """Seconds that a control plane has to answer on a new stream before the next one is tried."""
 

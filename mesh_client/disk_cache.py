@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
-
 from mesh.v1 import resource_pb2
+
 from mesh_client.convert import snapshot_from_proto, snapshot_to_proto
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
 from mesh_client.core.store import EndpointsResource, PolicyResource

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic
+from typing import Self
 
 import grpc.aio
-
 from mesh.v1 import discovery_pb2, endpoint_pb2
+
+from mesh_client.addresses import parse_control_planes
 from mesh_client.channel import MeshChannel
 from mesh_client.core.breaker import BreakerState
-from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Health, Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
@@ -79,7 +80,7 @@ class Mesh:
         self.service = service
         self._resolver = resolver
 
-    async def __aenter__(self) -> Mesh:
+    async def __aenter__(self) -> Self:
         """Starts following the control plane.
 
         Raises:
@@ -92,9 +93,7 @@ class Mesh:
         """Stops. Calls in flight are cancelled."""
         await self._resolver.stop()
 
-    def channel(
-        self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()
-    ) -> grpc.aio.Channel:
+    def channel(self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()) -> grpc.aio.Channel:
         """A channel to a service, for any generated stub.
 
         The service is followed from now on; the first calls wait for the first word of it.
@@ -163,7 +162,7 @@ def connect(
     Raises:
         ConfigError, InvalidValueError: an argument or environment variable is wrong; the message says which.
     """
-    addresses = parse_addresses(control_plane if control_plane is not None else _env("CONTROL_PLANE", DEFAULT_CONTROL_PLANE))
+    addresses = parse_control_planes(control_plane) or (DEFAULT_CONTROL_PLANE,)
     service = _env("SERVICE", "") if service is None else service
     if service:
         check_service_name(service)
@@ -179,22 +178,6 @@ def connect(
         user_agent=USER_AGENT,
     )
     return Mesh(Resolver(addresses, node, locality, cache, rng or Random()), node_id, service)
-
-
-def parse_addresses(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Control planes, from a list or a comma-separated string.
-
-    Raises:
-        ConfigError: there is none, or one is not ``host:port``.
-    """
-    addresses = tuple(part.strip() for part in (value.split(",") if isinstance(value, str) else value) if part.strip())
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-            raise ConfigError(f"control plane address {address!r} is not host:port; set control_plane or MESH_CONTROL_PLANE")
-    if not addresses:
-        raise ConfigError("no control plane address; set control_plane or MESH_CONTROL_PLANE to host:port[,host:port]")
-    return addresses
 
 
 def _env(name: str, default: str) -> str:

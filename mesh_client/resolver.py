@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from mesh.v1 import discovery_pb2
+
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Locality, check_service_name

@@ -78,7 +78,9 @@ class StreamUnaryCall(
 ):
     """A stream of requests, one response."""
 
-    def __init__(self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any) -> None:
+    def __init__(
+        self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any
+    ) -> None:
         super().__init__(method, *options)
         self._requests = RequestLog(requests, method.request_serializer)
         self.begin()

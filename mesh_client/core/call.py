@@ -123,7 +123,9 @@ _ACTIVE = Resolution.ACTIVE
 
 
 class Call:
-    """The machine of one call. An event that does not fit its state raises `InvalidTransitionError` and changes nothing.
+    """The machine of one call.
+
+    An event that does not fit its state raises `InvalidTransitionError` and changes nothing.
 
     Args:
         service: the shared state of the service called.

@@ -24,7 +24,9 @@ class InvalidValueError(MeshError, ValueError):
 
     def __init__(self, path: str, value: object, expected: str) -> None:
         shown = repr(value)
-        super().__init__(f"{path}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; expected {expected}")
+        super().__init__(
+            f"{path}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; expected {expected}"
+        )
         self.path = path
         self.expected = expected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ def sorted_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
         InvalidValueError: two endpoints have one id.
     """
     ordered = tuple(sorted(endpoints, key=lambda endpoint: endpoint.id))
-    for left, right in zip(ordered, ordered[1:], strict=False):
+    for left, right in itertools.pairwise(ordered):
         if left.id == right.id:
             raise InvalidValueError("endpoint.id", left.id, "unique within its service")
     return ordered

@@ -1,7 +1,7 @@
 """One service as one client sees it: what all calls to it share.
 
-Joins policy and endpoints to pickers, and keeps the breaker, ejections, retry budget and limits. `mesh_client.core.call`
-asks it; the shell feeds it and obeys.
+Joins policy and endpoints to pickers, and keeps the breaker, ejections, retry budget and limits.
+`mesh_client.core.call` asks it; the shell feeds it and obeys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from mesh_client.core.breaker import BreakerState, ServiceBreaker
 from mesh_client.core.errors import Reason
 from mesh_client.core.model import Endpoint, Health, Outcome
 from mesh_client.core.outlier import OutlierDetector
-from mesh_client.core.policy import Algorithm, FaultInjection, HashSource, RetryPolicy, Route, ServicePolicy, method_matches
+from mesh_client.core.policy import (
+    Algorithm,
+    FaultInjection,
+    HashSource,
+    RetryPolicy,
+    Route,
+    ServicePolicy,
+    method_matches,
+)
 from mesh_client.core.rate_limit import ConcurrencyGate
 from mesh_client.core.retry import RetryBudget
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
@@ -97,7 +105,10 @@ class Service:
         return self._nodes.values()
 
     def activate(self, policy: PolicyResource, endpoints: EndpointsResource, now: float) -> list[Node]:
-        """Obeys a policy and balances over endpoints from now on. Returns the nodes that are gone, to be closed with grace."""
+        """Obeys a policy and balances over endpoints from now on.
+
+        Returns the nodes that are gone, to be closed with grace.
+        """
         first = self.resolution is not Resolution.ACTIVE
         self.resolution = Resolution.ACTIVE
         if policy.version != self.policy_version or first:
@@ -168,8 +179,8 @@ class Service:
     def settle(self, token: int, outcome: Outcome, tried: Sequence[Node], now: float) -> None:
         """Accounts a whole call to the service breaker.
 
-        A row of failures of one endpoint, while others are there, is that endpoint's matter and counts once: the breaker
-        opens when the service fails, not when one host does. A failed probe always counts.
+        A row of failures of one endpoint, while others are there, is that endpoint's matter and counts once: the
+        breaker opens when the service fails, not when one host does. A failed probe always counts.
         """
         if outcome is Outcome.FAILURE:
             alone = len(tried) == 1 and len(self._nodes) > 1 and self.breaker.state(now) is BreakerState.CLOSED

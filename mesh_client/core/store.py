@@ -57,7 +57,9 @@ class EndpointsDelta:
             InvalidValueError: ``base`` is of another version, or an id stands in the delta twice.
         """
         if base.version != self.base_version:
-            raise InvalidValueError("endpoints_delta.base_version", self.base_version, f"the held version {base.version}")
+            raise InvalidValueError(
+                "endpoints_delta.base_version", self.base_version, f"the held version {base.version}"
+            )
         endpoints = {endpoint.id: endpoint for endpoint in base.endpoints}
         for removed in self.removed_ids:
             endpoints.pop(removed, None)
@@ -158,7 +160,10 @@ class Store:
                 self._cached[policy.service] = (policy, by_name[policy.service])
 
     def use_cache(self) -> frozenset[str]:
-        """The control plane cannot be reached: what is cached counts until it can. Returns the services that became active."""
+        """The control plane cannot be reached: what is cached counts until it can.
+
+        Returns the services that became active.
+        """
         changed = set()
         for name, record in self._records.items():
             if not record.confirmed and record.policy is None and record.endpoints is None and name in self._cached:
