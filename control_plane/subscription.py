@@ -149,6 +149,13 @@ class _Lane:
     """Names to look at when the lane is free, the longest waiting first. Changes meanwhile conflate here."""
     flight: _Flight | None = None
     begun: bool = False
+    greeted: bool = False
+    """A response was sent. The first request is always answered, if by nothing new: then all that is held is current."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether there may be something to send, and it may be sent."""
+        return self.flight is None and (bool(self.dirty) or (self.begun and not self.greeted))
 
 
 DeltaFunction = Callable[[EndpointsResource, EndpointsResource], EndpointsDelta | None]
@@ -201,7 +208,7 @@ class Subscriptions:
 
     def ready(self) -> bool:
         """Whether `next_responses` may have something to say."""
-        return any(lane.dirty and lane.flight is None for lane in self._lanes.values())
+        return any(lane.pending for lane in self._lanes.values())
 
     def next_responses(self, snapshot: Snapshot) -> list[Response]:
         """What to send now, in order; it counts as sent.
@@ -212,7 +219,7 @@ class Subscriptions:
         # A third turn: policies whose withdrawal waited for that of the endpoints.
         for kind in (Kind.POLICY, Kind.ENDPOINTS, Kind.POLICY):
             lane = self._lanes[kind]
-            if lane.dirty and lane.flight is None and (response := self._respond(kind, lane, snapshot)) is not None:
+            if lane.pending and (response := self._respond(kind, lane, snapshot)) is not None:
                 responses.append(response)
         return responses
 
@@ -391,8 +398,9 @@ class Subscriptions:
             flight[name] = resource
             subscription.sent = version
             lane.dirty.pop(name, None)
-        if not flight:
+        if not flight and (lane.greeted or lane.dirty):
             return None
+        lane.greeted = True
         self._nonce += 1
         lane.flight = _Flight(str(self._nonce), flight)
         return Response(kind, lane.flight.nonce, tuple(changes), tuple(removed))
