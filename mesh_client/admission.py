@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -24,12 +24,14 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
 from mesh_client.core.retry import PUSHBACK_KEY
 
+if TYPE_CHECKING:
+    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+
 SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
 
 _MAX_WRAPPED_METHODS = 1000
 
-Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class CallContext(Protocol):
@@ -115,16 +117,14 @@ class Admission:
 
     def _wrap_coroutine(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            call = _begin(context)
             refusal = self._enter(method, context)
             if refusal is not None:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
-            call = None
             try:
-                call = _begin(context)
                 return await behavior(request, context)
             except asyncio.CancelledError:
-                if call is not None:
-                    call.cancel()
+                call.cancel()
                 raise
             finally:
                 self._leave()
@@ -135,19 +135,17 @@ class Admission:
         self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            call = _begin(context)
             refusal = self._enter(method, context)
             if refusal is not None:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
-            call = None
             try:
-                call = _begin(context)
                 async with contextlib.aclosing(behavior(request, context)) as responses:
                     async for response in responses:
                         yield response
             except (asyncio.CancelledError, GeneratorExit):
                 # A call that is cancelled while it writes a response ends the generator in place of cancelling it.
-                if call is not None:
-                    call.cancel()
+                call.cancel()
                 raise
             finally:
                 self._leave()
