@@ -271,7 +271,8 @@ class WeightedSubset(_Model):
     """One share of a traffic split."""
 
     labels: Annotated[dict[str, str], Field(min_length=1, max_length=32)]
-    weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)]
+    weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)] = 0
+    """Relative to the other subsets. 0, which is also what protobuf takes an unset weight for, gets no calls."""
 
 
 class Route(_Model):
