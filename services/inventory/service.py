@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 from shop.v1 import inventory_pb2 as pb
@@ -21,15 +21,11 @@ WATCH_INTERVAL = 0.2
 class InventoryService(InventoryServiceServicer):
     """Keeps stock."""
 
-    def __init__(self, inventory: InventoryStore) -> None:
+    def __init__(self, inventory: InventoryStore, leaving: Callable[[], bool]) -> None:
+        """Watches end soon after ``leaving`` becomes true."""
         self._inventory = inventory
+        self._leaving = leaving
         self._changed = asyncio.Event()
-        self._closed = False
-
-    def close(self) -> None:
-        """Ends all watches, so that they do not hold up a shutdown."""
-        self._closed = True
-        self._changed.set()
 
     async def GetStock(
         self,
@@ -86,7 +82,7 @@ class InventoryService(InventoryServiceServicer):
     ) -> AsyncIterator[pb.WatchStockResponse]:
         """Streams an item's stock. Changes that come faster than the reader reads are told as one."""
         last: int | None = None
-        while not self._closed:
+        while not self._leaving():
             changed = self._changed
             try:
                 available = await self._inventory.available(request.sku)

@@ -52,15 +52,14 @@ class Shop:
     directory: Path
     stack: AsyncExitStack
     outage: Outage = field(default_factory=Outage)
-    inventories: list[InventoryService] = field(default_factory=list)
+    leaving: bool = False
 
     async def inventory(self) -> grpc.aio.Channel:
         """A further instance of inventory."""
         database = await self.stack.enter_async_context(
             Database(self.directory / "inventory.sqlite", inventory_store.SCHEMA)
         )
-        service = InventoryService(InventoryStore(database))
-        self.inventories.append(service)
+        service = InventoryService(InventoryStore(database), leaving=lambda: self.leaving)
         return await self.stack.enter_async_context(
             serve(lambda server: add_InventoryServiceServicer_to_server(service, server))
         )

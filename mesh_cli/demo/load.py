@@ -1,0 +1,169 @@
+"""Orders, sent again and again at a steady rate, and what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+from shop.v1.orders_pb2 import ORDER_STATE_PLACED, Order, PlaceOrderRequest
+from shop.v1.orders_pb2_grpc import OrderServiceStub
+
+from mesh_client.core.errors import MeshError
+
+CALL_TIMEOUT = 10.0
+"""Seconds that a customer waits."""
+
+MAX_IN_FLIGHT = 64
+"""Orders at once; a slower shop gets fewer, as real customers would do."""
+
+SKU = "espresso-beans"
+
+
+class RejectedError(MeshError):
+    """The shop answered, and did not take the order."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of a number of orders. Latencies are in seconds."""
+
+    sent: int = 0
+    placed: int = 0
+    failures: list[str] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    taken_by: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def failed(self) -> int:
+        """Orders that the customer could not place."""
+        return len(self.failures)
+
+    def slowest_percent(self) -> float:
+        """The 99th percentile of the latencies; not a number when there are too few."""
+        return statistics.quantiles(self.latencies, n=100)[98] if len(self.latencies) > 1 else float("nan")
+
+    def explain(self) -> str:
+        """The first failures, in words; empty when there are none."""
+        return "; ".join(self.failures[:3])
+
+
+class Customers:
+    """Places orders through the mesh, each once.
+
+    Args:
+        channel: a channel to orders.
+        rate: orders a second while `run` runs.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, rate: float) -> None:
+        self.rate = rate
+        self.total = Tally()
+        self.orders: list[Order] = []
+        """Every order that was placed."""
+        self._stub = OrderServiceStub(channel)
+        self._tallies: list[Tally] = [self.total]
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._finished = asyncio.Event()
+
+    async def run(self) -> None:
+        """Sends orders at the rate until cancelled."""
+        due = time.monotonic()
+        while True:
+            await self._open.wait()
+            if len(self._in_flight) < MAX_IN_FLIGHT:
+                task = asyncio.create_task(self._one())
+                self._in_flight.add(task)
+                task.add_done_callback(self._in_flight.discard)
+            due = max(due + 1.0 / self.rate, time.monotonic() - 1.0 / self.rate)
+            await asyncio.sleep(due - time.monotonic())
+
+    async def pause(self) -> None:
+        """No new orders from `run`; returns when those in flight are done."""
+        self._open.clear()
+        await self._settle()
+
+    def go_on(self) -> None:
+        """Ends a pause."""
+        self._open.set()
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[Tally]:
+        """Tallies the orders that are sent within, and waits at the end for those still in flight."""
+        tally = Tally()
+        self._tallies.append(tally)
+        try:
+            yield tally
+        finally:
+            self._tallies.remove(tally)
+            await self._settle()
+
+    async def finish(self, count: int) -> None:
+        """Returns when so many more orders have been placed or failed."""
+        until = self.total.placed + self.total.failed + count
+        while self.total.placed + self.total.failed < until:
+            self._finished.clear()
+            await self._finished.wait()
+
+    async def burst(self, count: int, concurrency: int) -> Tally:
+        """Sends ``count`` orders, ``concurrency`` at a time."""
+        async with self.watched() as tally:
+            left = iter(range(count))
+
+            async def customer() -> None:
+                for _ in left:
+                    await self._one()
+
+            await asyncio.gather(*(customer() for _ in range(concurrency)))
+        return tally
+
+    async def place(self, key: str, *, timeout: float = CALL_TIMEOUT) -> Order:
+        """Places one order, of something that is never out of stock or too dear.
+
+        Raises:
+            grpc.aio.AioRpcError: it failed.
+            RejectedError: the shop did not want it.
+        """
+        response = await self._stub.PlaceOrder(
+            PlaceOrderRequest(idempotency_key=key, sku=SKU, quantity=1), timeout=timeout
+        )
+        if response.order.state != ORDER_STATE_PLACED:
+            raise RejectedError(response.order.rejection)
+        self.orders.append(response.order)
+        return response.order
+
+    async def _one(self) -> None:
+        tallies = tuple(self._tallies)
+        for tally in tallies:
+            tally.sent += 1
+        began = time.monotonic()
+        try:
+            order = await self.place(new_key())
+        except (grpc.aio.AioRpcError, RejectedError) as error:
+            failure = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
+            for tally in tallies:
+                tally.failures.append(failure)
+        else:
+            elapsed = time.monotonic() - began
+            for tally in tallies:
+                tally.placed += 1
+                tally.latencies.append(elapsed)
+                tally.taken_by[order.taken_by] += 1
+        self._finished.set()
+
+    async def _settle(self) -> None:
+        if self._in_flight:
+            await asyncio.wait(self._in_flight)
+
+
+def new_key() -> str:
+    """An idempotency key that nobody used before."""
+    return uuid.uuid4().hex

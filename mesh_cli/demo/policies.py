@@ -1,0 +1,142 @@
+"""The policies that the demo's services are called with, and how they are put in force."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import grpc
+from mesh.v1 import admin_pb2, admin_pb2_grpc
+from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_POLICY
+
+from mesh_client.core.policy import Algorithm
+from mesh_client.transport import open_channel
+
+Policy = dict[str, object]
+
+PER_TRY_TIMEOUT = 0.5
+"""Seconds after which an attempt at orders is given up and another instance is tried."""
+
+OPEN_DURATION = 1.5
+"""Seconds that the breaker of payments stays open."""
+
+_RETRY = {
+    "max_attempts": 4,
+    "per_try_timeout": f"{PER_TRY_TIMEOUT}s",
+    "backoff": {"initial": "10ms", "max": "100ms"},
+    "budget": {"ratio": 0.5, "min_per_second": 50},
+}
+
+# Short times, so that the demo shows in seconds what a real policy does in minutes.
+_OUTLIERS = {"consecutive_failures": 3, "base_ejection": "2s", "max_ejection": "4s", "max_ejected_percent": 50}
+
+_POLL = 0.02
+_TIMEOUT = 10.0
+
+
+def orders(algorithm: Algorithm = Algorithm.LEAST_REQUEST) -> Policy:
+    """Orders: balanced by the algorithm; RING_HASH goes by the key that the customer sets."""
+    balancer: Policy = {"algorithm": algorithm.value}
+    if algorithm is Algorithm.RING_HASH:
+        balancer["hash_key"] = {"source": "EXPLICIT"}
+    return {"service": "orders", "retry": _RETRY, "outlier_detection": _OUTLIERS, "load_balancer": balancer}
+
+
+def inventory() -> Policy:
+    """Inventory: as orders."""
+    return {"service": "inventory", "retry": _RETRY, "outlier_detection": _OUTLIERS}
+
+
+def payments() -> Policy:
+    """Payments: a breaker that opens after five failed calls."""
+    return {
+        "service": "payments",
+        "retry": {**_RETRY, "max_attempts": 2},
+        "circuit_breaker": {"consecutive_failures": 5, "open_duration": f"{OPEN_DURATION}s"},
+        "outlier_detection": {"enabled": False},
+    }
+
+
+class Operator:
+    """Applies policies through the control plane's `AdminService`, and asks it what it knows."""
+
+    def __init__(self, control_plane: str) -> None:
+        self._channel = open_channel(control_plane)
+        self._stub = admin_pb2_grpc.AdminServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def apply(self, policy: Policy) -> None:
+        """Stores a policy; returns when every client that follows the service obeys it.
+
+        Raises:
+            grpc.aio.AioRpcError: the policy was refused.
+            TimeoutError: somebody does not obey it.
+        """
+        service = str(policy["service"])
+        before = await self._published(service)
+        answer = await self._stub.ApplyPolicy(
+            admin_pb2.ApplyPolicyRequest(document=json.dumps(policy)), timeout=_TIMEOUT, wait_for_ready=True
+        )
+
+        async def published() -> bool:
+            return not answer.changed or await self._published(service) != before
+
+        await _until(published)
+        await _until(partial(self._obeyed, service))
+
+    async def endpoints(self, service: str) -> set[str]:
+        """Ids of the endpoints of a service; empty when it is not known."""
+        try:
+            answer = await self._stub.ListEndpoints(
+                admin_pb2.ListEndpointsRequest(service=service), timeout=_TIMEOUT, wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return set()
+            raise
+        return {endpoint.endpoint.id for endpoint in answer.endpoints}
+
+    async def until_listed(self, service: str, name: str) -> None:
+        """Returns when the control plane lists an endpoint.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+
+        async def listed() -> bool:
+            return name in await self.endpoints(service)
+
+        await _until(listed)
+
+    async def _status(self) -> admin_pb2.GetStatusResponse:
+        return await self._stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=_TIMEOUT, wait_for_ready=True)
+
+    async def _published(self, service: str) -> str:
+        services = (await self._status()).services
+        return next((known.policy_version for known in services if known.service == service), "")
+
+    async def _obeyed(self, service: str) -> bool:
+        return all(
+            subscription.acknowledged_version == subscription.current_version
+            for client in (await self._status()).clients
+            for subscription in client.subscriptions
+            if subscription.service == service and subscription.type == RESOURCE_TYPE_SERVICE_POLICY
+        )
+
+
+async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Asks again and again: the control plane's API for operators has no watch."""
+    async with asyncio.timeout(_TIMEOUT):
+        while not await holds():  # noqa: ASYNC110 - another process cannot set an event
+            await asyncio.sleep(_POLL)

@@ -1,0 +1,150 @@
+"""Plays the scenarios one after the other and adds up what they promised."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import grpc
+
+import mesh_client
+from mesh_cli.demo import policies
+from mesh_cli.demo.load import Customers
+from mesh_cli.demo.policies import Operator
+from mesh_cli.demo.promises import Promise, at_most, closing_table, exactly, write_json
+from mesh_cli.demo.scenarios import SCENARIOS
+from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
+from mesh_cli.demo.system import SERVICES, System
+from mesh_cli.demo.view import Screen
+from mesh_cli.output import console, write_error
+from mesh_client.core.errors import MeshError
+from mesh_client.mesh import Mesh
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+TIME_LIMIT = 120.0
+"""Seconds that the whole demo may take."""
+
+_SYNC_TIMEOUT = 20.0
+
+
+def run(*, consul: bool, json_file: Path | None, quick: bool) -> int:
+    """Runs the demo; returns the exit code: 0 when every promise was kept, 1 when not, 130 after Ctrl-C."""
+    return run_interruptible(lambda: _demo(consul, json_file, QUICK if quick else FULL))
+
+
+def run_interruptible(main: Callable[[], Coroutine[object, object, int]]) -> int:
+    """Runs a coroutine whose cleanup Ctrl-C, SIGTERM and SIGHUP wait for; returns its result, or 130."""
+
+    async def with_signals() -> int:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        return await main()
+
+    # What the mesh client logs of the faults that are injected on purpose belongs to the display, not into it.
+    logging.getLogger("mesh_client").setLevel(logging.ERROR)
+    try:
+        return asyncio.run(with_signals())
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.stderr.write("interrupted; everything has been stopped\n")
+        return INTERRUPTED
+
+
+@contextlib.asynccontextmanager
+async def running_system(consul: bool) -> AsyncIterator[tuple[System, Operator]]:
+    """A running system with its policies in force. Its directory goes, unless something went wrong."""
+    directory = Path(tempfile.mkdtemp(prefix="grpc-mesh-"))
+    try:
+        async with System(directory, consul=consul) as system, Operator(system.address) as operator:
+            for policy in (policies.orders(), policies.inventory(), policies.payments()):
+                await operator.apply(policy)
+            yield system, operator
+    except Exception:
+        sys.stderr.write(f"the logs are in {directory}\n")
+        raise
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
+    screen = Screen(console())
+    began = time.monotonic()
+    promises: list[Promise] = []
+    screen.tell(f"starting a control plane on {'Consul' if consul else 'the embedded registry'}, and the shop")
+    async with running_system(consul) as (system, operator):
+        async with mesh_client.connect(system.address, service="demo", cache_dir="") as mesh:
+            stage = await _set_up(system, mesh, operator, screen, profile)
+            background = [
+                asyncio.create_task(stage.customers.run()),
+                asyncio.create_task(screen.follow(system, mesh, stage.customers)),
+            ]
+            try:
+                for number, scenario in enumerate(SCENARIOS, 1):
+                    screen.scenario(number, len(SCENARIOS), scenario.title)
+                    for promise in await _play(scenario, stage):
+                        screen.promise(promise)
+                        promises.append(promise)
+            finally:
+                for task in background:
+                    task.cancel()
+                await asyncio.wait(background)
+        promises += await _shut_down(system, screen)
+        promises.append(at_most("demo.time", "the whole demo", time.monotonic() - began, TIME_LIMIT, "s"))
+        broken = [promise for promise in promises if not promise.ok]
+        if broken:
+            kept = Path(tempfile.mkdtemp(prefix="grpc-mesh-logs-"))
+            for log in system.directory.glob("*.log"):
+                shutil.copy(log, kept)
+    out = console()
+    out.print(closing_table(promises))
+    if json_file is not None:
+        write_json(promises, json_file)
+    if broken:
+        write_error(f"broken: {', '.join(promise.id for promise in broken)}; the logs are in {kept}")
+        return 1
+    return 0
+
+
+async def _set_up(system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile) -> Stage:
+    customers = Customers(mesh.channel("orders"), profile.rate)
+    for service in SERVICES:
+        mesh.channel(service)
+    stage = Stage(system, mesh, operator, customers, screen, profile)
+    for instance in system.instances:
+        await stage.until_known(instance.service, instance.name, _SYNC_TIMEOUT)
+    # The first order shows that orders knows inventory and payments.
+    await customers.place("first")
+    return stage
+
+
+async def _play(scenario: Scenario, stage: Stage) -> list[Promise]:
+    try:
+        return await scenario.play(stage)
+    except (MeshError, grpc.aio.AioRpcError, TimeoutError) as error:
+        stage.customers.go_on()
+        id = type(scenario).__name__
+        return [exactly(id, f"{scenario.title}: comes to its end", 0, 1, "", f"{type(error).__name__}: {error}")]
+
+
+async def _shut_down(system: System, screen: Screen) -> list[Promise]:
+    screen.tell("SIGTERM to everything")
+    began = time.monotonic()
+    codes = await system.stop_all()
+    dirty = sorted(f"{name} {code}" for name, code in codes.items() if code != 0)
+    note = ", ".join(dirty) or f"{time.monotonic() - began:.1f} s"
+    return [
+        exactly(
+            "shutdown.exits", "processes that did not end with exit code 0", len(dirty), 0, f"of {len(codes)}", note
+        )
+    ]

@@ -1,0 +1,38 @@
+"""Instances that die under load."""
+
+from __future__ import annotations
+
+from mesh_cli.demo.promises import Promise, exactly
+from mesh_cli.demo.stage import Stage
+
+
+class KilledInstances:
+    """``kill -9`` of one instance of orders and one of inventory."""
+
+    title = "kill -9 under load"
+
+    async def play(self, stage: Stage) -> list[Promise]:
+        """No order may fail, and nobody may wait long."""
+        system, customers, between = stage.system, stage.customers, stage.profile.orders_between
+        victims = [system.of("orders")[0], system.of("inventory")[0]]
+        async with customers.watched() as tally:
+            await customers.finish(between // 2)
+            for victim in victims:
+                stage.view.tell(f"kill -9 {victim.name}")
+                victim.state = "killed"
+                await victim.process.kill()
+                await customers.finish(between)
+        for victim in victims:
+            stage.view.tell(f"start a replacement of {victim.name}")
+            replacement = await system.start(victim.service, victim.number)
+            await stage.operator.until_listed(victim.service, replacement.name)
+        return [
+            exactly(
+                "kill.failed",
+                f"kill -9 of {' and of '.join(victim.name for victim in victims)}: failed orders",
+                tally.failed,
+                0,
+                f"of {tally.sent}",
+                tally.explain() or f"99% of the orders within {tally.slowest_percent() * 1000:.0f} ms",
+            )
+        ]

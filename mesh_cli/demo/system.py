@@ -1,0 +1,231 @@
+"""The system that `mesh demo` and `mesh up` run: a control plane, perhaps a Consul, and the shop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mesh_cli.demo.consul import find_consul, start_consul
+from mesh_cli.demo.supervisor import Process, Supervisor
+
+SERVICES = ("orders", "inventory", "payments")
+
+ROOT = Path(__file__).parents[2]
+"""The checkout: the shop is not part of the wheel."""
+
+_CONTROL_PLANE_READY = re.compile(r"^mesh control-plane listening on (\S+)$")
+_SERVICE_READY = re.compile(r"serves on (127\.0\.0\.1:\d+)")
+"""What a mesh server logs once it answers."""
+_FREEZE_ATTEMPTS = 50
+
+
+@dataclass(slots=True)
+class Instance:
+    """One instance of a service.
+
+    Attributes:
+        name: its id in the mesh.
+        number: its place among the instances of its service, from 1; a replacement takes over the number.
+    """
+
+    service: str
+    name: str
+    number: int
+    process: Process
+    state: str = "up"
+    """For display: up, killed, hung, leaving, failing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many instances of each service, and how their weights differ."""
+
+    counts: Mapping[str, int] = field(default_factory=lambda: {"orders": 3, "inventory": 3, "payments": 2})
+    weights: Mapping[str, Mapping[int, int]] = field(default_factory=lambda: {"orders": {3: 2}})
+    """Weights other than 1, by service and number."""
+
+    def weight(self, service: str, number: int) -> int:
+        """The weight of one instance."""
+        return self.weights.get(service, {}).get(number, 1)
+
+
+class System:
+    """Runs for the length of an ``async with``. Leaving it stops the instances cleanly, then kills what is left.
+
+    Args:
+        directory: for logs, databases and the registry's state.
+        consul: register with a real Consul in place of the embedded registry.
+        layout: what to run.
+    """
+
+    def __init__(self, directory: Path, *, consul: bool = False, layout: Layout | None = None) -> None:
+        self.directory = directory
+        self.layout = layout or Layout()
+        self.instances: list[Instance] = []
+        self.consul_address = ""
+        """``host:port`` of Consul's HTTP API; empty without Consul."""
+        self.address = ""
+        """``host:port`` of the control plane."""
+        self.exit_codes: dict[str, int] = {}
+        """Of the instances that were asked to stop, by name."""
+        self._consul = consul
+        self._supervisor = Supervisor(directory)
+        self._control_plane: Process | None = None
+        self._started: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            if self._consul:
+                binary = find_consul(ROOT)
+                _, self.consul_address = await start_consul(self._supervisor, binary, self._environment())
+            await self.start_control_plane()
+            started = await asyncio.gather(
+                *(
+                    self.start(service, number)
+                    for service in SERVICES
+                    for number in range(1, self.layout.counts[service] + 1)
+                ),
+                return_exceptions=True,
+            )
+            for result in started:
+                if isinstance(result, BaseException):
+                    raise result
+        except BaseException:
+            await self._supervisor.kill_all()
+            raise
+        self.instances.sort(key=lambda instance: (SERVICES.index(instance.service), instance.number))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._supervisor.kill_all()
+
+    @property
+    def registry(self) -> str:
+        """As ``mesh control-plane --registry`` takes it."""
+        return f"consul://{self.consul_address}" if self._consul else "embedded"
+
+    def of(self, service: str) -> list[Instance]:
+        """The instances of one service, by number."""
+        return [instance for instance in self.instances if instance.service == service]
+
+    def instance(self, name: str) -> Instance | None:
+        """The instance of that name, unless it has been replaced."""
+        return next((instance for instance in self.instances if instance.name == name), None)
+
+    async def start_control_plane(self) -> None:
+        """Starts the control plane, a restarted one at the address it had."""
+        command = [
+            sys.executable,
+            "-m",
+            "mesh_cli",
+            "control-plane",
+            "--listen",
+            self.address or "127.0.0.1:0",
+            "--registry",
+            self.registry,
+            "--data-dir",
+            str(self.directory / "control-plane"),
+        ]
+        self._control_plane = await self._supervisor.start(
+            "control-plane", command, self._environment(), _CONTROL_PLANE_READY
+        )
+        self.address = (await self._control_plane.wait_ready())[1]
+
+    async def kill_control_plane(self) -> None:
+        """``kill -9`` of the control plane."""
+        if self._control_plane is not None:
+            await self._control_plane.kill()
+
+    async def start(self, service: str, number: int) -> Instance:
+        """Starts an instance; returns when it says that it listens. A replaced instance's successor has a new name."""
+        generation = self._started[f"{service}-{number}"] = self._started.get(f"{service}-{number}", 0) + 1
+        name = f"{service}-{number}" if generation == 1 else f"{service}-{number}.{generation}"
+        environment = self._environment()
+        environment |= {
+            "MESH_CONTROL_PLANE": self.address,
+            "MESH_REGISTRY": self.registry if self._consul else "control-plane",
+            "MESH_CACHE_DIR": str(self.directory / "cache" / name),
+            "SHOP_DATABASE": str(self.database(service)),
+            "SHOP_INSTANCE": name,
+            "SHOP_WEIGHT": str(self.layout.weight(service, number)),
+        }
+        process = await self._supervisor.start(
+            name, [sys.executable, "-m", f"services.{service}"], environment, _SERVICE_READY
+        )
+        await process.wait_ready()
+        instance = Instance(service, name, number, process)
+        for index, old in enumerate(self.instances):
+            if (old.service, old.number) == (service, number):
+                self.instances[index] = instance
+                break
+        else:
+            self.instances.append(instance)
+        return instance
+
+    async def stop(self, instance: Instance) -> int:
+        """Has an instance leave as in a deployment, with SIGTERM; returns its exit code."""
+        instance.state = "leaving"
+        code = await instance.process.stop()
+        instance.state = "gone"
+        self.exit_codes[instance.name] = code
+        return code
+
+    async def stop_all(self) -> dict[str, int]:
+        """Stops every instance that runs, all at once, then the control plane; returns all exit codes by name."""
+        await asyncio.gather(*(self.stop(instance) for instance in self.instances if instance.process.running))
+        if self._control_plane is not None:
+            self.exit_codes["control-plane"] = await self._control_plane.stop()
+        return self.exit_codes
+
+    def database(self, service: str) -> Path:
+        """The SQLite file that the instances of a service share."""
+        return self.directory / f"{service}.sqlite"
+
+    async def freeze(self, instance: Instance) -> None:
+        """SIGSTOP, but not while the instance writes to the file that it shares with its siblings.
+
+        A frozen process keeps SQLite's lock, and then all of them hang: a fault of that database, not of the mesh.
+        """
+        for _ in range(_FREEZE_ATTEMPTS):
+            instance.process.freeze()
+            if await asyncio.to_thread(_can_write, self.database(instance.service)):
+                instance.state = "hung"
+                return
+            instance.process.thaw()
+            await asyncio.sleep(0.01)
+        raise TimeoutError(f"{instance.name} holds its database all the time")
+
+    def thaw(self, instance: Instance) -> None:
+        """SIGCONT."""
+        instance.process.thaw()
+        instance.state = "up"
+
+    def _environment(self) -> dict[str, str]:
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MESH_", "SHOP_", "CONSUL_"))
+        }
+        return {**inherited, "PYTHONUNBUFFERED": "1"}
+
+
+def _can_write(database: Path) -> bool:
+    """Whether nobody holds the lock of a SQLite file for longer than a transaction takes."""
+    connection = sqlite3.connect(database, timeout=0.25, isolation_level=None)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    except sqlite3.OperationalError:
+        return False
+    else:
+        return True
+    finally:
+        connection.close()
