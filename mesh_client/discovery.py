@@ -6,6 +6,7 @@ What to ask and what to answer is decided by `mesh_client.core.store`; this shel
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from random import Random
@@ -21,6 +22,8 @@ from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
+
+Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +142,9 @@ class Discovery:
         for request in others:
             requests.put_nowait(subscribe_to_proto(request))
 
-        async def outgoing() -> AsyncIterator[discovery_pb2.DeltaResourcesRequest]:
-            while True:
-                yield await requests.get()
-
-        call = stub.DeltaResources(outgoing())
+        # Not by an iterator: grpc does not end the task that reads it when the stream fails.
+        call = stub.DeltaResources()
+        sender = asyncio.create_task(self._send_all(call, requests))
         try:
             async with asyncio.timeout(FIRST_RESPONSE_TIMEOUT):
                 response = await call.read()
@@ -151,7 +152,16 @@ class Discovery:
                 yield response
                 response = await call.read()
         finally:
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
             call.cancel()
+
+    @staticmethod
+    async def _send_all(call: Stream, requests: asyncio.Queue[discovery_pb2.DeltaResourcesRequest]) -> None:
+        # What a broken stream raises here, reading it raises as well.
+        with contextlib.suppress(AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await call.write(await requests.get())
 
     def _close_stream(self) -> None:
         if self._store.in_sync:

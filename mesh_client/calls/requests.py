@@ -80,6 +80,11 @@ class RequestLog(Generic[Request]):
         self._ended = True
         self.notify()
 
+    def close(self) -> None:
+        """The call is over: whoever reads or waits stops."""
+        self._messages.clear()
+        self.end()
+
     def commit(self) -> None:
         """The call will not be retried: what was sent need not be kept."""
         self._keep = False
@@ -152,7 +157,7 @@ class StreamingRequests(MeshCall[Request, Response]):
 
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         super()._finish(code, error)
-        self._requests.notify()
+        self._requests.close()
 
     def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
         if not self._machine.may_retry:
