@@ -15,10 +15,13 @@ from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 
+_LONGEST = 7 * 86_400.0
+"""Seconds; nothing is worth remembering or holding back for longer than a week."""
+
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-TOKEN_VARIABLE = "CONSUL_HTTP_TOKEN"  # noqa: S105 - the name of a variable
-TOKEN_FILE_VARIABLE = "CONSUL_HTTP_TOKEN_FILE"  # noqa: S105 - the name of a variable
+TOKEN_VARIABLE = "CONSUL_HTTP_TOKEN"
+TOKEN_FILE_VARIABLE = "CONSUL_HTTP_TOKEN_FILE"
 
 
 @reports_errors
@@ -61,16 +64,22 @@ def control_plane(
     ] = 10_000,
     debounce_quiet: Annotated[
         float,
-        typer.Option("--debounce-quiet", min=0.0, metavar="SECONDS", help="Changes wait this long for further ones."),
+        typer.Option(
+            "--debounce-quiet", min=0.0, max=60.0, metavar="SECONDS", help="Changes wait this long for further ones."
+        ),
     ] = 0.02,
     debounce_maximum: Annotated[
-        float, typer.Option("--debounce-maximum", min=0.0, metavar="SECONDS", help="Changes wait this long at most.")
+        float,
+        typer.Option(
+            "--debounce-maximum", min=0.0, max=60.0, metavar="SECONDS", help="Changes wait this long at most."
+        ),
     ] = 0.2,
     guard_hold: Annotated[
         float,
         typer.Option(
             "--guard-hold",
             min=0.0,
+            max=_LONGEST,
             metavar="SECONDS",
             help="How long suspiciously many removals are held back without `mesh removals confirm`; 0: never.",
         ),
@@ -78,7 +87,11 @@ def control_plane(
     forget_after: Annotated[
         float,
         typer.Option(
-            "--forget-after", min=0.0, metavar="SECONDS", help="How long a service without endpoints stays known."
+            "--forget-after",
+            min=0.0,
+            max=_LONGEST,
+            metavar="SECONDS",
+            help="How long a service without endpoints stays known.",
         ),
     ] = 600.0,
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")] = "info",

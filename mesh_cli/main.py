@@ -12,8 +12,9 @@ def main() -> None:
     try:
         from mesh_cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA_PACKAGES:
             raise
-        sys.stderr.write(f"mesh: the package {error.name!r} is missing; install it with pip install 'grpc-mesh[cli]'\n")
+        sys.stderr.write(f"mesh: the package {package!r} is missing; install it with pip install 'grpc-mesh[cli]'\n")
         sys.exit(1)
     app()

@@ -259,15 +259,16 @@ def _write_applied(service: str, answer: admin_pb2.ApplyPolicyResponse, lines: S
     out = console()
     for line in lines:
         out.print(coloured(line), soft_wrap=True)
-    before, after = printable(answer.before.stored_version), printable(answer.after.stored_version)
-    if not answer.changed:
-        out.print(f"{service}: unchanged, stored version {before}", soft_wrap=True)
+    before, after = answer.before.stored_version, answer.after.stored_version
+    if before and before == after:
+        text = f"unchanged, stored version {before}"
     elif dry_run:
-        same = "" if lines else "; its effect is the same"
-        replaced = f" in place of version {before}" if before else ""
-        out.print(f"{service}: would be stored{replaced}{same}", soft_wrap=True)
+        text = f"would be stored in place of version {before}" if before else "would be stored"
     else:
-        out.print(f"{service}: stored version {after}{f', was {before}' if before else ''}", soft_wrap=True)
+        text = f"stored version {after}, was {before}" if before else f"stored version {after}"
+    if before != after and (not answer.changed or (dry_run and not lines)):
+        text += "; its effect is the same"
+    out.print(f"{service}: {printable(text)}", soft_wrap=True)
 
 
 def _why(error: RefusedError, service: str) -> str:

@@ -153,6 +153,13 @@ def test_storing_what_is_stored_changes_nothing(run: Run, admin: ScriptedAdmin, 
     assert result.stdout == "orders: unchanged, stored version 7\n"
 
 
+def test_a_new_comment_is_stored_and_changes_no_effect(run: Run, admin: ScriptedAdmin, write: Write) -> None:
+    before, after = stored(samples.ORDERS, "7"), stored(samples.ORDERS, "8")
+    admin.answers["ApplyPolicy"] = admin_pb2.ApplyPolicyResponse(before=before, after=after)
+    result = run("policy", "apply", write("# why\n" + samples.ORDERS), "--control-plane", admin.address)
+    assert result.stdout == "orders: stored version 8, was 7; its effect is the same\n"
+
+
 def test_nothing_is_stored_when_one_of_several_is_bad(run: Run, admin: ScriptedAdmin, write: Write) -> None:
     result = run("policy", "apply", write(BAD), "--control-plane", admin.address)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -279,13 +286,11 @@ def test_what_is_left_out_of_the_yaml_is_exactly_the_defaults() -> None:
     assert yaml.safe_load(stated_yaml(as_sent(text))) == yaml.safe_load(text)
 
 
-def test_a_share_of_zero_in_a_split_is_shown() -> None:
-    split = [
-        policy_pb2.WeightedSubset(labels={"v": "1"}, weight=100),
-        policy_pb2.WeightedSubset(labels={"v": "2"}, weight=0),
-    ]
-    policy = policy_pb2.ServicePolicy(service="orders", routes=[policy_pb2.Route(method="*", split=split)])
-    assert [part["weight"] for part in yaml.safe_load(stated_yaml(policy))["routes"][0]["split"]] == [100, 0]
+def test_a_share_of_zero_in_a_split_is_shown(run: Run, admin: ScriptedAdmin) -> None:
+    text = "service: orders\nroutes: [{split: [{labels: {v: '1'}, weight: 5}, {labels: {v: '2'}, weight: 0}]}]\n"
+    admin.answers["GetPolicy"] = admin_pb2.GetPolicyResponse(policy=stored(text, "7"))
+    shown = run("policy", "get", "orders", "--effective", "--control-plane", admin.address).stdout
+    assert [part["weight"] for part in yaml.safe_load(shown)["routes"][0]["split"]] == [5, 0]
 
 
 def test_a_policy_of_a_newer_control_plane_is_shown_as_it_is(run: Run, admin: ScriptedAdmin) -> None:

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh_cli.control_plane import default_data_dir, missing_extra, read_token
+from mesh_client.core.errors import ConfigError
+from tests.cli.conftest import Run
+
+MESH = [sys.executable, "-m", "mesh_cli"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_control_plane_runs_until_it_is_told_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    arguments = ["control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]
+    with subprocess.Popen([*MESH, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            assert ready.startswith("mesh control-plane listening on 127.0.0.1:")
+            address = ready.split()[-1]
+            status = [*MESH, "status", "--control-plane", address]
+            shown = subprocess.run(status, capture_output=True, text=True, check=False, timeout=30)
+            assert shown.returncode == 0, shown.stderr
+            assert "embedded" in shown.stdout
+            process.send_signal(number)
+            _, logged = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0, logged
+    assert "Traceback" not in logged
+
+
+def test_a_port_that_is_taken_is_a_failure_with_a_reason(run: Run, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run("control-plane", "--listen", address, "--data-dir", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"cannot listen on {address}" in result.stderr
+
+
+def test_a_data_directory_that_cannot_be_made_is_a_failure_with_a_reason(run: Run, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.touch()
+    result = run("control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(blocker / "below"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("mesh: ")
+    assert str(blocker) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--listen", "nonsense", "address"),
+        ("--registry", "zookeeper://localhost:2181", "registry"),
+        ("--registry", "consul://localhost", "registry"),
+        ("--max-streams", "0", "--max-streams"),
+        ("--debounce-quiet", "5", "debounce_quiet"),
+        ("--guard-hold", "-1", "--guard-hold"),
+        ("--guard-hold", "nan", "--guard-hold"),
+        ("--log-level", "chatty", "--log-level"),
+        ("--consul-token-file", "missing", "--consul-token-file"),
+    ],
+)
+def test_a_wrong_option_is_wrong_use_and_named(
+    option: str, value: str, expected: str, run: Run, tmp_path: Path
+) -> None:
+    result = run("control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), option, value)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+
+
+def test_a_missing_package_is_named_with_what_to_install() -> None:
+    code = "import sys; sys.modules['grpc_reflection'] = None; from mesh_cli.main import main; main()"
+    command = [sys.executable, "-c", code, "control-plane", "--listen", "127.0.0.1:0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "mesh: the control plane needs the package 'grpc_reflection', which is not installed; "
+        "install it with pip install 'grpc-mesh[control-plane]'\n"
+    )
+
+
+def test_a_broken_installation_is_not_taken_for_a_missing_extra() -> None:
+    broken = ModuleNotFoundError("No module named 'control_plane.server'", name="control_plane.server")
+    with pytest.raises(ModuleNotFoundError):
+        missing_extra(broken)
+
+
+def test_the_token_comes_from_its_file_or_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CONSUL_HTTP_TOKEN", raising=False)
+    assert read_token(None) == ""
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", " from-environment\n")
+    assert read_token(None) == "from-environment"
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    assert read_token(file) == "from-file"
+
+
+@pytest.mark.parametrize(("content", "why"), [(b" \n", "is empty"), (b"\xff", "it is not text")])
+def test_a_token_file_without_a_token_is_refused_without_showing_it(content: bytes, why: str, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=why):
+        read_token(file)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        read_token(tmp_path)
+
+
+def test_state_is_kept_in_the_state_directory_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_data_dir() == tmp_path / "grpc-mesh"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert default_data_dir() == Path("/home/somebody/.local/state/grpc-mesh")
