@@ -1,0 +1,256 @@
+"""Policies in Consul's KV store, at ``mesh/policies/<service>``: read by blocking queries, written by transactions."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+import consul
+import consul.std
+import requests
+
+from control_plane.events import SourceConnected, SourceLost
+from control_plane.sources import (
+    EmitPolicy,
+    NotStoredError,
+    StoredDocument,
+    StoreUnavailableError,
+    VersionConflictError,
+)
+from control_plane.sources.blocking_query import Failure
+from control_plane.sources.consul_answers import POLICY_PREFIX, MalformedAnswerError, parse_policies
+from control_plane.sources.consul_http import ConsulAddress, ConsulAnswer, ConsulError, ConsulReader, ConsulToken
+from control_plane.sources.consul_watch import SourceHealth, Watch
+from control_plane.sources.policy_view import PolicyView
+
+_logger = logging.getLogger(__name__)
+
+_WRITE_TIMEOUT = 10.0
+_DELETE_ATTEMPTS = 5
+_NO_RIGHTS = (
+    'the token may not read policies in Consul: it needs key_prefix "mesh/policies/" {policy = "read"}, '
+    "or write for mesh policy apply"
+)
+
+
+class ConsulPolicyStore:
+    """A `PolicyStore` whose versions are Consul's ModifyIndex.
+
+    Args:
+        addresses: agents of one datacenter, tried in this order.
+        token: needs ``key_prefix "mesh/policies/"`` with read, and write for changes, under ACLs.
+        clock: monotonic seconds.
+        rng: for jitter.
+    """
+
+    name = "consul-policies"
+
+    def __init__(
+        self,
+        addresses: Sequence[ConsulAddress],
+        token: ConsulToken,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Random | None = None,
+    ) -> None:
+        self._addresses = tuple(addresses)
+        self._token = token
+        self._clock = clock
+        self._rng = rng or Random()
+
+    async def run(self, emit: EmitPolicy) -> None:
+        """Emits every stored document and every change, until cancelled."""
+        view = PolicyView()
+        async with self._reader() as reader, asyncio.TaskGroup() as tasks:
+            health = SourceHealth(self.name, f"reading the policies in Consul at {reader.address}")
+            problems: tuple[str, ...] = ()
+
+            def say(event: SourceConnected | SourceLost | None) -> None:
+                if isinstance(event, SourceLost):
+                    _logger.warning("policies in Consul: %s", event.detail)
+                if event is not None:
+                    emit(event)
+
+            async def handle(answer: ConsulAnswer, restarted: bool) -> None:
+                nonlocal problems
+                before = problems
+                documents, problems = await _documents(reader, answer)
+                for problem in problems:
+                    if problem not in before:
+                        _logger.warning("policies in Consul: %s", problem)
+                for event in view.documents(documents, restarted):
+                    emit(event)
+                say(health.well("loss") if view.loss is None else health.trouble("loss", view.loss))
+                say(health.started())
+
+            say(health.now())
+            tasks.create_task(reader.probe())
+            await Watch(
+                reader,
+                f"/v1/kv/{POLICY_PREFIX}",
+                handle,
+                on_trouble=lambda detail: say(health.trouble("watch", detail)),
+                on_well=lambda: say(health.well("watch")),
+                parameters={"recurse": "true"},
+                clock=self._clock,
+                rng=self._rng,
+            ).run()
+
+    async def get(self, service: str) -> StoredDocument | None:
+        """The stored document, or None.
+
+        Raises:
+            StoreUnavailableError: Consul cannot be read, or not with this token.
+        """
+        stored = await self._read(f"/v1/kv/{POLICY_PREFIX}{service}")
+        return next((document for document in stored if document.service == service), None)
+
+    async def list(self) -> Sequence[StoredDocument]:
+        """Every stored document, ordered by service.
+
+        Raises:
+            StoreUnavailableError: Consul cannot be read, or not with this token.
+        """
+        return await self._read(f"/v1/kv/{POLICY_PREFIX}", {"recurse": "true"})
+
+    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+        """Stores a document by compare-and-set.
+
+        Raises:
+            VersionConflictError: another version is stored; nothing is changed.
+            StoreUnavailableError: Consul cannot be written, or not with this token.
+        """
+        operation: dict[str, object] = {
+            "Key": POLICY_PREFIX + service,
+            "Value": base64.b64encode(document).decode(),
+            "Verb": "set",
+        }
+        if if_version is not None:
+            operation |= {"Verb": "cas", "Index": _index(service, if_version)}
+        index = await asyncio.to_thread(self._transact, operation)
+        if index is None:
+            stored = await self.get(service)
+            raise VersionConflictError(service, if_version or "", stored.version if stored else "")
+        return StoredDocument(service, document, str(index))
+
+    async def delete(self, service: str, if_version: str | None) -> None:
+        """Deletes a document by compare-and-set.
+
+        Raises:
+            NotStoredError: there is none.
+            VersionConflictError: another version is stored; nothing is changed.
+            StoreUnavailableError: Consul cannot be written, or not with this token.
+        """
+        for _ in range(_DELETE_ATTEMPTS):
+            stored = await self.get(service)
+            if stored is None:
+                raise NotStoredError(service)
+            if if_version is not None and if_version != stored.version:
+                raise VersionConflictError(service, if_version, stored.version)
+            operation = {"Key": POLICY_PREFIX + service, "Verb": "delete-cas", "Index": int(stored.version)}
+            if await asyncio.to_thread(self._transact, operation) is not None:
+                return
+        raise StoreUnavailableError(f"the policy of {service} changes faster than it can be deleted; try again")
+
+    def _reader(self) -> ConsulReader:
+        return ConsulReader(self._addresses, self._token)
+
+    async def _read(self, path: str, parameters: Mapping[str, str] | None = None) -> Sequence[StoredDocument]:
+        try:
+            async with self._reader() as reader:
+                for _ in self._addresses[1:]:
+                    try:
+                        answer = await reader.get(path, parameters)
+                        break
+                    except ConsulError as error:
+                        if error.failure is not Failure.UNREACHABLE:
+                            raise
+                else:
+                    answer = await reader.get(path, parameters)
+                documents, _ = await _documents(reader, answer)
+        except (ConsulError, MalformedAnswerError) as error:
+            raise StoreUnavailableError(str(error)) from error
+        return [documents[service] for service in sorted(documents)]
+
+    def _transact(self, operation: dict[str, object]) -> int | None:
+        """Runs in a thread. The index of the transaction's result; None when its compare-and-set failed."""
+        trouble = ""
+        for address in self._addresses:
+            try:
+                answer = _client(address, self._token).txn.put([{"KV": operation}])
+            except consul.base.ClientError as error:
+                if _is_conflict(str(error)):
+                    return None
+                raise StoreUnavailableError(f"Consul at {address} refused the write: {error}") from None
+            except consul.ACLPermissionDenied as error:
+                self._token.refresh()
+                raise StoreUnavailableError(
+                    f"Consul at {address} does not allow the write ({error}): the token needs "
+                    'key_prefix "mesh/policies/" {policy = "write"}'
+                ) from None
+            except requests.ConnectionError as error:
+                # Nothing was sent, so another agent may be asked.
+                trouble = f"Consul at {address} cannot be reached: {error}"
+            except (requests.RequestException, consul.ConsulException, ValueError) as error:
+                raise StoreUnavailableError(
+                    f"Consul at {address} did not confirm the write, which may have happened: {error}"
+                ) from None
+            else:
+                return _transaction_index(answer)
+        raise StoreUnavailableError(trouble)
+
+
+def _client(address: ConsulAddress, token: ConsulToken) -> consul.Consul:
+    client = consul.Consul()
+    # The constructor lets CONSUL_HTTP_ADDR and CONSUL_HTTP_TOKEN win over its arguments.
+    client.token = token.secret or None
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    client.http = consul.std.HTTPClient(host, address.port, "http", timeout=_WRITE_TIMEOUT)
+    client.http.session.trust_env = False
+    return client
+
+
+def _is_conflict(message: str) -> bool:
+    """Whether a transaction was refused by its compare-and-set alone."""
+    return message.startswith("409 ") and "index is stale" in message
+
+
+def _transaction_index(answer: object) -> int:
+    try:
+        results = answer["Results"]  # type: ignore[index]
+        return int(results[0]["KV"]["ModifyIndex"]) if results else 0
+    except (KeyError, TypeError, IndexError, ValueError):
+        text = json.dumps(answer, default=str)[:200]
+        raise StoreUnavailableError(f"Consul answered the write in an unknown form: {text}") from None
+
+
+def _index(service: str, if_version: str) -> int:
+    if not if_version:
+        return 0
+    if not if_version.isdecimal() or int(if_version) == 0:
+        raise VersionConflictError(service, if_version, "another")
+    return int(if_version)
+
+
+async def _documents(reader: ConsulReader, answer: ConsulAnswer) -> tuple[dict[str, StoredDocument], tuple[str, ...]]:
+    """What an answer holds; "nothing" is believed only of a token that may see it. Raises ConsulError otherwise."""
+    if answer.found:
+        return parse_policies(answer.body)
+    try:
+        verdict = await reader.post(
+            "/v1/internal/acl/authorize",
+            [{"Resource": "key", "Access": "read", "Segment": f"{POLICY_PREFIX}any"}],
+        )
+    except ConsulError as error:
+        if error.failure is Failure.FORBIDDEN and "ACL support disabled" in str(error):
+            return {}, ()
+        raise
+    # The path is that of Consul's own web page. An agent that lacks it is believed.
+    if verdict.found and isinstance(verdict.body, list) and verdict.body and verdict.body[0].get("Allow") is False:
+        raise ConsulError(Failure.DOUBTFUL, _NO_RIGHTS)
+    return {}, ()
