@@ -38,6 +38,6 @@ class Connection:
 
         Closing earlier would raise CancelledError inside the application's await.
         """
-        while self.node.load.outstanding:
-            await asyncio.sleep(RETIRE_POLL)  # noqa: ASYNC110 - an event would put work at the end of every call
+        while self.node.load.outstanding:  # An event would put work at the end of every call.
+            await asyncio.sleep(RETIRE_POLL)
         await self.channel.close()

@@ -140,6 +140,7 @@ class Call:
         "_admitted",
         "_attempt",
         "_attempts",
+        "_breaker",
         "_faulted",
         "_history",
         "_key",
@@ -174,6 +175,7 @@ class Call:
         self._settings: MethodSettings | None = None
         self._faulted = False
         self._admitted = False
+        self._breaker = service.breaker
         self._token = 0
         self._attempts = 0
         self._retries = 0
@@ -212,7 +214,7 @@ class Call:
         node = attempt.node
         node.load.finish(attempt.started_at, now, Outcome.SUCCESS)
         service.record(node, Outcome.SUCCESS, now)
-        service.settle(self._token, Outcome.SUCCESS, self._tried, now)
+        service.settle(self._breaker, self._token, Outcome.SUCCESS, self._tried, now)
         service.gate.leave()
 
     def failed(self, failure: AttemptFailure, now: float) -> Action:
@@ -303,7 +305,8 @@ class Call:
             return self._fail(fault.abort.code, Reason.FAULT_INJECTED, now)
         if not service.gate.enter():
             return self._fail(StatusCode.RESOURCE_EXHAUSTED, Reason.CONCURRENCY_LIMIT, now)
-        token = service.breaker.admit(now)
+        breaker = self._breaker = service.breaker
+        token = breaker.admit(now)
         if token < 0:
             service.gate.leave()
             return self._fail(StatusCode.UNAVAILABLE, Reason.BREAKER_OPEN, now)
@@ -353,7 +356,7 @@ class Call:
     def _finish(self, outcome: Outcome, now: float) -> None:
         self._state = _OVER
         if self._admitted:
-            self._service.settle(self._token, outcome, self._tried, now)
+            self._service.settle(self._breaker, self._token, outcome, self._tried, now)
             self._service.gate.leave()
 
     def _detail(self, reason: Reason, now: float) -> MeshErrorDetail:

@@ -176,12 +176,14 @@ class Service:
         if self.outliers.record(node.endpoint.id, outcome, now):
             self._rebuild(now)
 
-    def settle(self, token: int, outcome: Outcome, tried: Sequence[Node], now: float) -> None:
-        """Accounts a whole call to the service breaker.
+    def settle(self, breaker: ServiceBreaker, token: int, outcome: Outcome, tried: Sequence[Node], now: float) -> None:
+        """Accounts a whole call to the service breaker, unless a new policy has replaced the one that admitted it.
 
         A row of failures of one endpoint, while others are there, is that endpoint's matter and counts once: the
         breaker opens when the service fails, not when one host does. A failed probe always counts.
         """
+        if breaker is not self.breaker:
+            return
         if outcome is Outcome.FAILURE:
             alone = len(tried) == 1 and len(self._nodes) > 1 and self.breaker.state(now) is BreakerState.CLOSED
             if alone and tried[0] is self._blamed:
@@ -189,7 +191,7 @@ class Service:
             self._blamed = tried[0] if alone else None
         elif outcome is Outcome.SUCCESS:
             self._blamed = None
-        self.breaker.settle(token, outcome, now)
+        breaker.settle(token, outcome, now)
 
     def tick(self, now: float) -> None:
         """Does what is due by time alone: ends ejections, compares success rates, ends slow starts."""

@@ -222,20 +222,19 @@ class Store:
             record = self._records.get(resource.service)
             if record is None:
                 continue  # unsubscribed meanwhile
-            match resource:
-                case PolicyResource():
-                    record.policy = resource
-                case EndpointsResource():
-                    record.endpoints = resource
-                case EndpointsDelta():
-                    if record.endpoints is None or record.endpoints.version != resource.base_version:
-                        resync.append(resource.service)
-                        continue
-                    try:
-                        record.endpoints = resource.apply(record.endpoints)
-                    except InvalidValueError as error:
-                        rejected[resource.service] = str(error)
-                        continue
+            if isinstance(resource, PolicyResource):
+                record.policy = resource
+            elif isinstance(resource, EndpointsResource):
+                record.endpoints = resource
+            elif record.endpoints is None or record.endpoints.version != resource.base_version:
+                resync.append(resource.service)
+                continue
+            else:
+                try:
+                    record.endpoints = resource.apply(record.endpoints)
+                except InvalidValueError as error:
+                    rejected[resource.service] = str(error)
+                    continue
             record.removed = False
             record.confirmed = True
             changed.add(resource.service)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from tests.core.worlds import activate, service
 
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
 from mesh_client.core.errors import InvalidTransitionError, Reason
@@ -13,6 +12,7 @@ from mesh_client.core.model import Outcome, StatusCode
 from mesh_client.core.retry import Pushback
 from mesh_client.core.service import Service
 from mesh_client.core.store import Resolution
+from tests.core.worlds import activate, service
 
 METHOD = "/shop.v1.OrderService/PlaceOrder"
 DOWN = AttemptFailure(StatusCode.UNAVAILABLE, "connection refused")
@@ -151,7 +151,9 @@ def test_a_per_try_timeout_is_a_failure_of_the_endpoint_and_repeated() -> None:
 
 
 def test_the_callers_own_deadline_says_nothing_about_the_endpoint() -> None:
-    world = service("a", "b", outlier_detection={"consecutive_failures": 1}, circuit_breaker={"consecutive_failures": 1})
+    world = service(
+        "a", "b", outlier_detection={"consecutive_failures": 1}, circuit_breaker={"consecutive_failures": 1}
+    )
     call = Call(world, METHOD, deadline=0.1)
     node = attempt(call.begin(0.0)).node
     result = failed(call.failed(AttemptFailure(StatusCode.DEADLINE_EXCEEDED), 0.1))
@@ -329,7 +331,9 @@ def test_whether_a_method_is_ever_repeated_is_known_once_it_is_routed() -> None:
 
 
 def test_cancelling_frees_every_place_and_blames_nobody() -> None:
-    world = service("a", "b", outlier_detection={"consecutive_failures": 1}, circuit_breaker={"consecutive_failures": 1})
+    world = service(
+        "a", "b", outlier_detection={"consecutive_failures": 1}, circuit_breaker={"consecutive_failures": 1}
+    )
     call = Call(world, METHOD)
     node = attempt(call.begin(0.0)).node
     call.cancelled(0.1)

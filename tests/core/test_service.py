@@ -6,7 +6,6 @@ from collections import Counter
 from random import Random
 
 import pytest
-from tests.core.worlds import UNHEALTHY, activate, endpoint, service
 
 from mesh_client.core.call import Attempt, AttemptFailure, Call, Failed
 from mesh_client.core.errors import Reason
@@ -14,6 +13,7 @@ from mesh_client.core.model import Outcome, StatusCode
 from mesh_client.core.policy import HashSource, ServicePolicy
 from mesh_client.core.service import Service
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
+from tests.core.worlds import UNHEALTHY, activate, endpoint, service
 
 METHOD = "/shop.v1.OrderService/PlaceOrder"
 
@@ -162,7 +162,12 @@ def test_a_call_that_began_under_an_older_breaker_does_not_count_for_the_newer()
     world = service("a", circuit_breaker={"consecutive_failures": 1}, retry={"max_attempts": 1})
     call = Call(world, METHOD)
     call.begin(0.0)
-    activate(world, endpoint("a"), circuit_breaker={"consecutive_failures": 2}, retry={"max_attempts": 1})
+    activate(
+        world,
+        endpoint("a"),
+        circuit_breaker={"consecutive_failures": 1, "open_duration": "1s"},
+        retry={"max_attempts": 1},
+    )
     call.failed(AttemptFailure(StatusCode.UNAVAILABLE), 0.0)
     assert world.breaker.state(0.0).value == "closed"
 
