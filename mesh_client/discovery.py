@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from random import Random
-from time import monotonic
 
 import grpc
 from grpc.aio import AioRpcError
@@ -48,6 +47,7 @@ class Discovery:
         node: how this client names itself.
         store: decides.
         rng: draws the waits and the first address.
+        clock: seconds, monotonic.
         on_change: told which services changed, before they are acknowledged.
         on_state: told when the stream has opened, synced or broken.
     """
@@ -58,6 +58,7 @@ class Discovery:
         node: discovery_pb2.Node,
         store: Store,
         rng: Random,
+        clock: Callable[[], float],
         on_change: Callable[[Iterable[str]], None],
         on_state: Callable[[], None],
     ) -> None:
@@ -65,6 +66,7 @@ class Discovery:
         self._node = node
         self._store = store
         self._rng = rng
+        self._clock = clock
         self._on_change = on_change
         self._on_state = on_state
         self._requests: asyncio.Queue[discovery_pb2.DeltaResourcesRequest] | None = None
@@ -146,11 +148,12 @@ class Discovery:
         call = stub.DeltaResources()
         sender = asyncio.create_task(self._send_all(call, requests))
         try:
+            responses = aiter(call)
             async with asyncio.timeout(FIRST_RESPONSE_TIMEOUT):
-                response = await call.read()
-            while response is not grpc.aio.EOF:
+                response = await anext(responses, None)
+            while response is not None:
                 yield response
-                response = await call.read()
+                response = await anext(responses, None)
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
@@ -165,7 +168,7 @@ class Discovery:
 
     def _close_stream(self) -> None:
         if self._store.in_sync:
-            self._confirmed_at = monotonic()
+            self._confirmed_at = self._clock()
         if self._requests is not None:
             self._requests = None
             self._store.closed()

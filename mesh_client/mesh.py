@@ -75,10 +75,11 @@ class Mesh:
     Everything it hands out belongs to the event loop that entered it. Entering never waits for the control plane.
     """
 
-    def __init__(self, resolver: Resolver, node_id: str, service: str) -> None:
+    def __init__(self, resolver: Resolver, node_id: str, service: str, clock: Callable[[], float]) -> None:
         self.node_id = node_id
         self.service = service
         self._resolver = resolver
+        self._clock = clock
 
     async def __aenter__(self) -> Self:
         """Starts following the control plane.
@@ -120,8 +121,8 @@ class Mesh:
             self.node_id,
             discovery.detail,
             self._resolver.in_sync,
-            discovery.age(monotonic()),
-            tuple(_service_state(target.service) for target in self._resolver.targets),
+            discovery.age(self._clock()),
+            tuple(_service_state(target.service, self._clock()) for target in self._resolver.targets),
         )
 
     async def changed(self) -> None:
@@ -145,6 +146,7 @@ def connect(
     cache_dir: str | Path | None = None,
     node_id: str | None = None,
     rng: Random | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> Mesh:
     """A client of the mesh; enter it with ``async with``.
 
@@ -158,6 +160,8 @@ def connect(
             ``$XDG_CACHE_HOME/grpc-mesh``. An empty string keeps nothing.
         node_id: unique name of this process for operators; by default made up.
         rng: drives every random choice; by default seeded by the system.
+        clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
+            real whatever it says.
 
     Raises:
         ConfigError, InvalidValueError: an argument or environment variable is wrong; the message says which.
@@ -177,14 +181,14 @@ def connect(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
-    return Mesh(Resolver(addresses, node, locality, cache, rng or Random()), node_id, service)
+    return Mesh(Resolver(addresses, node, locality, cache, rng or Random(), clock), node_id, service, clock)
 
 
 def _env(name: str, default: str) -> str:
     return os.environ.get(f"MESH_{name}") or default
 
 
-def _service_state(service: Service) -> ServiceState:
+def _service_state(service: Service, now: float) -> ServiceState:
     return ServiceState(
         service.name,
         service.resolution,
@@ -201,5 +205,5 @@ def _service_state(service: Service) -> ServiceState:
             )
             for node in service.nodes
         ),
-        service.breaker.state(monotonic()),
+        service.breaker.state(now),
     )

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from random import Random
-from time import monotonic
 from typing import Any
 
 from mesh.v1 import discovery_pb2
@@ -41,6 +40,7 @@ class Resolver:
         locality: where it runs.
         cache: the last snapshot on disk, or None.
         rng: drives every random choice.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class Resolver:
         locality: Locality,
         cache: DiskCache | None,
         rng: Random,
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
         self._node = node
         self._zone = locality.zone
         self._cache = cache
@@ -63,7 +65,9 @@ class Resolver:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Future[None]] = set()
-        self.discovery = Discovery(addresses, node, self._store, rng, self._services_changed, self._stream_changed)
+        self.discovery = Discovery(
+            addresses, node, self._store, rng, clock, self._services_changed, self._stream_changed
+        )
 
     @property
     def targets(self) -> Collection[Target]:
@@ -118,6 +122,7 @@ class Resolver:
                 (("mesh-caller", self._node.service),) if self._node.service else (),
                 self._loop,
                 self._spawn,
+                self._clock,
             )
             self.discovery.send(self._store.subscribe(name))
             self._await_word_of(name)
@@ -150,14 +155,14 @@ class Resolver:
             name,
             zone=self._zone,
             rng=self._rng,
-            now=monotonic(),
+            now=self._clock(),
             on_transition=transition,
             snapshot_age=self.discovery.age,
             control_plane=lambda: self.discovery.detail,
         )
 
     def _services_changed(self, names: Iterable[str]) -> None:
-        now = monotonic()
+        now = self._clock()
         for name in names:
             target = self._targets[name]
             service = target.service

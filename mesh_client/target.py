@@ -43,6 +43,7 @@ class Target:
         metadata: sent with every call.
         loop: the event loop that all its channels and calls belong to.
         spawn: starts a background task that lives as long as the mesh client.
+        clock: seconds, monotonic; what the core is told as ``now``.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Target:
         metadata: tuple[tuple[str, str], ...],
         loop: asyncio.AbstractEventLoop,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        clock: Callable[[], float],
     ) -> None:
         self.service = service
         self.metadata = metadata
         self.loop = loop
+        self.clock = clock
         self.waiters: set[Waiter] = set()
         self._spawn = spawn
         self._listeners: set[asyncio.Event] = set()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -66,9 +65,9 @@ class MeshCall(Generic[Request, Response]):
         wait_for_ready: bool | None,
         compression: grpc.Compression | None,
     ) -> None:
-        now = monotonic()
-        deadline = None if timeout is None else now + timeout
         target = method.target
+        clock = self._clock = target.clock
+        deadline = None if timeout is None else clock() + timeout
         self._method = method
         self._credentials = credentials
         self._compression = compression
@@ -80,8 +79,10 @@ class MeshCall(Generic[Request, Response]):
         self._done_callbacks: list[Callable[[Any], None]] | None = None
         scope = self._scope = inbound.get()
         if scope is not None:
-            if scope.deadline is not None and (deadline is None or scope.deadline < deadline):
-                deadline = scope.deadline
+            if scope.deadline is not None:
+                inherited = clock() + scope.deadline - target.loop.time()
+                if deadline is None or inherited < deadline:
+                    deadline = inherited
             scope.scope.add(self)
         if metadata is None:
             self._metadata = target.metadata
@@ -95,16 +96,16 @@ class MeshCall(Generic[Request, Response]):
         # Nobody can see the result any more. Grpc cancels such calls too; the machine must not keep its place.
         machine = getattr(self, "_machine", None)
         if machine is not None and not machine.over:
-            machine.cancelled(monotonic())
+            machine.cancelled(self._clock())
 
     # -- driving the machine
 
     def begin(self) -> None:
         """Makes the first attempt, or waits for what it needs."""
         try:
-            self._obey(self._machine.begin(monotonic()))
+            self._obey(self._machine.begin(self._clock()))
         except BaseException:
-            self._machine.cancelled(monotonic())
+            self._machine.cancelled(self._clock())
             self._release()
             raise
 
@@ -118,12 +119,12 @@ class MeshCall(Generic[Request, Response]):
             return
         code = at_once(call.code())
         if code is _OK:
-            self._machine.succeeded(monotonic())
+            self._machine.succeeded(self._clock())
             self._finish(_OK, None)
             return
         if call.cancelled() or code is None:
             # Not by `cancel`, which sets the code first: the request iterator raised, or the channel was closed.
-            self._machine.cancelled(monotonic())
+            self._machine.cancelled(self._clock())
             self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
             return
         self._attempt_failed(call, code)
@@ -143,7 +144,7 @@ class MeshCall(Generic[Request, Response]):
                 received=received,
                 pushback=None if pushback is None else parse_pushback(str(pushback)),
             ),
-            monotonic(),
+            self._clock(),
         )
         if not isinstance(action, Failed):
             self._call = None
@@ -162,7 +163,7 @@ class MeshCall(Generic[Request, Response]):
             target = self._method.target
             target.waiters.add(self)
             if action.deadline is not None:
-                self._timer = target.loop.call_later(max(action.deadline - monotonic(), 0.0), self._resume)
+                self._timer = target.loop.call_later(max(action.deadline - self._clock(), 0.0), self._resume)
         else:
             error = MeshRpcError.decided(action.code, action.detail)
             self._finish(error.code(), error)
@@ -172,11 +173,11 @@ class MeshCall(Generic[Request, Response]):
         if self._code is not None:
             return
         try:
-            self._obey(self._machine.resumed(monotonic()))
+            self._obey(self._machine.resumed(self._clock()))
         except Exception as error:
             # What grpc refuses to send (such as bad metadata) it refuses at the first attempt, inside `begin`;
             # a later attempt can only meet a channel closed under it.
-            self._machine.cancelled(monotonic())
+            self._machine.cancelled(self._clock())
             self._finish(grpc.StatusCode.INTERNAL, error)
 
     def _start(self, attempt: Attempt) -> None:
@@ -268,13 +269,13 @@ class MeshCall(Generic[Request, Response]):
     def time_remaining(self) -> float | None:
         """Seconds until the deadline, or None without one."""
         deadline = self._machine.deadline
-        return None if deadline is None else max(deadline - monotonic(), 0.0)
+        return None if deadline is None else max(deadline - self._clock(), 0.0)
 
     def cancel(self) -> bool:
         """Cancels the call; False when it is over already."""
         if self._code is not None:
             return False
-        self._machine.cancelled(monotonic())
+        self._machine.cancelled(self._clock())
         call = self._call
         self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
         if call is not None:

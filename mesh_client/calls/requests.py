@@ -179,13 +179,13 @@ class StreamingRequests(MeshCall[Request, Response]):
             MeshRpcError: the call failed meanwhile.
         """
         self._check_style()
-        if self._code is not None:
+        if self.done():
             raise asyncio.InvalidStateError(_FINISHED)
         if self._requests.ended:
             raise asyncio.InvalidStateError(_HALF_CLOSED)
         number = self._requests.append(self._requests.serialise(request))
         try:
-            while self._code is None and self._requests.sent < number:
+            while not self.done() and self._requests.sent < number:
                 await self._requests.changed()
         except asyncio.CancelledError:
             self.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,10 @@ from tests.core.worlds import UNHEALTHY, activate, endpoint, service
 METHOD = "/shop.v1.OrderService/PlaceOrder"
 
 
-def picked(world: Service, now: float = 0.0, count: int = 200, **call: object) -> Counter[str]:
+def picked(world: Service, now: float = 0.0, count: int = 200, **call: Any) -> Counter[str]:
     ids: Counter[str] = Counter()
     for _ in range(count):
-        made = Call(world, METHOD, **call)  # type: ignore[arg-type]
+        made = Call(world, METHOD, **call)
         action = made.begin(now)
         assert isinstance(action, Attempt)
         ids[action.node.endpoint.id] += 1
@@ -66,7 +67,7 @@ def test_a_service_that_goes_gives_up_its_nodes() -> None:
 
 
 def test_newcomers_start_slowly_and_the_first_ones_do_not() -> None:
-    slow = {"load_balancer": {"slow_start": "10s", "algorithm": "ROUND_ROBIN"}}
+    slow: dict[str, Any] = {"load_balancer": {"slow_start": "10s", "algorithm": "ROUND_ROBIN"}}
     world = service("a", **slow)
     activate(world, endpoint("a"), endpoint("b"), now=0.0, **slow)
     early = picked(world, 1.0)
@@ -76,7 +77,7 @@ def test_newcomers_start_slowly_and_the_first_ones_do_not() -> None:
 
 
 def test_an_endpoint_that_recovers_starts_slowly_again() -> None:
-    slow = {"load_balancer": {"slow_start": "10s", "algorithm": "ROUND_ROBIN"}}
+    slow: dict[str, Any] = {"load_balancer": {"slow_start": "10s", "algorithm": "ROUND_ROBIN"}}
     world = service("a", "b", "c", **slow)
     ill = [endpoint("a"), endpoint("b"), endpoint("c", health=UNHEALTHY)]
     activate(world, *ill, now=5.0, **slow)
