@@ -34,7 +34,7 @@ class _CallFailedError(Exception):
     """What pybreaker is shown for a failed call."""
 
 
-class _Storage(pybreaker.CircuitMemoryStorage):
+class MonotonicStorage(pybreaker.CircuitMemoryStorage):
     """pybreaker's memory storage on the injected clock: ``opened_at`` is ``now``, whatever the wall clock says."""
 
     def __init__(self, now: float) -> None:
@@ -44,7 +44,7 @@ class _Storage(pybreaker.CircuitMemoryStorage):
 
     @property
     def opened_at(self) -> datetime:
-        """The moment of opening, as a time since 1970 of the injected clock."""
+        """The latest moment of opening, before any the start, as time since 1970 on the injected clock."""
         return _EPOCH + timedelta(seconds=self.opened_at_seconds)
 
     @opened_at.setter
@@ -89,7 +89,7 @@ class ServiceBreaker:
         """
         self._settings = settings
         self._listener = listener
-        self._storage = _Storage(now)
+        self._storage = MonotonicStorage(now)
         self._machine = pybreaker.CircuitBreaker(
             fail_max=settings.consecutive_failures,
             reset_timeout=settings.open_duration,
