@@ -26,10 +26,11 @@ def require_shop() -> None:
         ConfigError: it cannot: it is no part of the wheel.
     """
     try:
-        import services
         import shop.v1
+
+        import services
     except ModuleNotFoundError:
         raise ConfigError(
-            "the example application is not installed: run this in a checkout of grpc-mesh, with `make demo` or `make up`"
+            "the example application is not installed; use a checkout of grpc-mesh, with `make demo` or `make up`"
         ) from None
     del services, shop

@@ -30,7 +30,7 @@ class RejectedError(MeshError):
     """The shop answered, and did not take the order."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Tally:
     """What became of a number of orders. Latencies are in seconds."""
 

@@ -102,18 +102,21 @@ async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
         promises += await _shut_down(system, screen)
         promises.append(at_most("demo.time", "the whole demo", time.monotonic() - began, TIME_LIMIT, "s"))
         broken = [promise for promise in promises if not promise.ok]
-        if broken:
-            kept = Path(tempfile.mkdtemp(prefix="grpc-mesh-logs-"))
-            for log in system.directory.glob("*.log"):
-                shutil.copy(log, kept)
-    out = console()
-    out.print(closing_table(promises))
+        logs = _keep_logs(system) if broken else None
+    console().print(closing_table(promises))
     if json_file is not None:
         write_json(promises, json_file)
     if broken:
-        write_error(f"broken: {', '.join(promise.id for promise in broken)}; the logs are in {kept}")
+        write_error(f"broken: {', '.join(promise.id for promise in broken)}; the logs are in {logs}")
         return 1
     return 0
+
+
+def _keep_logs(system: System) -> Path:
+    kept = Path(tempfile.mkdtemp(prefix="grpc-mesh-logs-"))
+    for log in system.directory.glob("*.log"):
+        shutil.copy(log, kept)
+    return kept
 
 
 async def _set_up(system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile) -> Stage:
