@@ -40,6 +40,7 @@ class _Record:
     def release(self, now: float) -> None:
         self.ejected = False
         self.free_since = now
+        self.successes = 0
 
 
 class OutlierDetector:
@@ -153,9 +154,8 @@ class OutlierDetector:
         # Rates that are equal but for rounding must not count as below their own mean.
         threshold = fmean(rates) - settings.success_rate_stdev_factor * pstdev(rates) - _ROUNDING
         room = self._limit() - (len(self._records) - len(free))
-        for _, record in sorted((pair for pair in rated if pair[0] < threshold), key=lambda pair: pair[0])[
-            : max(0, room)
-        ]:
+        worst = sorted((pair for pair in rated if pair[0] < threshold), key=lambda pair: pair[0])
+        for _, record in worst[:room]:
             self._eject(record, now)
 
 
