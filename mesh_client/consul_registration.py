@@ -17,6 +17,7 @@ from consul import base, std
 from mesh_client.addresses import HostPort
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
+from mesh_client.registration import Changes
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class ConsulRegistrar:
         self._lifetime = 3 * interval + 1.0
         self._agent = ConsulAgent(agent, os.environ.get(ACL_VARIABLE, ""))
         self._machine = Registration([str(agent)], rng, time.monotonic())
+        self._changes = Changes()
         self._verdict: Verdict | None = None
         self._reported = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -185,6 +187,10 @@ class ConsulRegistrar:
     def status(self) -> RegistrationStatus:
         """Where the registration stands."""
         return self._machine.status()
+
+    async def changed(self) -> None:
+        """Returns at the next change of the status."""
+        await self._changes.wait()
 
     def start(self) -> None:
         """Begins to register, in the background of the running event loop."""
@@ -198,7 +204,7 @@ class ConsulRegistrar:
     async def announce_drain(self) -> None:
         """Marks the registration as draining, for control planes that `drain_everywhere` cannot reach."""
         was_registered = self._machine.state is RegistrationState.REGISTERED
-        self._machine.leave(time.monotonic())
+        self._leave()
         await self._end_task()
         if was_registered:
             try:
@@ -209,7 +215,7 @@ class ConsulRegistrar:
 
     async def deregister(self) -> None:
         """Deregisters from the agent, whatever is known of the registration."""
-        self._machine.leave(time.monotonic())
+        self._leave()
         await self._end_task()
         try:
             await self._agent.deregister(self._endpoint.id)
@@ -223,14 +229,19 @@ class ConsulRegistrar:
             )
         else:
             self._machine.left(time.monotonic())
+            self._changes.notify()
             logger.info("deregistered %s/%s from Consul", self._service, self._endpoint.id)
         self._agent.close()
 
     async def close(self) -> None:
         """Ends every background task at once; the check turns critical for want of reports."""
-        self._machine.leave(time.monotonic())
+        self._leave()
         await self._end_task()
         self._agent.close()
+
+    def _leave(self) -> None:
+        self._machine.leave(time.monotonic())
+        self._changes.notify()
 
     async def _run(self) -> None:
         while self._machine.state is RegistrationState.WAITING:
@@ -239,16 +250,19 @@ class ConsulRegistrar:
                 await asyncio.sleep(wait)
                 continue
             address = self._machine.attempt(time.monotonic())
+            self._changes.notify()
             try:
                 await self._agent.register(self._definition(draining=False))
                 await self._pass_on_verdict()
                 self._machine.confirmed(time.monotonic())
+                self._changes.notify()
                 logger.info("registered %s/%s with Consul at %s", self._service, self._endpoint.id, address)
                 while True:
                     await self._reported.wait()
                     await self._pass_on_verdict()
             except AgentError as error:
                 self._machine.failed(time.monotonic(), f"{address}: {error}", refused=error.refused)
+                self._changes.notify()
                 logger.warning(
                     "registration of %s/%s with Consul at %s: %s", self._service, self._endpoint.id, address, error
                 )

@@ -25,6 +25,31 @@ CHECK_TIMEOUT = 2.0
 """Seconds; a self-check that takes longer is unanswered."""
 
 
+class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpc_health has no type information
+    """The standard servicer, whose watches can be ended: they would hold up every shutdown for its whole grace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closing = asyncio.Event()
+
+    async def Watch(
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse],
+    ) -> None:
+        """Streams the status until the client has enough, or the server stops."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        closing = asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait({watch, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not watch.done():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            await watch
+        finally:
+            watch.cancel()
+            closing.cancel()
+
+
 class HealthReporter:
     """What the health service says of this server as a whole, and of each of its services.
 
@@ -32,7 +57,7 @@ class HealthReporter:
     """
 
     def __init__(self) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = _Servicer()
         self._names: tuple[str, ...] = ("",)
 
     async def add_to(self, server: grpc.aio.Server, service_names: Iterable[str]) -> None:
@@ -51,6 +76,10 @@ class HealthReporter:
     async def enter_shutdown(self) -> None:
         """Everything is NOT_SERVING from now on; watchers are told."""
         await self._servicer.enter_graceful_shutdown()
+
+    def end_watches(self) -> None:
+        """Ends the streams of those who watch, so that they do not hold up the stop."""
+        self._servicer.closing.set()
 
 
 class SelfCheck:

@@ -19,7 +19,7 @@ from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, InvalidTransitionError, MeshError
 from mesh_client.core.model import Endpoint
-from mesh_client.core.registration import RegistrationStatus, Verdict
+from mesh_client.core.registration import RegistrationState, RegistrationStatus, Verdict
 from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
 from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.mesh import connect
@@ -72,7 +72,7 @@ class ServerStatus:
     endpoint: Endpoint | None
     """What is registered; None before the start."""
     health: Verdict
-    """What the last self-check found."""
+    """What the last self-check found; not healthy before the start and once it is leaving."""
     registration: RegistrationStatus
     in_flight: int
     """Calls being served."""
@@ -102,6 +102,7 @@ class MeshServer(grpc.aio.Server):
         self._check_task: asyncio.Task[None] | None = None
         self._registrar: Registrar = NoRegistrar("not started")
         self._shutdown: asyncio.Task[None] | None = None
+        self._ended: asyncio.Task[bool] | None = None
 
     # -- grpc.aio.Server
 
@@ -174,7 +175,17 @@ class MeshServer(grpc.aio.Server):
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:
         """As for `grpc.aio.Server`: until the server has stopped; True when the timeout passed first."""
-        return await self._inner.wait_for_termination(timeout)
+        ended = self._end()
+        done, _ = await asyncio.wait({ended}, timeout=timeout)
+        if done:
+            ended.result()
+        return not done
+
+    def _end(self) -> asyncio.Task[bool]:
+        """Done when the server has stopped. One for all who wait: grpc cannot stop a server once a wait was cancelled."""
+        if self._ended is None:
+            self._ended = asyncio.create_task(self._inner.wait_for_termination())
+        return self._ended
 
     # -- the mesh
 
@@ -206,10 +217,24 @@ class MeshServer(grpc.aio.Server):
             instance_id=self.instance_id,
             phase=self._phase,
             endpoint=self._endpoint,
-            health=Verdict(False, "not checked yet") if self._self_check is None else self._self_check.verdict,
+            health=self._verdict(),
             registration=self._registrar.status(),
             in_flight=self._admission.in_flight,
         )
+
+    def _verdict(self) -> Verdict:
+        if self._self_check is None or self._phase is not Phase.SERVING:
+            return Verdict(False, f"the server is {self._phase.value}")
+        return self._self_check.verdict
+
+    async def changed(self) -> None:
+        """Returns at the next change of the registration."""
+        await self._registrar.changed()
+
+    async def registered(self) -> None:
+        """Returns once the registry holds the registration; never, for a server that does not register."""
+        while self._registrar.status().state is not RegistrationState.REGISTERED:
+            await self._registrar.changed()
 
     async def set_serving(self, serving: bool, service_name: str | None = None) -> None:
         """Says whether the application can serve: the health service shows it, and the mesh learns it by self-check.
@@ -245,17 +270,13 @@ class MeshServer(grpc.aio.Server):
             except MeshError as error:
                 logger.error("%s/%s cannot serve: %s", self._settings.service, self.instance_id, error)
                 return EXIT_FAILED
-        ended = asyncio.create_task(self._inner.wait_for_termination())
-        try:
-            await signals.first_or(ended)
-            if not signals.count and self._shutdown is None:
-                why = ended.exception() if ended.done() and not ended.cancelled() else None
-                logger.error("%s/%s ended by itself", self._settings.service, self.instance_id, exc_info=why)
-                return EXIT_FAILED
-            return EXIT_CLEAN if await signals.unless_again(self.stop()) else EXIT_FAILED
-        finally:
-            ended.cancel()
-            await asyncio.wait({ended})
+        ended = self._end()
+        await signals.first_or(ended)
+        if not signals.count and self._shutdown is None:
+            why = ended.exception() if ended.done() else None
+            logger.error("%s/%s ended by itself", self._settings.service, self.instance_id, exc_info=why)
+            return EXIT_FAILED
+        return EXIT_CLEAN if await signals.unless_again(self.stop()) else EXIT_FAILED
 
     # -- start
 
@@ -340,6 +361,7 @@ class MeshServer(grpc.aio.Server):
         if self._in_mesh:
             await asyncio.sleep(LINGER)
         self._phase = Phase.STOPPING
+        self._health.end_watches()
         await self._inner.stop(grace)
         self._phase = Phase.STOPPED
         await self._release()
@@ -373,6 +395,7 @@ class MeshServer(grpc.aio.Server):
     async def _stop_at_once(self) -> None:
         """Aborts calls in flight; the registry finds out by itself."""
         self._phase = Phase.STOPPED
+        await self._inner.stop(None)
         if self._shutdown is not None:
             self._shutdown.cancel()
             await asyncio.wait({self._shutdown})

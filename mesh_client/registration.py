@@ -44,6 +44,9 @@ class Registrar(Protocol):
     def status(self) -> RegistrationStatus:
         """Where the registration stands."""
 
+    async def changed(self) -> None:
+        """Returns at the next change of the status."""
+
     def start(self) -> None:
         """Begins to register, in the background of the running event loop."""
 
@@ -60,6 +63,22 @@ class Registrar(Protocol):
         """Ends every background task at once and leaves the registry to find out by itself."""
 
 
+class Changes:
+    """Lets any number of tasks wait for the next change of something."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    def notify(self) -> None:
+        """Something has changed."""
+        self._next.set()
+        self._next = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Returns at the next change."""
+        await self._next.wait()
+
+
 class NoRegistrar:
     """For servers that are found by other means, or not at all, or not yet.
 
@@ -73,6 +92,10 @@ class NoRegistrar:
     def status(self) -> RegistrationStatus:
         """Always gone."""
         return RegistrationStatus(RegistrationState.GONE, "", 0.0, 0, self._why)
+
+    async def changed(self) -> None:
+        """Never returns."""
+        await asyncio.Event().wait()
 
     def start(self) -> None:
         """Does nothing."""
@@ -111,6 +134,7 @@ class LeaseRegistrar:
         self._service = service
         self._endpoint = endpoint
         self._machine = Registration(addresses, rng, time.monotonic())
+        self._changes = Changes()
         self._token = ""
         self._wake = asyncio.Event()
         self._leaving = False
@@ -119,6 +143,10 @@ class LeaseRegistrar:
     def status(self) -> RegistrationStatus:
         """Where the registration stands."""
         return self._machine.status()
+
+    async def changed(self) -> None:
+        """Returns at the next change of the status."""
+        await self._changes.wait()
 
     def start(self) -> None:
         """Begins to register, in the background of the running event loop."""
@@ -133,11 +161,11 @@ class LeaseRegistrar:
 
     async def announce_drain(self) -> None:
         """Keeps the lease as it is, and does not come back should it break."""
-        self._machine.leave(time.monotonic())
+        self._leave()
 
     async def deregister(self) -> None:
         """Half-closes the stream and waits for the control plane to end it."""
-        self._machine.leave(time.monotonic())
+        self._leave()
         self._leaving = True
         self._wake.set()
         if self._task is not None and self._machine.state is RegistrationState.LEAVING:
@@ -146,10 +174,14 @@ class LeaseRegistrar:
 
     async def close(self) -> None:
         """Ends the stream at once; the lease lasts for its grace period."""
-        self._machine.leave(time.monotonic())
+        self._leave()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+
+    def _leave(self) -> None:
+        self._machine.leave(time.monotonic())
+        self._changes.notify()
 
     async def _run(self) -> None:
         while self._machine.state is RegistrationState.WAITING:
@@ -158,6 +190,7 @@ class LeaseRegistrar:
                 await asyncio.sleep(wait)
                 continue
             address = self._machine.attempt(time.monotonic())
+            self._changes.notify()
             try:
                 async with open_channel(address) as channel:
                     await self._hold(address, registry_pb2_grpc.RegistryServiceStub(channel))
@@ -172,6 +205,7 @@ class LeaseRegistrar:
         if self._machine.state is RegistrationState.GONE:
             return
         self._machine.failed(time.monotonic(), f"{address}: {detail}", refused=refused)
+        self._changes.notify()
         logger.warning("registration of %s/%s with %s: %s", self._service, self._endpoint.id, address, detail)
 
     async def _hold(self, address: str, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> None:
@@ -199,6 +233,7 @@ class LeaseRegistrar:
         if not self._leaving:
             raise _LeaseBrokenError("the control plane ended the lease")
         self._machine.left(time.monotonic())
+        self._changes.notify()
         logger.info("deregistered %s/%s from %s", self._service, self._endpoint.id, address)
 
     async def _state_endpoint(self, call: _RegisterCall) -> Endpoint:
@@ -217,6 +252,7 @@ class LeaseRegistrar:
                 if self._machine.state is RegistrationState.GONE:
                     return
                 if self._machine.confirmed(time.monotonic()):
+                    self._changes.notify()
                     logger.info("registered %s/%s with %s", self._service, self._endpoint.id, address)
                 self._wake.set()
         except asyncio.CancelledError:
