@@ -11,6 +11,7 @@ import typer
 
 from mesh_cli import control_plane, policy, removals
 from mesh_cli.endpoints import endpoints
+from mesh_cli.output import reports_errors
 from mesh_cli.status import status
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ app.add_typer(removals.app, name="removals")
 
 
 @app.command(epilog="Example: mesh demo --json promises.json")
+@reports_errors
 def demo(
     consul: Consul = False,
     json_file: Annotated[
@@ -67,6 +69,7 @@ def demo(
 
 
 @app.command(epilog="Example: mesh up --consul")
+@reports_errors
 def up(
     consul: Consul = False,
 ) -> None:

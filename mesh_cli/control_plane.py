@@ -121,10 +121,7 @@ def control_plane(
         )
     except (ConfigError, InvalidValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    try:
-        asyncio.run(serve(options))
-    except OSError as error:
-        raise ConfigError(f"the control plane cannot run: {error}") from None
+    asyncio.run(serve(options))
 
 
 def missing_extra(error: ModuleNotFoundError) -> MeshError:
