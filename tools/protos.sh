@@ -11,8 +11,9 @@ export BUF_CACHE_DIR="$PWD/.tools/buf-cache"
 "$buf" format protos --diff --exit-code
 
 # The merge base with origin/main, or the parent commit where that is this commit or there is no such branch.
+head=$(git rev-parse HEAD)
 base=$(git merge-base HEAD origin/main 2>/dev/null || true)
-if [[ -z $base || $base == "$(git rev-parse HEAD)" ]]; then
+if [[ -z $base || $base == "$head" ]]; then
   base=$(git rev-parse --verify --quiet 'HEAD^' || true)
 fi
 if [[ -z $base ]] || [[ -z $(git ls-tree "$base" -- protos) ]]; then
