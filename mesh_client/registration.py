@@ -113,10 +113,6 @@ class NoRegistrar:
         """Does nothing."""
 
 
-class _LeaseBrokenError(Exception):
-    """The stream that is the lease ended, and not at our wish."""
-
-
 class LeaseRegistrar:
     """Holds a lease with the control plane's own registry: the open stream is the lease.
 
@@ -196,8 +192,6 @@ class LeaseRegistrar:
                     await self._hold(address, registry_pb2_grpc.RegistryServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 self._broken(address, f"{error.code().name}: {error.details()}", refused=error.code() in _REFUSALS)
-            except _LeaseBrokenError as error:
-                self._broken(address, str(error))
             except TimeoutError:
                 self._broken(address, f"no answer within {ANSWER_TIMEOUT:g} s")
 
@@ -231,7 +225,8 @@ class LeaseRegistrar:
             answers.cancel()
             call.cancel()
         if not self._leaving:
-            raise _LeaseBrokenError("the control plane ended the lease")
+            self._broken(address, "the control plane ended the lease")
+            return
         self._machine.left(time.monotonic())
         self._changes.notify()
         logger.info("deregistered %s/%s from %s", self._service, self._endpoint.id, address)
@@ -246,21 +241,14 @@ class LeaseRegistrar:
         return endpoint
 
     async def _read(self, address: str, call: _RegisterCall) -> None:
-        try:
-            async for response in call:
-                self._token = response.lease_token or self._token
-                if self._machine.state is RegistrationState.GONE:
-                    return
-                if self._machine.confirmed(time.monotonic()):
-                    self._changes.notify()
-                    logger.info("registered %s/%s with %s", self._service, self._endpoint.id, address)
-                self._wake.set()
-        except asyncio.CancelledError:
-            # grpc.aio raises it for a stream that the server ended as CANCELLED, too.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise _LeaseBrokenError("CANCELLED: the control plane dropped the stream") from None
+        async for response in call:
+            self._token = response.lease_token or self._token
+            if self._machine.state is RegistrationState.GONE:
+                return
+            if self._machine.confirmed(time.monotonic()):
+                self._changes.notify()
+                logger.info("registered %s/%s with %s", self._service, self._endpoint.id, address)
+            self._wake.set()
 
 
 _RegisterCall = grpc.aio.StreamStreamCall[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
