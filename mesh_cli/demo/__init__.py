@@ -11,7 +11,7 @@ def command(*, consul: bool, json_file: Path | None, quick: bool = False) -> int
     """Runs the demo; returns the exit code: 0 when every promise was kept, 1 when not, 130 after Ctrl-C.
 
     Raises:
-        ConfigError: the example application is not there, or Consul is not.
+        MeshError: it cannot run; the message says what is missing.
     """
     require_shop()
     from mesh_cli.demo.run import run

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
     parent, program = int(arguments[0]), arguments[1]
     if not die_with_parent(parent):
         sys.exit(1)
-    os.execvp(program, arguments[1:])  # noqa: S606 - replacing this process is the point
+    os.execvp(program, arguments[1:])
 
 
 if __name__ == "__main__":

@@ -138,5 +138,5 @@ class Operator:
 async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
     """Asks again and again: the control plane's API for operators has no watch."""
     async with asyncio.timeout(_TIMEOUT):
-        while not await holds():  # noqa: ASYNC110 - another process cannot set an event
+        while not await holds():
             await asyncio.sleep(_POLL)

@@ -42,10 +42,12 @@ class Profile:
     """Orders before, between and after what is done to the system: seconds times `rate`."""
     refused_calls: int
     """Calls refused by the open breaker whose latency is measured."""
+    lease_seconds: float
+    """How long to go on after the control plane's restart, so that leases which nobody renews run out; 0: not."""
 
 
-FULL = Profile(rate=50, spread_orders=240, hash_keys=40, orders_between=100, refused_calls=300)
-QUICK = Profile(rate=50, spread_orders=120, hash_keys=20, orders_between=30, refused_calls=100)
+FULL = Profile(rate=50, spread_orders=240, hash_keys=40, orders_between=100, refused_calls=300, lease_seconds=17)
+QUICK = Profile(rate=50, spread_orders=120, hash_keys=20, orders_between=30, refused_calls=100, lease_seconds=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ class Stage:
     def ejected(self, name: str) -> set[str]:
         """Ids of the endpoints that the customers' mesh client has ejected."""
         return {endpoint.id for endpoint in self.service(name).endpoints if endpoint.ejected}
+
+    def avoids(self, name: str, id: str) -> bool:
+        """Whether the customers' mesh client does not call an endpoint: ejected, or not there any more."""
+        return all(endpoint.ejected for endpoint in self.service(name).endpoints if endpoint.id == id)
 
     def breaker(self, name: str) -> BreakerState:
         """State of the customers' breaker of a service."""

@@ -25,9 +25,12 @@ class ControlPlaneKilled:
             stage.view.tell("start it again")
             await system.start_control_plane()
             back = await stage.until(lambda: stage.mesh.state().in_sync, 3 * _BACK_WITHIN)
-            stage.view.tell("customers hear of it again")
+            stage.view.tell("customers hear of it again; a further instance of orders starts")
+            newcomer = await system.start("orders", len(system.of("orders")) + 1)
+            arrived = await stage.until(lambda: tally.taken_by[newcomer.name] > 0, _BACK_WITHIN)
+            stage.view.tell(f"{newcomer.name} takes orders; now every lease that the old control plane gave runs out")
+            await customers.finish(int(stage.profile.rate * stage.profile.lease_seconds) or between // 2)
             listed = {service: await stage.operator.endpoints(service) for service in SERVICES}
-            await customers.finish(between // 2)
         forgotten = sorted(name for service in SERVICES for name in there[service] - listed[service])
         return [
             exactly(
@@ -39,6 +42,13 @@ class ControlPlaneKilled:
                 tally.explain(),
             ),
             at_most("control_plane.back", "time until its clients follow it again", back, _BACK_WITHIN, "s"),
+            at_most(
+                "control_plane.changes",
+                "time until a new instance takes orders, by way of the new control plane",
+                arrived,
+                _BACK_WITHIN,
+                "s",
+            ),
             exactly(
                 "control_plane.forgotten",
                 "instances that the new control plane does not know",

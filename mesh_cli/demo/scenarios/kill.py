@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from mesh_cli.demo.promises import Promise, exactly
+import math
+from functools import partial
+
+from mesh_cli.demo.promises import Promise, at_most, exactly
 from mesh_cli.demo.stage import Stage
+
+
+_AVOIDED_WITHIN = 5.0
 
 
 class KilledInstances:
@@ -15,12 +21,15 @@ class KilledInstances:
         """No order may fail, and nobody may wait long."""
         system, customers, between = stage.system, stage.customers, stage.profile.orders_between
         victims = [system.of("orders")[0], system.of("inventory")[0]]
+        ejected = math.inf
         async with customers.watched() as tally:
             await customers.finish(between // 2)
             for victim in victims:
                 stage.view.tell(f"kill -9 {victim.name}")
                 victim.state = "killed"
                 await victim.process.kill()
+                if victim.service == "orders":
+                    ejected = await stage.until(partial(stage.avoids, victim.service, victim.name), _AVOIDED_WITHIN)
                 await customers.finish(between)
         for victim in victims:
             stage.view.tell(f"start a replacement of {victim.name}")
@@ -34,5 +43,13 @@ class KilledInstances:
                 0,
                 f"of {tally.sent}",
                 tally.explain() or f"99% of the orders within {tally.slowest_percent() * 1000:.0f} ms",
-            )
+            ),
+            at_most(
+                "kill.avoided",
+                f"time until {victims[0].name} is not tried any more",
+                ejected,
+                _AVOIDED_WITHIN,
+                "s",
+                "ejected after three refusals in a row, each retried elsewhere",
+            ),
         ]
