@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import assert_never
 
 from control_plane.events import (
     EndpointDrained,
@@ -177,6 +178,8 @@ class Catalog:
                 return self._source_is(source, True, "", now)
             case SourceLost(source, detail):
                 return self._source_is(source, False, detail, now)
+            case _:
+                assert_never(event)
 
     def advance(self, now: float) -> bool:
         """Lets time act: holds end, vanished services are forgotten. Whether anything changed."""

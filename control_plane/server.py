@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -222,6 +223,9 @@ async def serve(options: ControlPlaneOptions) -> None:
     Raises:
         ConfigError: it cannot start as asked.
     """
+    # A collection of everything that thousands of streams hold takes longer than sending a change to them, and what a
+    # stream leaves behind is freed without one.
+    gc.set_threshold(100_000, 50, 100)
     plane = ControlPlane(options)
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()

@@ -176,6 +176,9 @@ class DeltaCache:
             deltas[base.version] = endpoints_delta(base, target)
         return deltas[base.version]
 
+    def __len__(self) -> int:
+        return len(self._by_target)
+
 
 _HEADER_SIZE = 24
 """Bytes of a delta's base version and framing."""

@@ -150,7 +150,7 @@ class _Lane:
     flight: _Flight | None = None
     begun: bool = False
     greeted: bool = False
-    """A response was sent. The first request is always answered, if by nothing new: then all that is held is current."""
+    """A response was sent. The first request is always answered, if by nothing new: what is held is current then."""
 
     @property
     def pending(self) -> bool:
@@ -261,8 +261,8 @@ class Subscriptions:
             _check_node(request.node)
         elif request.node is not None and request.node != self.node:
             raise ProtocolError("node", "must not change within a stream")
-        if request.rejection is not None:
-            self._check_rejection(request, request.rejection, lane)
+        if request.rejection is not None and not request.response_nonce:
+            raise ProtocolError("error", "is set without the response_nonce that it rejects")
         if request.held_versions:
             if lane.begun:
                 raise ProtocolError("held_versions", "belongs into the first request of a type only")
@@ -296,15 +296,6 @@ class Subscriptions:
                 f"{count} subscriptions are more than the {self._max_subscriptions} that one stream may have",
                 StatusCode.RESOURCE_EXHAUSTED,
             )
-
-    @staticmethod
-    def _check_rejection(request: Request, rejection: Rejection, lane: _Lane) -> None:
-        if not request.response_nonce:
-            raise ProtocolError("error", "is set without the response_nonce that it rejects")
-        if lane.flight is not None and lane.flight.nonce == request.response_nonce:
-            for name in rejection.resources:
-                if name not in lane.flight.resources and name in lane.subscriptions:
-                    raise ProtocolError(f"error.resources[{name}]", "is not in the rejected response")
 
     @staticmethod
     def _answer(lane: _Lane, request: Request, now: float) -> tuple[str, ...]:
