@@ -17,7 +17,7 @@ from mesh_client.multicallable import Request, Response
 REPLAY_BYTES = 256 * 1024
 """Serialised requests kept for a retry. A call that has sent more is not retried any more (gRFC A6, per-RPC buffer)."""
 
-_STYLE = "The iterator and read/write APIs may not be mixed on a single RPC."
+MIXED_STYLES = "The iterator and read/write APIs may not be mixed on a single RPC."
 _FINISHED = "RPC already finished."
 _HALF_CLOSED = 'RPC is half closed after calling "done_writing".'
 
@@ -205,4 +205,4 @@ class StreamingRequests(MeshCall[Request, Response]):
 
     def _check_style(self) -> None:
         if not self._requests.written_by_calls:
-            raise UsageError(_STYLE)
+            raise UsageError(MIXED_STYLES)

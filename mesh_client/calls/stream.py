@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
-from grpc.aio import AioRpcError
+from grpc.aio import AioRpcError, UsageError
 
 from mesh_client.calls.base import GrpcCall, MeshCall
-from mesh_client.calls.requests import RequestLog, RequestSource, StreamingRequests
+from mesh_client.calls.requests import MIXED_STYLES, RequestLog, RequestSource, StreamingRequests
 from mesh_client.multicallable import MultiCallable, Request, Response
+
+
+class _Style(enum.Enum):
+    ITERATE = enum.auto()
+    READ = enum.auto()
 
 
 class StreamResponse(MeshCall[Request, Response]):
@@ -19,6 +25,7 @@ class StreamResponse(MeshCall[Request, Response]):
 
     _got_response = False
     _responses: AsyncIterator[Response] | None = None
+    _style: _Style | None = None
 
     def _committed(self) -> bool:
         return self._got_response
@@ -27,7 +34,8 @@ class StreamResponse(MeshCall[Request, Response]):
         self._got_response = True
 
     def __aiter__(self) -> AsyncIterator[Response]:
-        """The responses. Raises as `read` does."""
+        """The responses. Raises as `read` does, and UsageError after `read`."""
+        self._use(_Style.ITERATE)
         if self._responses is None:
             self._responses = self._iterate()
         return self._responses
@@ -55,7 +63,10 @@ class StreamResponse(MeshCall[Request, Response]):
         Raises:
             MeshRpcError: the call failed.
             asyncio.CancelledError: it was cancelled.
+            UsageError: its responses are being iterated over.
         """
+        if self._code is None:
+            self._use(_Style.READ)
         call = None
         while True:
             call = await self._live_attempt(call)
@@ -70,6 +81,12 @@ class StreamResponse(MeshCall[Request, Response]):
                 if response is not grpc.aio.EOF and not self._got_response:
                     self._got()
                 return response
+
+    def _use(self, style: _Style) -> None:
+        if self._style is None:
+            self._style = style
+        elif self._style is not style:
+            raise UsageError(MIXED_STYLES)
 
     async def _live_attempt(self, failed: GrpcCall | None) -> GrpcCall:
         try:
