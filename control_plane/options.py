@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from control_plane.catalog import CatalogSettings
-from mesh_client.core.errors import ConfigError, InvalidValueError
-from mesh_client.core.model import check_address
+from mesh_client.core.errors import ConfigError
+
+EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +22,22 @@ class ControlPlaneOptions:
 
     address: str = "127.0.0.1:0"
     """Where to listen, ``host:port``; port 0 for any free one. An IPv6 address stands in brackets."""
-    registry: str = "embedded"
-    """``embedded``, or ``consul://host:port``."""
+    registry: str = EMBEDDED
+    """``embedded``, or ``consul://host:port`` with more hosts after commas."""
     data_dir: Path | None = None
     """Where the embedded registry keeps its state. None: in memory, lost at the end."""
     consul_token: str = field(default="", repr=False)
-    """ACL token for Consul. Secret: never logged."""
+    """ACL token for Consul. Secret: never logged. Without it and a file: ``CONSUL_HTTP_TOKEN``, if set."""
+    consul_token_file: Path | None = None
+    """Where the token is read from instead, and again when Consul does not accept it any more."""
     max_streams: int = 10_000
     """Discovery streams at once; further ones are refused with RESOURCE_EXHAUSTED. 1 to 1000000."""
     debounce_quiet: float = 0.02
     """Changes are published after this long without another one."""
     debounce_maximum: float = 0.2
     """Changes are published after this long at the latest."""
+    policy_wait: float = 30.0
+    """Once the registry was read, policies must be within this time; then services get the defaults instead. Above 0."""
     catalog: CatalogSettings = field(default_factory=CatalogSettings)
     """Mass removal guard, and when services are forgotten."""
     control_plane_id: str = field(default_factory=lambda: f"control-plane-{uuid.uuid4().hex[:8]}")
@@ -47,8 +52,13 @@ class ControlPlaneOptions:
                 f"debounce_quiet: {self.debounce_quiet} is not allowed; expected 0 to debounce_maximum "
                 f"({self.debounce_maximum})"
             )
-        if self.registry != "embedded":
-            consul_address(self.registry)
+        if not self.policy_wait > 0.0:
+            raise ConfigError(f"policy_wait: {self.policy_wait} is not allowed; expected more than 0 s")
+        if self.registry != EMBEDDED:
+            # Brings in the HTTP client, which the embedded registry does without.
+            from control_plane.sources.consul_http import parse_registry
+
+            parse_registry(self.registry)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -61,24 +71,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host) != host.startswith("["):
         raise ConfigError(f"address: {address!r} is not allowed; expected host:port, an IPv6 host in brackets")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def consul_address(registry: str) -> str:
-    """``host:port`` of ``consul://host:port``.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    scheme, _, address = registry.partition("://")
-    try:
-        if scheme != "consul":
-            raise ConfigError("the scheme is not consul")
-        host, port = split_address(address)
-        check_address(host)
-        if not port:
-            raise ConfigError("port 0 is not one to call")
-    except (ConfigError, InvalidValueError) as error:
-        raise ConfigError(
-            f"registry: {registry!r} is not allowed; expected embedded, or consul://host:port ({error})"
-        ) from None
-    return address

@@ -8,7 +8,8 @@ import gc
 import logging
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
+from dataclasses import dataclass
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,7 +21,7 @@ from control_plane.catalog import Catalog
 from control_plane.credentials import add_port
 from control_plane.discovery import StreamHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
-from control_plane.options import ControlPlaneOptions, consul_address
+from control_plane.options import EMBEDDED, ControlPlaneOptions
 from control_plane.policies import PolicyBook
 from control_plane.publisher import Debounce, Publisher
 from control_plane.registry import RegistryServicer
@@ -50,8 +51,36 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_metadata_size", 16 * 1024),
 )
 
-POLICY_WAIT = 30.0
-"""Seconds after the registry was read within which policies must be; then services get the defaults instead."""
+
+@dataclass(frozen=True, slots=True)
+class _Registry:
+    """What an operator's choice of registry comes to."""
+
+    source: Source
+    policies: PolicyStore
+    leases: EmbeddedSource | None = None
+    database: Database | None = None
+
+
+def _open_registry(options: ControlPlaneOptions) -> _Registry:
+    """The registry; nothing is read or connected yet.
+
+    Raises:
+        ConfigError: Consul's token cannot be read.
+    """
+    if options.registry == EMBEDDED:
+        database = Database(options.data_dir)
+        leases = EmbeddedSource(database)
+        return _Registry(leases, EmbeddedPolicyStore(database), leases, database)
+    # These bring in the HTTP client, which the embedded registry does without.
+    from control_plane.sources.consul import ConsulSource
+    from control_plane.sources.consul_http import ConsulToken, parse_registry
+    from control_plane.sources.consul_policies import ConsulPolicyStore
+
+    addresses = parse_registry(options.registry)
+    file = options.consul_token_file
+    token = ConsulToken(file=file) if file is not None else ConsulToken.find(options.consul_token)
+    return _Registry(ConsulSource(addresses, token), ConsulPolicyStore(addresses, token))
 
 
 class ControlPlane:
@@ -67,14 +96,9 @@ class ControlPlane:
         self, options: ControlPlaneOptions, *, source: Source | None = None, policies: PolicyStore | None = None
     ) -> None:
         self._options = options
-        self._database = Database(options.data_dir) if options.registry == "embedded" else None
-        self._leases: EmbeddedSource | None = None
-        if self._database is not None:
-            self._leases = EmbeddedSource(self._database)
-            self._source = source or self._leases
-            self._policies = policies or EmbeddedPolicyStore(self._database)
-        else:
-            raise NotImplementedError(consul_address(options.registry))
+        self._registry = _open_registry(options)
+        self._source = source or self._registry.source
+        self._policies = policies or self._registry.policies
         self._catalog = Catalog(options.catalog)
         self._book = PolicyBook()
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))
@@ -82,6 +106,7 @@ class ControlPlane:
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._serving: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -99,12 +124,12 @@ class ControlPlane:
         Raises:
             ConfigError: the address or the data directory cannot be used.
         """
-        if self._database is not None:
-            await self._database.open()
+        if self._registry.database is not None:
+            await self._registry.database.open()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         server.add_generic_rpc_handlers((self._hub.handler(),))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryServicer(self._leases, self._hub, self._options.registry), server
+            RegistryServicer(self._registry.leases, self._hub, self._options.registry), server
         )
         admin = AdminServicer(
             self._options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub
@@ -145,9 +170,10 @@ class ControlPlane:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace)
             self._server = None
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._serving] if self._serving is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._close_database()
         self._stopped.set()
 
@@ -189,23 +215,23 @@ class ControlPlane:
     def _read(self, source: str) -> None:
         """A source was read whole for the first time."""
         self._unread.discard(source)
-        if self._source.name in self._unread or self._publisher.opened.is_set():
+        if self._publisher.opened.is_set() or self._source.name in self._unread:
             return
         if self._unread:
             loop = asyncio.get_running_loop()
-            self._policy_wait = loop.call_later(POLICY_WAIT, self._go_without_policies)
+            self._policy_wait = loop.call_later(self._options.policy_wait, self._go_without_policies)
             return
         self._open()
 
     def _go_without_policies(self) -> None:
-        if not self._publisher.opened.is_set():
-            _log.error("policies cannot be read from %s: services get the default policy", self._policies.name)
-            self._open()
+        _log.error("policies cannot be read from %s: services get the default policy", self._policies.name)
+        self._open()
 
     def _open(self) -> None:
+        if self._policy_wait is not None:
+            self._policy_wait.cancel()
         self._publisher.open()
-        task = asyncio.create_task(self._health.set("", health_pb2.HealthCheckResponse.SERVING))
-        self._tasks.append(task)
+        self._serving = asyncio.create_task(self._health.set("", health_pb2.HealthCheckResponse.SERVING))
 
     def _compile(self, previous: Snapshot, now: float) -> tuple[Snapshot, float | None]:
         view = self._catalog.view(now)
@@ -213,8 +239,8 @@ class ControlPlane:
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_database(self) -> None:
-        if self._database is not None:
-            await self._database.close()
+        if self._registry.database is not None:
+            await self._registry.database.close()
 
 
 async def serve(options: ControlPlaneOptions) -> None:
@@ -248,6 +274,3 @@ async def serve(options: ControlPlaneOptions) -> None:
                 await failed
     finally:
         await plane.stop()
-
-
-__all__: Sequence[str] = ("ControlPlane", "ControlPlaneOptions", "serve")

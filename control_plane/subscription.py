@@ -370,6 +370,8 @@ class Subscriptions:
             if subscription.acknowledged == version:
                 # The base of the next delta, also where the client only said which version it held.
                 subscription.resource = resource
+                # What was sent since was rejected, so that this is where the client is.
+                subscription.sent = version
                 lane.dirty.pop(name, None)
                 continue
             if subscription.rejected == version:

@@ -109,6 +109,8 @@ class Endpoint:
                 raise InvalidValueError(
                     f"endpoint.metadata[{key[:32]!r}]", value[:32], f"keys and values of at most {MAX_METADATA_LENGTH}"
                 )
+            if not _is_text(key) or not _is_text(value):
+                raise InvalidValueError(f"endpoint.metadata[{key[:32]!r}]", value[:32], "Unicode text")
         if not isinstance(self.metadata, MappingProxyType):
             object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
@@ -119,6 +121,15 @@ class Endpoint:
     def target(self) -> str:
         """``host:port`` as grpc takes it, an IPv6 address in brackets."""
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: JSON can smuggle in half of a surrogate pair, which protobuf refuses."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sorted_endpoints(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:

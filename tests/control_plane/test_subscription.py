@@ -398,6 +398,17 @@ class TestOrder:
         (endpoints,) = stream.request(ENDPOINTS, "orders")
         assert names(endpoints) == ["orders"]
 
+    def test_a_service_that_goes_takes_its_policy_along_though_its_endpoints_were_rejected(
+        self, stream: Stream
+    ) -> None:
+        stream.subscribe("orders")
+        stream.publish("orders", "bad")
+        policy, endpoints = stream.sent()
+        stream.acknowledge(policy)
+        stream.reject(endpoints)
+        stream.withdraw("orders")
+        assert [(each.kind, each.removed) for each in stream.sent()] == [(POLICY, ("orders",))]
+
     def test_endpoints_that_wait_do_not_count_as_an_answer_to_the_first_request(self, stream: Stream) -> None:
         (first,) = stream.request(POLICY, "nobody")
         stream.publish("orders", "1")
