@@ -58,6 +58,9 @@ def demo(
         Path | None,
         typer.Option("--json", metavar="FILE", dir_okay=False, help="Write each promise with its figure as JSON."),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same promises with less of everything, for tests.")
+    ] = False,
 ) -> None:
     """Run a whole mesh with an example application, break it on purpose, and show what its callers notice: nothing.
 
@@ -65,7 +68,7 @@ def demo(
     """
     from mesh_cli.demo import command
 
-    raise typer.Exit(command(consul=consul, json_file=json_file))
+    raise typer.Exit(command(consul=consul, json_file=json_file, quick=quick))
 
 
 @app.command(epilog="Example: mesh up --consul")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-
-from rich.console import Console
+import contextlib
+from typing import TYPE_CHECKING
 
 from mesh_cli.demo import require_shop
 from mesh_cli.output import add_row, console, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mesh_cli.demo.system import System
 
 
 def up(*, consul: bool) -> int:
@@ -24,47 +29,35 @@ def up(*, consul: bool) -> int:
 
 async def _up(consul: bool) -> int:
     from mesh_cli.demo.run import running_system
-    from mesh_cli.demo.system import System
 
     out = console()
     out.print("starting ...")
     async with running_system(consul) as (system, _):
+        _describe(system, out)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        out.print("stopping ...")
+        await system.stop_all()
+    return 0
 
-        def describe(system: System, out: Console) -> None:
-            rows = table("instance", "address", "process", "log")
-            for instance in system.instances:
-                ready = instance.process.ready_line
-                add_row(
-                    rows,
-                    instance.name,
-                    ready[1] if ready else "-",
-                    str(instance.process.pid),
-                    str(instance.process.log),
-                )
-            out.print(rows)
-            out.print(f"\ncontrol plane  {system.address}")
-            if system.consul_address:
-                out.print(f"Consul         http://{system.consul_address}/ui/")
-            payments = system.of("payments")
-            outage = " ".join(str(instance.process.pid) for instance in payments)
-            victim = system.of("orders")[0]
-            out.print(
-                f"""
+
+def _describe(system: System, out: Console) -> None:
+    rows = table("instance", "address", "process", "log")
+    for instance in system.instances:
+        add_row(rows, instance.name, instance.address, str(instance.process.pid), str(instance.process.log))
+    out.print(rows)
+    out.print(f"\ncontrol plane  {system.address}")
+    if system.consul_address:
+        out.print(f"Consul         http://{system.consul_address}/ui/")
+    victim = system.of("orders")[0]
+    outage = " ".join(str(instance.process.pid) for instance in system.of("payments"))
+    out.print(f"""
 Try in another terminal:
   export MESH_CONTROL_PLANE={system.address}
   mesh status --watch
   mesh endpoints orders
   mesh policy get orders
-  kill -9 {victim.process.pid}            # {victim.name} dies
-  kill -STOP {victim.process.pid}         # or hangs; -CONT lets it go on
+  kill -9 {victim.process.pid}       # {victim.name} dies
+  kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on
   kill -USR1 {outage}    # payments fails as a whole; -USR2 ends that
-Logs and databases are in {system.directory} until this ends. Ctrl-C stops everything.""",
-            )
-
-        describe(system, out)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            out.print("stopping ...")
-            await system.stop_all()
-    return 0
+Logs and databases are in {system.directory} until this ends. Ctrl-C stops everything.""")

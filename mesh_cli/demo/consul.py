@@ -52,6 +52,7 @@ async def start_consul(supervisor: Supervisor, binary: Path, environment: Mappin
             str(binary),
             "agent",
             "-dev",
+            "-ui",
             "-bind=127.0.0.1",
             "-client=127.0.0.1",
             "-node=demo",

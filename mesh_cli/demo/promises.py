@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -53,18 +55,19 @@ def figure(promise: Promise) -> str:
 
 
 def closing_table(promises: Sequence[Promise]) -> Table:
-    """All promises with their figures."""
-    table = Table(title="Promises", title_justify="left", show_lines=False)
+    """All promises with their figures, in groups of one scenario each."""
+    table = Table(title="Promises", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("promise", overflow="fold")
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("goal", justify="right", no_wrap=True)
     table.add_column("kept", no_wrap=True)
-    table.add_column("note", overflow="fold")
-    for promise in promises:
+    for promise, following in itertools.zip_longest(promises, promises[1:]):
         kept = Text("yes", style="green") if promise.ok else Text("NO", style="bold red")
-        table.add_row(
-            Text(promise.promise), figure(promise), f"{promise.goal} {promise.unit}", kept, Text(promise.note, "dim")
-        )
+        words = Text(promise.promise)
+        if promise.note:
+            words.append(f"\n  {promise.note}", "dim")
+        last = following is None or following.id.split(".")[0] != promise.id.split(".")[0]
+        table.add_row(words, figure(promise), promise.goal, kept, end_section=last)
     return table
 
 

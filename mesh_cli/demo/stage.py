@@ -46,7 +46,7 @@ class Profile:
     """How long to go on after the control plane's restart, so that leases which nobody renews run out; 0: not."""
 
 
-FULL = Profile(rate=50, spread_orders=240, hash_keys=40, orders_between=100, refused_calls=300, lease_seconds=17)
+FULL = Profile(rate=100, spread_orders=300, hash_keys=50, orders_between=200, refused_calls=300, lease_seconds=17)
 QUICK = Profile(rate=50, spread_orders=120, hash_keys=20, orders_between=30, refused_calls=100, lease_seconds=0)
 
 

@@ -33,12 +33,14 @@ class Instance:
 
     Attributes:
         name: its id in the mesh.
+        address: ``host:port`` where it serves.
         number: its place among the instances of its service, from 1; a replacement takes over the number.
     """
 
     service: str
     name: str
     number: int
+    address: str
     process: Process
     state: str = "up"
     """For display: up, killed, hung, leaving, failing."""
@@ -162,8 +164,8 @@ class System:
         process = await self._supervisor.start(
             name, [sys.executable, "-m", f"services.{service}"], environment, _SERVICE_READY
         )
-        await process.wait_ready()
-        instance = Instance(service, name, number, process)
+        ready = await process.wait_ready()
+        instance = Instance(service, name, number, ready[1], process)
         for index, old in enumerate(self.instances):
             if (old.service, old.number) == (service, number):
                 self.instances[index] = instance

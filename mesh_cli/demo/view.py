@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -82,9 +83,11 @@ class Screen:
         state = mesh.state()
         ejected = {end.id for known in state.services for end in known.endpoints if end.ejected}
         outstanding = {end.id: end.outstanding for known in state.services for end in known.endpoints}
-        table = Table(title=Text(self._title, "bold"), title_justify="left", min_width=72)
-        for column in ("instance", "process", "mesh", "in flight", "orders taken"):
-            table.add_column(column, justify="left" if column in ("instance", "process", "mesh") else "right")
+        table = Table(title=Text(self._title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column, width in (("instance", 16), ("process", 18), ("mesh", 8)):
+            table.add_column(column, min_width=width)
+        for column in ("in flight", "orders taken"):
+            table.add_column(column, justify="right", min_width=len(column))
         for instance in system.instances:
             table.add_row(
                 instance.name,

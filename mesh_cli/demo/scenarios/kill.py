@@ -8,7 +8,6 @@ from functools import partial
 from mesh_cli.demo.promises import Promise, at_most, exactly
 from mesh_cli.demo.stage import Stage
 
-
 _AVOIDED_WITHIN = 5.0
 
 
