@@ -9,14 +9,14 @@ from random import Random
 import grpc
 import grpc.aio
 import pytest
+from mesh.v1 import discovery_pb2, discovery_pb2_grpc, endpoint_pb2, registry_pb2, registry_pb2_grpc, resource_pb2
+from shop.v1 import inventory_pb2, inventory_pb2_grpc
 
 import mesh_client
-from mesh.v1 import discovery_pb2, discovery_pb2_grpc, endpoint_pb2, registry_pb2, registry_pb2_grpc, resource_pb2
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.testing import FakeClock, InMemoryControlPlane
-from shop.v1 import inventory_pb2, inventory_pb2_grpc
 
 
 class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
