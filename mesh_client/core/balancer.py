@@ -82,6 +82,7 @@ def build_picker(settings: LoadBalancer, nodes: Sequence[Node], *, zone: str, rn
         _build_group(settings, remote, rng, now),
         _local_share(len(local) / local_present, len(remote) / (len(present) - local_present)),
         rng,
+        keyed=settings.algorithm is Algorithm.RING_HASH,
     )
 
 
@@ -90,8 +91,10 @@ def next_rebuild(settings: LoadBalancer, nodes: Sequence[Node], now: float) -> f
 
     Pickers are right until then and after: this is about their cost only.
     """
-    ends = [node.added_at + settings.slow_start for node in nodes]
-    return max((end for end in ends if end > now), default=None)
+    if not settings.slow_start:
+        return None
+    end = max((node.added_at for node in nodes), default=-math.inf) + settings.slow_start
+    return end if end > now else None
 
 
 def _local_share(local_health: float, remote_health: float) -> float:
@@ -108,8 +111,9 @@ def _build_group(settings: LoadBalancer, nodes: Sequence[Node], rng: Random, now
         return SinglePicker(nodes[0])
     algorithm = settings.algorithm
     weights = [float(node.endpoint.weight) for node in nodes]
+    slow_starting = _slow_starting(settings.slow_start, nodes, now)
     if algorithm is Algorithm.ROUND_ROBIN:
-        if not _slow_starting(settings.slow_start, nodes, now):
+        if not slow_starting:
             return RoundRobinPicker(nodes, rng)
         weights = [1.0] * len(nodes)
     picker: WeightedPicker
@@ -117,13 +121,11 @@ def _build_group(settings: LoadBalancer, nodes: Sequence[Node], rng: Random, now
         picker = SmoothWeightedPicker(nodes, weights, rng)
     else:
         picker = _WEIGHTED[algorithm](nodes, weights, rng)
-    if _slow_starting(settings.slow_start, nodes, now):
-        return _SlowStartPicker(picker, nodes, weights, settings.slow_start)
-    return picker
+    return _SlowStartPicker(picker, nodes, weights, settings.slow_start) if slow_starting else picker
 
 
 def _slow_starting(window: float, nodes: Sequence[Node], now: float) -> bool:
-    return any(node.added_at + window > now for node in nodes)
+    return window > 0.0 and any(node.added_at + window > now for node in nodes)
 
 
 class _SlowStartPicker:
@@ -158,22 +160,23 @@ class _SlowStartPicker:
 class _ZonePicker:
     """Keeps a share of the calls in the caller's zone; the rest, and retries with nowhere else to go, leave it."""
 
-    __slots__ = ("_local", "_random", "_remote", "_share")
+    __slots__ = ("_keyed", "_local", "_random", "_remote", "_share")
 
-    def __init__(self, local: Picker, remote: Picker, share: float, rng: Random) -> None:
+    def __init__(self, local: Picker, remote: Picker, share: float, rng: Random, *, keyed: bool) -> None:
         self._local = local
         self._remote = remote
         self._share = share
+        self._keyed = keyed
         self._random = rng.random
 
     def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node | None:
-        """A node of the zone in its share of the picks, else one of the others; a key always goes the same way."""
+        """A node of the zone in its share of the picks, else one of the others; on a ring the key decides which."""
         share = self._share
         if share >= 1.0:
             first, second = self._local, self._remote
         else:
             # The ring goes by a hash's high bits, so the low ones are free to choose the side.
-            point = self._random() if key is None else _hash_fraction(key)
+            point = self._random() if key is None or not self._keyed else _hash_fraction(key)
             first, second = (self._local, self._remote) if point < share else (self._remote, self._local)
         node = first.pick(key, excluded, now)
         if excluded and node in excluded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from itertools import accumulate, cycle
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -167,7 +168,7 @@ def _smooth_turn(balance: list[float], weights: Sequence[float], total: float) -
     return best
 
 
-class _SamplingPicker:
+class _SamplingPicker(ABC):
     """What the pickers that draw at random share: weights, and what a retry does about nodes it has tried."""
 
     __slots__ = ("_bounds", "_count", "_last", "_nodes", "_random", "_rng", "_total", "_uniform", "_weights")
@@ -187,9 +188,9 @@ class _SamplingPicker:
         self._total = self._bounds[-1]
         self._uniform = min(weights) == max(weights)
 
+    @abstractmethod
     def pick(self, key: str | None, excluded: Collection[Node], now: float) -> Node:
         """A drawn node; one that is not excluded while there is any."""
-        raise NotImplementedError
 
     def _pick_other(self, excluded: Collection[Node], now: float) -> Node:
         """A few draws nearly always find a node that is not excluded; if not, draw among those alone."""
