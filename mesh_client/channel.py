@@ -72,9 +72,6 @@ class _StreamUnary(MultiCallable[Request, Response], grpc.aio.StreamUnaryMultiCa
         self.check_open()
         return StreamUnaryCall(self, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
 
-    def wire_serializer(self) -> None:
-        return None  # The request log serialises, once for all attempts.
-
 
 class _StreamStream(MultiCallable[Request, Response], grpc.aio.StreamStreamMultiCallable[Request, Response]):
     kind = "stream_stream"
@@ -90,9 +87,6 @@ class _StreamStream(MultiCallable[Request, Response], grpc.aio.StreamStreamMulti
     ) -> Any:
         self.check_open()
         return StreamStreamCall(self, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
-
-    def wire_serializer(self) -> None:
-        return None  # As above.
 
 
 class MeshChannel(grpc.aio.Channel):

@@ -60,11 +60,15 @@ class MultiCallable(Generic[Request, Response]):
     def make(self, channel: grpc.aio.Channel) -> Any:
         """Makes grpc's multicallable on a channel."""
         make = getattr(channel, self.kind)
-        return make(self.name, self.wire_serializer(), self.response_deserializer, _registered_method=self._registered)
+        return make(self.name, None, self.response_deserializer, _registered_method=self._registered)
 
-    def wire_serializer(self) -> Serializer[Request] | None:
-        """What grpc serialises requests with."""
-        return self.request_serializer
+    def serialise(self, request: Request) -> Any:
+        """The request as it is sent, once for all attempts.
+
+        Raises:
+            Exception: what the serializer raises. Grpc would send an empty message instead.
+        """
+        return request if self.request_serializer is None else self.request_serializer(request)
 
     def check_open(self) -> None:
         """Raises `UsageError` when the channel has been closed."""

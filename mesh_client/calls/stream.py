@@ -106,8 +106,8 @@ class UnaryStreamCall(StreamResponse[Request, Response], grpc.aio.UnaryStreamCal
     """One request, a stream of responses."""
 
     def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
+        self._request = method.serialise(request)
         super().__init__(method, *options)
-        self._request = request
         self.begin()
 
     def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:

@@ -48,7 +48,7 @@ class UnaryResponse(MeshCall[Request, Response]):
         except AioRpcError:
             raise
         except Exception:
-            # The request could not be serialised or the response not be read: grpc leaves such calls open.
+            # Such as metadata that grpc finds bad when it sends it: it leaves such calls open.
             self.cancel()
             raise
 
@@ -57,8 +57,8 @@ class UnaryUnaryCall(UnaryResponse[Request, Response], grpc.aio.UnaryUnaryCall[R
     """One request, one response."""
 
     def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
+        self._request = method.serialise(request)
         super().__init__(method, *options)
-        self._request = request
         self.begin()
 
     def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
