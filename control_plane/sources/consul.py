@@ -109,6 +109,7 @@ class _Run:
         self._polled: dict[str, tuple[int, int]] = {}
         """Losses of the reader and index when a service was polled last."""
         self._swept_at = float("-inf")
+        """When the last round over the polled services began, or the next one will."""
         self._checks: dict[tuple[str, str], tuple[str, str]] = {}
         self._list_index = 0
         self._awaited: set[str] | None = None
@@ -251,7 +252,9 @@ class _Run:
 
     def _sweep(self) -> None:
         """Polls every service soon: the list changed, which does not say where."""
-        self._swept_at = max(self._clock(), self._swept_at + _SWEEP_SPACING)
+        now = self._clock()
+        if self._swept_at <= now:  # otherwise a round is still to come, which will see this change too
+            self._swept_at = max(now, self._swept_at + _SWEEP_SPACING)
         self._queue.trigger(self._queue.services, self._swept_at)
 
     async def _poll(self) -> None:

@@ -9,10 +9,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import consul
 import consul.std
 import requests
+from urllib3.exceptions import ConnectTimeoutError, NewConnectionError
 
 from control_plane.events import SourceConnected, SourceLost
 from control_plane.sources import (
@@ -32,6 +35,9 @@ _logger = logging.getLogger(__name__)
 
 _WRITE_TIMEOUT = 10.0
 _DELETE_ATTEMPTS = 5
+_FRESH_TOKEN_RETRIES = 5
+_FRESH_TOKEN_DELAY = 0.1
+_NO_WRITE = 'the token needs key_prefix "mesh/policies/" {policy = "write"}'
 _NO_RIGHTS = (
     'the token may not read policies in Consul: it needs key_prefix "mesh/policies/" {policy = "read"}, '
     "or write for mesh policy apply"
@@ -182,42 +188,54 @@ class ConsulPolicyStore:
         trouble = ""
         for address in self._addresses:
             try:
-                answer = _client(address, self._token).txn.put([{"KV": operation}])
+                return _transaction_index(self._put_patiently(address, operation))
             except consul.base.ClientError as error:
-                if _is_conflict(str(error)):
+                if "index is stale" in str(error):
                     return None
-                raise StoreUnavailableError(f"Consul at {address} refused the write: {error}") from None
+                rights = f"; {_NO_WRITE}" if "Permission denied" in str(error) else ""
+                raise StoreUnavailableError(f"Consul at {address} refused the write: {error}{rights}") from None
             except consul.ACLPermissionDenied as error:
-                self._token.refresh()
-                raise StoreUnavailableError(
-                    f"Consul at {address} does not allow the write ({error}): the token needs "
-                    'key_prefix "mesh/policies/" {policy = "write"}'
-                ) from None
+                raise StoreUnavailableError(f"Consul at {address} refused the write: {error}; {_NO_WRITE}") from None
             except requests.ConnectionError as error:
-                # Nothing was sent, so another agent may be asked.
+                if not _was_never_sent(error):
+                    raise StoreUnavailableError(
+                        f"the connection to Consul at {address} broke; whether the write happened is not known: {error}"
+                    ) from None
                 trouble = f"Consul at {address} cannot be reached: {error}"
             except (requests.RequestException, consul.ConsulException, ValueError) as error:
                 raise StoreUnavailableError(
                     f"Consul at {address} did not confirm the write, which may have happened: {error}"
                 ) from None
-            else:
-                return _transaction_index(answer)
         raise StoreUnavailableError(trouble)
 
+    def _put_patiently(self, address: ConsulAddress, operation: dict[str, object]) -> object:
+        """The answer to a transaction; asks again for a token that this agent may not know yet."""
+        for _ in range(_FRESH_TOKEN_RETRIES):
+            try:
+                return _transactions(address, self._token).put([{"KV": operation}])
+            except consul.ACLPermissionDenied as error:
+                if "ACL not found" not in str(error):
+                    raise
+                self._token.refresh()
+                time.sleep(_FRESH_TOKEN_DELAY)
+        return _transactions(address, self._token).put([{"KV": operation}])
 
-def _client(address: ConsulAddress, token: ConsulToken) -> consul.Consul:
-    client = consul.Consul()
-    # The constructor lets CONSUL_HTTP_ADDR and CONSUL_HTTP_TOKEN win over its arguments.
-    client.token = token.secret or None
+
+def _transactions(address: ConsulAddress, token: ConsulToken) -> Any:
+    """The transactions of python-consul2, for one agent.
+
+    Without its `Consul`, which lets the environment win over its arguments and warns of its own old parts.
+    """
     host = f"[{address.host}]" if ":" in address.host else address.host
-    client.http = consul.std.HTTPClient(host, address.port, "http", timeout=_WRITE_TIMEOUT)
-    client.http.session.trust_env = False
-    return client
+    http = consul.std.HTTPClient(host, address.port, "http", timeout=_WRITE_TIMEOUT)
+    http.session.trust_env = False
+    return consul.Consul.Txn(SimpleNamespace(token=token.secret or None, http=http))
 
 
-def _is_conflict(message: str) -> bool:
-    """Whether a transaction was refused by its compare-and-set alone."""
-    return message.startswith("409 ") and "index is stale" in message
+def _was_never_sent(error: requests.ConnectionError) -> bool:
+    """Whether there was no connection, so that another agent may be asked without doing it twice."""
+    cause = error.args[0] if error.args else None
+    return isinstance(getattr(cause, "reason", None), NewConnectionError | ConnectTimeoutError)
 
 
 def _transaction_index(answer: object) -> int:
