@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import grpc.aio
 
 from mesh_client import transport
 from mesh_client.core.balancer import Node
 
-if TYPE_CHECKING:
-    from mesh_client.multicallable import MultiCallable
-
 RETIRE_POLL = 0.1
 """Seconds between looks at whether calls are still in flight on an endpoint that has left."""
+
+
+class Method(Protocol):
+    """A method, as far as a connection needs to know it."""
+
+    key: tuple[Any, ...]
+
+    def make(self, channel: grpc.aio.Channel) -> Any:
+        """Makes grpc's multicallable on a channel."""
 
 
 class Connection:
@@ -28,7 +36,7 @@ class Connection:
         self.channel = transport.open_channel(node.endpoint.target)
         self.multicallables: dict[tuple[Any, ...], Any] = {}
 
-    def multicallable(self, method: MultiCallable[Any, Any]) -> Any:
+    def multicallable(self, method: Method) -> Any:
         """Grpc's multicallable for the method on this connection."""
         made = self.multicallables[method.key] = method.make(self.channel)
         return made

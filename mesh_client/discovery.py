@@ -131,6 +131,10 @@ class Discovery:
             self._lost(address, f"no response within {FIRST_RESPONSE_TIMEOUT:.0f} s", answered)
         except InvalidValueError as error:
             self._lost(address, f"it speaks another protocol: {error}", answered)
+        except Exception as error:
+            # A defect of ours. Calls go on with what is held; to stop following would be worse than to try again.
+            log.exception("following %s failed", address)
+            self._lost(address, f"{type(error).__name__}: {error}", answered)
         finally:
             self._close_stream()
             await channel.close()

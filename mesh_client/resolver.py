@@ -62,6 +62,7 @@ class Resolver:
         self._policy_watchers: dict[str, list[Callable[[ServicePolicy], None]]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._save_timer: asyncio.TimerHandle | None = None
+        self._saving = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Future[None]] = set()
@@ -176,13 +177,20 @@ class Resolver:
             else:
                 continue
             service.unreached = ""
-            self._timers.pop(name).cancel() if name in self._timers else None
+            if (timer := self._timers.pop(name, None)) is not None:
+                timer.cancel()
             target.changed(gone)
             if service.policy_version != old_policy:
-                for watcher in tuple(self._policy_watchers.get(name, ())):
-                    watcher(service.policy)
+                self._tell_policy(service)
             self._save_soon()
         self._notify()
+
+    def _tell_policy(self, service: Service) -> None:
+        for watcher in tuple(self._policy_watchers.get(service.name, ())):
+            try:
+                watcher(service.policy)
+            except Exception:
+                log.exception("a watcher of the policy of %s failed", service.name)
 
     def _stream_changed(self) -> None:
         if self.discovery.rounds > 0:
@@ -231,4 +239,5 @@ class Resolver:
     async def _save(self) -> None:
         self._save_timer = None
         if self._cache is not None:
-            await asyncio.to_thread(self._cache.save, self._store.active())
+            async with self._saving:  # An older snapshot must not overtake a newer one.
+                await asyncio.to_thread(self._cache.save, self._store.active())

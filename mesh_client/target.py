@@ -61,6 +61,8 @@ class Target:
         self.waiters: set[Waiter] = set()
         self._spawn = spawn
         self._listeners: set[asyncio.Event] = set()
+        self._connections: set[Connection] = set()
+        """All that are open, those of endpoints that have left included."""
 
     def connect(self, node: Node) -> Connection:
         """The connection to a node, made on first use."""
@@ -68,13 +70,14 @@ class Target:
         if not isinstance(connection, Connection):
             connection = Connection(node)
             node.connection = connection
+            self._connections.add(connection)
         return connection
 
     def changed(self, gone: Iterable[Node]) -> None:
         """The service has changed: pickers are swapped, so what is gone may close, and who waits may look again."""
         for node in gone:
             if isinstance(node.connection, Connection):
-                self._spawn(node.connection.retire())
+                self._spawn(self._retire(node.connection))
         for waiter in list(self.waiters):
             waiter.endpoints_changed()
         for listener in self._listeners:
@@ -92,8 +95,12 @@ class Target:
 
     async def close(self) -> None:
         """Closes every connection at once; calls in flight are cancelled."""
-        connections = [node.connection for node in self.service.nodes if isinstance(node.connection, Connection)]
-        await asyncio.gather(*(connection.channel.close() for connection in connections))
+        await asyncio.gather(*(connection.channel.close() for connection in self._connections))
+        self._connections.clear()
+
+    async def _retire(self, connection: Connection) -> None:
+        await connection.retire()
+        self._connections.discard(connection)
 
     def hash_key(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
         """The key that RING_HASH hashes for a call made here and now."""
