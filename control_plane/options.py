@@ -37,7 +37,7 @@ class ControlPlaneOptions:
     debounce_maximum: float = 0.2
     """Changes are published after this long at the latest."""
     policy_wait: float = 30.0
-    """Once the registry was read, policies must be within this time; then services get the defaults instead. Above 0."""
+    """Once the registry was read, policies must be within this time, or services get the defaults. Above 0."""
     catalog: CatalogSettings = field(default_factory=CatalogSettings)
     """Mass removal guard, and when services are forgotten."""
     control_plane_id: str = field(default_factory=lambda: f"control-plane-{uuid.uuid4().hex[:8]}")

@@ -559,6 +559,7 @@ class TestIllegalRequests:
             stream.request(POLICY, "payments", held_versions={"payments": "v"})
 
     def test_a_resync_together_with_the_end_of_the_subscription_is_refused(self, stream: Stream) -> None:
+        stream.publish("orders", "1")
         stream.subscribe("orders")
         with pytest.raises(ProtocolError, match="not subscribed"):
             stream.request(ENDPOINTS, unsubscribe=("orders",), resync=("orders",))
