@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from datetime import timedelta
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 import grpc
-from mesh.v1 import endpoint_pb2, registry_pb2, registry_pb2_grpc
+from mesh.v1 import registry_pb2, registry_pb2_grpc
 
+from control_plane.convert import duration_to_proto, endpoint_from_proto
 from control_plane.sources.embedded import EmbeddedSource, LeaseStream
 from control_plane.sources.leases import LeaseHeldError, LeaseLimitError
 from mesh_client.core.errors import InvalidValueError
-from mesh_client.core.model import Endpoint, Health, Locality, check_endpoint_id, check_service_name
+from mesh_client.core.model import Endpoint, check_endpoint_id, check_service_name
 
 DEFAULT_DRAIN_TIMEOUT = 10.0
 MAX_DRAIN_TIMEOUT = 300.0
 MAX_PENDING = 100
-
-_HEALTH = {
-    endpoint_pb2.HEALTH_STATUS_UNSPECIFIED: Health.HEALTHY,
-    endpoint_pb2.HEALTH_STATUS_HEALTHY: Health.HEALTHY,
-    endpoint_pb2.HEALTH_STATUS_UNHEALTHY: Health.UNHEALTHY,
-    endpoint_pb2.HEALTH_STATUS_DRAINING: Health.DRAINING,
-}
-
 
 _RegisterContext = grpc.aio.ServicerContext[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
 _DrainContext = grpc.aio.ServicerContext[registry_pb2.DrainRequest, registry_pb2.DrainResponse]
@@ -66,6 +59,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self._leases = leases
         self._drains = drains
         self._registry = registry
+        self._streams: set[LeaseStream] = set()
+        self._closed = False
 
     async def Register(
         self,
@@ -87,16 +82,25 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, "the first request must state the service and the endpoint"
             )
         stream = await _register(leases, first, context)
+        self._streams.add(stream)
         try:
+            if self._closed:
+                stream.ended.set()
             await leases.confirmed()
-            confirmation = registry_pb2.RegisterResponse(lease_token=stream.token)
-            confirmation.grace.FromTimedelta(timedelta(seconds=leases.lease_grace))
+            confirmation = registry_pb2.RegisterResponse(
+                lease_token=stream.token, grace=duration_to_proto(leases.lease_grace)
+            )
             yield confirmation
-            async for request in _until(stream.superseded, requests):
-                await _update(leases, stream, request, context)
-                await leases.confirmed()
-                yield confirmation
-            if stream.superseded.is_set():
+            async with aclosing(_until(stream.ended, requests)) as further:
+                async for request in further:
+                    await _update(leases, stream, request, context)
+                    await leases.confirmed()
+                    yield confirmation
+            if self._closed:
+                await context.abort(
+                    grpc.StatusCode.UNAVAILABLE, "the control plane is stopping; come back with the lease token"
+                )
+            if stream.ended.is_set():
                 await context.abort(
                     grpc.StatusCode.ABORTED,
                     f"the lease of {stream.endpoint_id} was taken over by another stream that showed its token",
@@ -106,7 +110,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             yield confirmation
             leases.closed(stream)
         finally:
+            self._streams.discard(stream)
             leases.broken(stream)
+
+    def close(self) -> None:
+        """Ends every registration's stream with UNAVAILABLE, so that the holders come back at once; leases stay."""
+        self._closed = True
+        for stream in self._streams:
+            stream.ended.set()
 
     async def Drain(self, request: registry_pb2.DrainRequest, context: _DrainContext) -> registry_pb2.DrainResponse:
         """Takes an endpoint out of what is published and waits for the subscribers."""
@@ -162,31 +173,11 @@ def _endpoint(request: registry_pb2.RegisterRequest) -> Endpoint:
     return endpoint_from_proto(request.endpoint)
 
 
-def endpoint_from_proto(message: endpoint_pb2.Endpoint) -> Endpoint:
-    """The endpoint that a message states.
-
-    Raises:
-        InvalidValueError: with the path of the bad field.
-    """
-    health = _HEALTH.get(message.health)
-    if health is None:
-        raise InvalidValueError("endpoint.health", message.health, "a HealthStatus")
-    return Endpoint(
-        id=message.id,
-        address=message.address,
-        port=message.port,
-        weight=message.weight or 1,
-        health=health,
-        locality=Locality(message.locality.region, message.locality.zone),
-        metadata=dict(message.metadata),
-    )
-
-
 async def _until(
-    superseded: asyncio.Event, requests: AsyncIterator[registry_pb2.RegisterRequest]
-) -> AsyncIterator[registry_pb2.RegisterRequest]:
-    """The requests, until they end or the stream is superseded."""
-    end = asyncio.ensure_future(superseded.wait())
+    ended: asyncio.Event, requests: AsyncIterator[registry_pb2.RegisterRequest]
+) -> AsyncGenerator[registry_pb2.RegisterRequest, None]:
+    """The requests, until there are no more or the stream is ended from this side."""
+    end = asyncio.ensure_future(ended.wait())
     read: asyncio.Future[registry_pb2.RegisterRequest | None] | None = None
     try:
         while True:

@@ -31,8 +31,9 @@ from control_plane.sources.consul_answers import (
 )
 from control_plane.sources.consul_http import ConsulAddress, ConsulAnswer, ConsulError, ConsulReader, ConsulToken
 from control_plane.sources.consul_view import SOURCE, ConsulView
-from control_plane.sources.consul_watch import Handle, SourceHealth, Watch
+from control_plane.sources.consul_watch import Handle, Watch
 from control_plane.sources.poll_queue import PollQueue
+from control_plane.sources.source_health import SourceHealth
 
 _logger = logging.getLogger(__name__)
 

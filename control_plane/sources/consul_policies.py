@@ -28,8 +28,9 @@ from control_plane.sources import (
 from control_plane.sources.blocking_query import Failure
 from control_plane.sources.consul_answers import POLICY_PREFIX, MalformedAnswerError, parse_policies
 from control_plane.sources.consul_http import ConsulAddress, ConsulAnswer, ConsulError, ConsulReader, ConsulToken
-from control_plane.sources.consul_watch import SourceHealth, Watch
+from control_plane.sources.consul_watch import Watch
 from control_plane.sources.policy_view import PolicyView
+from control_plane.sources.source_health import SourceHealth
 
 _logger = logging.getLogger(__name__)
 

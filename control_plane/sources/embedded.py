@@ -44,8 +44,8 @@ class LeaseStream:
         self.endpoint_id = endpoint_id
         self.token = token
         """What the holder shows to come back."""
-        self.superseded = asyncio.Event()
-        """Set when the holder came back on another stream."""
+        self.ended = asyncio.Event()
+        """Set when the stream must end: its holder came back on another one."""
 
 
 class EmbeddedSource:
@@ -160,7 +160,7 @@ class EmbeddedSource:
                 case DeleteLease(service, endpoint_id):
                     self._unwritten[service, endpoint_id] = None
                 case EndStream(number):
-                    self._streams.pop(number).superseded.set()
+                    self._streams.pop(number).ended.set()
                 case ServiceObserved() | ServiceVanished() | EndpointDrained():
                     self._emit(action)
         self._wake_ticker.set()
