@@ -46,19 +46,22 @@ def run_interruptible(main: Callable[[], Coroutine[object, object, int]]) -> int
     """Runs a coroutine whose cleanup Ctrl-C, SIGTERM and SIGHUP wait for; returns its result, or 130."""
 
     async def with_signals() -> int:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker
+        work = asyncio.ensure_future(main())
         for number in (signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        return await main()
+            asyncio.get_running_loop().add_signal_handler(number, work.cancel)
+        return await work
 
     # What the mesh client logs of the faults that are injected on purpose belongs to the display, not into it.
-    logging.getLogger("mesh_client").setLevel(logging.ERROR)
+    logger = logging.getLogger("mesh_client")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return asyncio.run(with_signals())
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.stderr.write("interrupted; everything has been stopped\n")
         return INTERRUPTED
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.asynccontextmanager
@@ -72,6 +75,9 @@ async def running_system(consul: bool) -> AsyncIterator[tuple[System, Operator]]
             yield system, operator
     except Exception:
         sys.stderr.write(f"the logs are in {directory}\n")
+        raise
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
         raise
     else:
         shutil.rmtree(directory, ignore_errors=True)
