@@ -97,6 +97,7 @@ class Service:
         self._subset_pickers: dict[frozenset[tuple[str, str]], Picker] = {}
         self._settings: dict[str, MethodSettings] = {}
         self._next_tick = NEVER
+        self._slow_start_end: float | None = None
         self._blamed: Node | None = None
 
     @property
@@ -172,8 +173,11 @@ class Service:
         return Reason.NO_MATCHING_ENDPOINTS if settings.split and self._nodes else Reason.NO_ENDPOINTS
 
     def record(self, node: Node, outcome: Outcome, now: float) -> None:
-        """Accounts an attempt's outcome to its endpoint, and ejects or restores where that follows."""
-        if self.outliers.record(node.endpoint.id, outcome, now):
+        """Accounts an attempt's outcome to its endpoint, and ejects or restores where that follows.
+
+        An endpoint that has left, or came back elsewhere under its old id, is no longer judged by it.
+        """
+        if self._nodes.get(node.endpoint.id) is node and self.outliers.record(node.endpoint.id, outcome, now):
             self._rebuild(now)
 
     def settle(self, breaker: ServiceBreaker, token: int, outcome: Outcome, tried: Sequence[Node], now: float) -> None:
@@ -195,8 +199,11 @@ class Service:
 
     def tick(self, now: float) -> None:
         """Does what is due by time alone: ends ejections, compares success rates, ends slow starts."""
-        self.outliers.tick(now)
-        self._rebuild(now)
+        slow_start_due = self._slow_start_end is not None and now >= self._slow_start_end
+        if self.outliers.tick(now) or slow_start_due:
+            self._rebuild(now)
+        else:
+            self._schedule(now)
 
     def _obey(self, resource: PolicyResource, now: float) -> None:
         old, new = self.policy, resource.policy
@@ -236,7 +243,11 @@ class Service:
             node.ejected = node.endpoint.id in self.outliers.ejected
         self.picker = self._build(nodes, now)
         self._subset_pickers = {}
-        ticks = (self.outliers.next_tick(now), next_rebuild(self.policy.load_balancer, nodes, now))
+        self._slow_start_end = next_rebuild(self.policy.load_balancer, nodes, now)
+        self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        ticks = (self.outliers.next_tick(now), self._slow_start_end)
         self._next_tick = min((tick for tick in ticks if tick is not None), default=NEVER)
 
     def _build(self, nodes: Sequence[Node], now: float) -> Picker:

@@ -96,6 +96,23 @@ def test_an_ejected_endpoint_gets_no_calls_until_its_time_is_up() -> None:
     assert not node.ejected
 
 
+def test_time_that_changes_nothing_leaves_the_picker_alone() -> None:
+    world = service("a", "b")
+    before = world.picker
+    picked(world, 0.0)
+    picked(world, 1000.0)
+    assert world.picker is before
+
+
+def test_results_of_an_endpoint_that_moved_do_not_count_against_its_successor() -> None:
+    world = service("a", "b", outlier_detection={"consecutive_failures": 1})
+    before = next(iter(world.nodes))
+    moved = endpoint("a")
+    activate(world, type(moved)("a", "127.0.0.1", 9), endpoint("b"), outlier_detection={"consecutive_failures": 1})
+    world.record(before, Outcome.FAILURE, 0.0)
+    assert not any(node.ejected for node in world.nodes)
+
+
 def test_the_first_route_that_matches_decides() -> None:
     world = service(
         "a",
