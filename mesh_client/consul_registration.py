@@ -49,13 +49,16 @@ class AgentError(Exception):
         self.refused = refused
 
 
-def service_definition(service: str, endpoint: Endpoint, check_lifetime: float, *, draining: bool) -> dict[str, object]:
+def service_definition(
+    service: str, endpoint: Endpoint, check_lifetime: float, *, passing: bool, draining: bool
+) -> dict[str, object]:
     """What ``/v1/agent/service/register`` takes (https://developer.hashicorp.com/consul/api-docs/agent/service).
 
     Args:
         service: the service.
         endpoint: the endpoint. Its id becomes Consul's service id, which must be unique on the agent.
         check_lifetime: seconds that one report of a passed self-check lasts.
+        passing: how the check stands until its first report.
         draining: whether the endpoint is leaving.
     """
     meta = dict(endpoint.metadata)
@@ -77,6 +80,7 @@ def service_definition(service: str, endpoint: Endpoint, check_lifetime: float, 
             "CheckID": check_id(endpoint),
             "Name": "self-check over gRPC",
             "TTL": f"{check_lifetime:g}s",
+            "Status": "passing" if passing else "critical",
             "DeregisterCriticalServiceAfter": DEREGISTER_AFTER,
         },
     }
@@ -209,7 +213,6 @@ class ConsulRegistrar:
         if was_registered:
             try:
                 await self._agent.register(self._definition(draining=True))
-                await self._agent.report(check_id(self._endpoint), Verdict(True, "draining"))
             except AgentError as error:
                 logger.warning("marking %s/%s as draining: %s", self._service, self._endpoint.id, error)
 
@@ -244,7 +247,7 @@ class ConsulRegistrar:
         self._changes.notify()
 
     async def _run(self) -> None:
-        while self._machine.state is RegistrationState.WAITING:
+        while True:
             wait = self._machine.wait(time.monotonic())
             if wait > 0.0:
                 await asyncio.sleep(wait)
@@ -278,4 +281,5 @@ class ConsulRegistrar:
             await asyncio.wait({self._task})
 
     def _definition(self, *, draining: bool) -> dict[str, object]:
-        return service_definition(self._service, self._endpoint, self._lifetime, draining=draining)
+        passing = self._verdict is not None and self._verdict.healthy
+        return service_definition(self._service, self._endpoint, self._lifetime, passing=passing, draining=draining)
