@@ -200,17 +200,35 @@ async def test_cancelling_in_flight_reaches_the_server(echo: Echo, kind: str) ->
         await echo.service.ended.wait()
 
 
-@pytest.mark.parametrize("kind", METHODS)
-async def test_cancelling_the_task_that_waits_cancels_the_call(echo: Echo, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
+async def test_cancelling_the_task_that_awaits_cancels_the_call(echo: Echo, kind: str) -> None:
     call = echo.call(kind, b"sleep")
-    task = asyncio.create_task(result(call))
-    await call.initial_metadata()  # A raw stream that is cancelled earlier never ends.
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    task = asyncio.create_task(_await(call))
+    await echo.service.started.wait()
+    await _cancel(task)
     await _assert_cancelled(call)
     async with asyncio.timeout(PATIENCE):
         await echo.service.ended.wait()
+
+
+@pytest.mark.parametrize("kind", STREAM_METHODS)
+@pytest.mark.parametrize("reading", [True, False])
+async def test_cancelling_the_task_that_reads_cancels_the_call(echo: Echo, kind: str, reading: bool) -> None:
+    call = echo.method(kind)([b"0", b"sleep"] if kind == "StreamStream" else b"1 sleep")
+    # Before its first response a raw stream can miss the cancellation.
+    assert await (call.read() if reading else anext(aiter(call))) == b"0"
+    task = asyncio.create_task(call.read() if reading else anext(aiter(call)))
+    await asyncio.sleep(0)
+    await _cancel(task)
+    await _assert_cancelled(call)
+    async with asyncio.timeout(PATIENCE):
+        await echo.service.ended.wait()
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def _assert_cancelled(call: Any) -> None:
