@@ -7,7 +7,6 @@ registration or document is left out and described, so that it disturbs no other
 from __future__ import annotations
 
 import base64
-import binascii
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,7 +141,7 @@ def parse_policies(answer: object) -> tuple[dict[str, StoredDocument], tuple[str
             index = _whole(entry, "ModifyIndex")
             value = entry.get("Value")
             document = b"" if value is None else base64.b64decode(value, validate=True)
-        except (_FieldError, TypeError, binascii.Error) as error:
+        except (_FieldError, TypeError, ValueError) as error:
             raise MalformedAnswerError(f"a key is not of the expected form: {error}") from None
         name = key.removeprefix(POLICY_PREFIX)
         if not name:
