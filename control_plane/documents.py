@@ -59,15 +59,13 @@ def _invalid(message: str) -> InvalidPolicyError:
 
 
 def _text(document: bytes | str) -> str:
-    size = len(document) if isinstance(document, bytes) else len(document.encode(errors="surrogatepass"))
-    if size > MAX_DOCUMENT_BYTES:
-        raise _invalid(f"the document has {size} bytes; at most {MAX_DOCUMENT_BYTES} are allowed")
-    if isinstance(document, str):
-        return document
     try:
-        return document.decode()
-    except UnicodeDecodeError as error:
-        raise _invalid(f"the document is not UTF-8: byte {error.start} is wrong") from None
+        encoded = document.encode() if isinstance(document, str) else document
+        if len(encoded) > MAX_DOCUMENT_BYTES:
+            raise _invalid(f"the document has {len(encoded)} bytes; at most {MAX_DOCUMENT_BYTES} are allowed")
+        return encoded.decode()
+    except UnicodeError as error:
+        raise _invalid(f"the document is not UTF-8: {error}") from None
 
 
 def _syntax(error: yaml.YAMLError) -> str:
