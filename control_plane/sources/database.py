@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -67,7 +68,7 @@ class Database:
         Raises:
             ConfigError: the directory cannot be used, another process uses it, or a newer version wrote the file.
         """
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._opened)
+        await self._in_thread(self._opened)
 
     async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """What ``work`` returns, after its transaction is committed; it is rolled back when ``work`` raises.
@@ -76,12 +77,16 @@ class Database:
             ConfigError: as `open`.
             StoreUnavailableError: SQLite failed, such as for a full disk.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+        return await self._in_thread(partial(self._run, work))
 
     async def close(self) -> None:
         """Finishes what was asked before, and closes the file. The database cannot be used afterwards."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        await self._in_thread(self._close)
         self._thread.shutdown(wait=False)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        # What was asked is done even when nobody waits for it any more: a cancelled future would take its work with it.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     def _run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         try:

@@ -99,7 +99,10 @@ class EmbeddedSource:
                 tasks.create_task(self._tick())
         finally:
             self._emit = _ignore
-            await asyncio.shield(self._flush())
+            try:
+                await asyncio.shield(self._flush())
+            except StoreUnavailableError as error:
+                _logger.error("the last changes of registrations are not stored: %s", error)
 
     async def register(self, service: str, endpoint: Endpoint, token: str, peer: str) -> LeaseStream:
         """Opens a stream's lease. Its holder may be told of it after `confirmed`.

@@ -13,7 +13,7 @@ from control_plane.sources import NotStoredError, StoreUnavailableError, Version
 from control_plane.sources.consul_http import ConsulToken, parse_registry
 from control_plane.sources.consul_policies import ConsulPolicyStore
 from tests.integration.consul_cluster import ConsulCluster
-from tests.integration.consul_recording import Recording, recorded
+from tests.control_plane.recording import Recording, recorded
 
 
 @pytest.fixture
