@@ -120,7 +120,7 @@ class _Run:
         self._wake_pollers = asyncio.Event()
 
     def start(self) -> None:
-        self._say(self._health.now())
+        self._emit(self._health.begin())
         self._tasks.create_task(self._reader.probe())
         self._tasks.create_task(self._tick())
         self._tasks.create_task(self._watch("services", _SERVICES, self._on_services).run())

@@ -95,7 +95,7 @@ class ConsulPolicyStore:
                 say(health.well("loss") if view.loss is None else health.trouble("loss", view.loss))
                 say(health.started())
 
-            say(health.now())
+            emit(health.begin())
             tasks.create_task(reader.probe())
             await Watch(
                 reader,

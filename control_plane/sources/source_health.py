@@ -15,30 +15,34 @@ class SourceHealth:
 
     def __init__(self, source: str, starting: str) -> None:
         self._source = source
-        self._starting: str | None = starting
+        self._starting = starting
         self._troubles: dict[str, str] = {}
         self._said: str | None = None
         """Detail of the last `SourceLost`; empty after `SourceConnected`; None before any."""
 
+    def begin(self) -> SourceLost:
+        """What to emit first: nothing was read yet."""
+        self._said = self._starting
+        return SourceLost(self._source, self._starting)
+
     def started(self) -> SourceConnected | SourceLost | None:
         """Everything was read once; what to emit."""
-        self._starting = None
-        return self.now()
+        self._starting = ""
+        return self._news()
 
     def trouble(self, watch: str, detail: str) -> SourceConnected | SourceLost | None:
         """A watch cannot be read; what to emit."""
         self._troubles[watch] = detail
-        return self.now()
+        return self._news()
 
     def well(self, watch: str) -> SourceConnected | SourceLost | None:
         """A watch was read, or is not needed any more; what to emit."""
         self._troubles.pop(watch, None)
-        return self.now()
+        return self._news()
 
-    def now(self) -> SourceConnected | SourceLost | None:
-        """What to emit, if anything is to be said that was not said last."""
+    def _news(self) -> SourceConnected | SourceLost | None:
         # One trouble at a time, the oldest: it is usually the same for all watches.
-        detail = next(iter(self._troubles.values()), self._starting or "")
+        detail = next(iter(self._troubles.values()), self._starting)
         if detail == self._said:
             return None
         self._said = detail

@@ -67,7 +67,7 @@ CONNECTED = SourceConnected("consul")
 
 def test_a_source_is_connected_once_it_started_and_no_watch_is_in_trouble() -> None:
     health = SourceHealth("consul", "reading")
-    assert health.now() == lost("reading")
+    assert health.begin() == lost("reading")
     assert health.trouble("a", "refused") == lost("refused")
     assert health.trouble("b", "refused") is None
     assert health.started() is None

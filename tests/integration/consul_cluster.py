@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -381,13 +381,6 @@ class ConsulCluster:
         except (aiohttp.ClientError, OSError, ConsulError):
             return False
         return "consul" in services
-
-
-@contextlib.asynccontextmanager
-async def single_server(directory: Path) -> AsyncIterator[ConsulCluster]:
-    """One running server."""
-    async with ConsulCluster.single(directory) as cluster:
-        yield cluster
 
 
 def _die_with_parent() -> None:
