@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -137,9 +138,9 @@ class Catalog:
     """The services that sources list, as one machine.
 
     Published are the endpoints that some source lists, except those that drain, and except for the mass removal guard:
-    when endpoints that did not drain vanish within `CatalogSettings.guard_window` of each other and less than half of
-    what was published would be left, they stay published until they come back, are drained, the operator confirms, or
-    `CatalogSettings.guard_hold` passes. Additions and changes are never held.
+    when endpoints that did not drain vanish and less than half would be left of the most that was published within
+    `CatalogSettings.guard_window`, those that vanished in this time stay published until they come back, are drained,
+    the operator confirms, or `CatalogSettings.guard_hold` passes. Additions and changes are never held.
 
     A drained endpoint stays unpublished until its source stops listing it or lists its id at another address: then it
     is another process.
@@ -154,6 +155,9 @@ class Catalog:
         self._views: dict[str, ServiceView] = {}
         self._dirty: set[str] = set()
         self._live = 0
+        self._published = 0
+        self._peaks: deque[tuple[float, int]] = deque()
+        """Until when how many were published, within the guard's window: each entry lower than the one before."""
         self._hold_since: float | None = None
 
     def apply(self, event: EndpointEvent, now: float) -> bool:
@@ -173,7 +177,7 @@ class Catalog:
                 return self._vanish(source, name, now)
             case EndpointDrained(name, endpoint_id):
                 self.advance(now)
-                return self._drain(name, endpoint_id)
+                return self._drain(name, endpoint_id, now)
             case SourceConnected(source):
                 return self._source_is(source, True, "", now)
             case SourceLost(source, detail):
@@ -185,7 +189,7 @@ class Catalog:
         """Lets time act: holds end, vanished services are forgotten. Whether anything changed."""
         changed = False
         if self._hold_since is not None and now >= self._hold_since + self._settings.guard_hold:
-            self._release()
+            self._release(now)
             changed = True
         for name in [name for name in self._losing if self._forget_losses(name, now)]:
             self._losing.discard(name)
@@ -202,7 +206,7 @@ class Catalog:
     def confirm_removals(self, now: float) -> int:
         """Publishes the removals that are held; how many there were."""
         self.advance(now)
-        return self._release()
+        return self._release(now)
 
     def next_deadline(self) -> float | None:
         """When something that a view shows changes by time alone; None: nothing does."""
@@ -266,6 +270,10 @@ class Catalog:
             for endpoint_id, listed in before.items()
             if endpoint_id not in merged and service.is_live(listed)
         }
+        leaving = sum(
+            service.is_live(listed) and endpoint_id in merged and merged[endpoint_id].endpoint.health is Health.DRAINING
+            for endpoint_id, listed in before.items()
+        )
         service.drained = {
             endpoint_id: target
             for endpoint_id, target in service.drained.items()
@@ -279,24 +287,26 @@ class Catalog:
             self._losing.add(name)
         self._dirty.add(name)
         self._count(service)
+        self._leave(leaving)
         if lost:
             self._guard(now)
-        self._end_empty_hold()
+        self._settle(now)
 
-    def _drain(self, name: str, endpoint_id: str) -> bool:
+    def _drain(self, name: str, endpoint_id: str, now: float) -> bool:
         # A drain of an endpoint that is not listed is not remembered: the mark would hit the next process of that id.
         service = self._services.get(name)
         if service is None:
             return False
         if endpoint_id in service.listed and endpoint_id not in service.drained:
+            self._leave(service.is_live(service.listed[endpoint_id]))
             service.drained[endpoint_id] = service.listed[endpoint_id].endpoint.target
         elif endpoint_id in service.lost:
-            del service.lost[endpoint_id]
+            self._leave(service.lost.pop(endpoint_id).held)
         else:
             return False
         self._dirty.add(name)
         self._count(service)
-        self._end_empty_hold()
+        self._settle(now)
         return True
 
     def _source_is(self, name: str, connected: bool, detail: str, now: float) -> bool:
@@ -313,13 +323,15 @@ class Catalog:
         service.live = live
 
     def _guard(self, now: float) -> None:
-        """Holds every recent loss when too little is left."""
-        lost = [(name, lost) for name in self._losing for lost in self._services[name].lost.values()]
-        before = self._live + len(lost)
+        """Holds every recent loss when too little is left of the most that was published within the window."""
+        while self._peaks and now >= self._peaks[0][0] + self._settings.guard_window:
+            self._peaks.popleft()
+        before = max(self._published, self._peaks[0][1] if self._peaks else 0)
         if not self._settings.guard_hold or before < self._settings.guard_minimum or 2 * self._live >= before:
             return
-        for name, loss in lost:
-            loss.held = True
+        for name in self._losing:
+            for loss in self._services[name].lost.values():
+                loss.held = True
             self._dirty.add(name)
         if self._hold_since is None:
             self._hold_since = now
@@ -334,18 +346,33 @@ class Catalog:
         }
         return not service.lost
 
-    def _release(self) -> int:
+    def _release(self, now: float) -> int:
         released = 0
         for name, service in self._holding():
             released += service.held()
             service.lost = {endpoint_id: lost for endpoint_id, lost in service.lost.items() if not lost.held}
             self._dirty.add(name)
-        self._hold_since = None
+        self._leave(released)
+        self._settle(now)
         return released
 
-    def _end_empty_hold(self) -> None:
-        if self._hold_since is not None and not any(True for _ in self._holding()):
+    def _leave(self, count: int) -> None:
+        """So many published endpoints go on purpose: the guard forgets that they were there."""
+        if count:
+            self._published -= count
+            self._peaks = deque((until, published - count) for until, published in self._peaks)
+
+    def _settle(self, now: float) -> None:
+        """Ends a hold that holds nothing, and remembers how many are published."""
+        held = sum(service.held() for _, service in self._holding())
+        if not held:
             self._hold_since = None
+        published = self._live + held
+        if published != self._published:
+            while self._peaks and self._peaks[-1][1] <= self._published:
+                self._peaks.pop()
+            self._peaks.append((now, self._published))
+            self._published = published
 
     def _holding(self) -> Iterator[tuple[str, _Service]]:
         for name in self._losing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import assert_never
 from weakref import WeakKeyDictionary
 
 from google.protobuf import json_format
@@ -194,4 +195,6 @@ def resource_to_proto(content: Resource | EndpointsDelta) -> resource_pb2.Resour
             message.endpoints_delta.base_version = content.base_version
             message.endpoints_delta.upserts.extend(map(endpoint_to_proto, content.upserts))
             message.endpoints_delta.removed_ids.extend(content.removed_ids)
+        case _:
+            assert_never(content)
     return message

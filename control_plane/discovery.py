@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -62,20 +63,28 @@ class ClientState:
 class _Stream:
     """One open stream."""
 
-    __slots__ = ("closing", "connected_at", "peer", "subscriptions", "task", "wake")
+    __slots__ = ("connected_at", "ending", "peer", "subscriptions", "task", "wake")
 
-    def __init__(self, subscriptions: Subscriptions, peer: str, connected_at: float) -> None:
+    def __init__(
+        self, subscriptions: Subscriptions, peer: str, connected_at: float, task: asyncio.Task[object]
+    ) -> None:
         self.subscriptions = subscriptions
         self.peer = peer
         self.connected_at = connected_at
         self.wake = asyncio.Event()
-        self.task = asyncio.current_task()
-        self.closing = False
+        self.task = task
+        self.ending = (grpc.StatusCode.CANCELLED, "the stream was cancelled")
+        """The status to end with when the task is cancelled."""
 
     @property
     def node_id(self) -> str:
         node = self.subscriptions.node
         return node.id if node is not None else self.peer
+
+    def end(self, code: grpc.StatusCode, details: str) -> None:
+        """Ends the stream from outside of it."""
+        self.ending = (code, details)
+        self.task.cancel()
 
 
 class _DrainWait:
@@ -95,8 +104,7 @@ class _DrainWait:
     def look(self, stream: _Stream) -> None:
         """The stream's state changed. One that comes back with an old version held is waited for too."""
         if self._holds(stream):
-            if not self.done.is_set():
-                self.pending.add(stream)
+            self.pending.add(stream)
         elif stream in self.pending:
             self.acknowledged += 1
             self.forget(stream)
@@ -192,9 +200,7 @@ class StreamHub:
     def close(self) -> None:
         """Ends every stream with UNAVAILABLE, so that clients go to another control plane at once."""
         for stream in self._streams:
-            stream.closing = True
-            if stream.task is not None:
-                stream.task.cancel()
+            stream.end(grpc.StatusCode.UNAVAILABLE, "this control plane is stopping; use another")
 
     def _published(self, snapshot: Snapshot, changed: frozenset[tuple[Kind, str]]) -> None:
         for kind, name in changed:
@@ -209,8 +215,13 @@ class StreamHub:
                 f"this control plane serves at most {self._max_streams} streams (max_streams); "
                 "use another control plane or raise the limit",
             )
-        now = asyncio.get_running_loop().time()
-        stream = _Stream(Subscriptions(self._delta, self._max_subscriptions), context.peer(), now)
+        stream = _Stream(
+            Subscriptions(self._delta, self._max_subscriptions),
+            context.peer(),
+            asyncio.get_running_loop().time(),
+            # A coroutine that runs has a task.
+            cast("asyncio.Task[object]", asyncio.current_task()),
+        )
         self._streams[stream] = None
         writer = asyncio.create_task(self._write(stream, context))
         writer.add_done_callback(lambda task: _end_with(task, stream))
@@ -220,9 +231,7 @@ class StreamHub:
             _log.warning("stream of %s at %s ends: %s", stream.node_id, stream.peer, error)
             await context.abort(_CODES[error.code], str(error))
         except asyncio.CancelledError:
-            if not stream.closing:
-                raise
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this control plane is stopping; use another")
+            await context.abort(*stream.ending)
         finally:
             writer.cancel()
             self._forget(stream)
@@ -274,8 +283,6 @@ class StreamHub:
 
 def _end_with(writer: asyncio.Task[None], stream: _Stream) -> None:
     """A stream whose writer failed must not stay open and silent."""
-    if writer.cancelled() or stream.task is None:
-        return
-    if (error := writer.exception()) is not None:
-        _log.warning("stream of %s at %s ends: %r", stream.node_id, stream.peer, error)
-        stream.task.cancel()
+    if not writer.cancelled() and (error := writer.exception()) is not None:
+        _log.error("stream of %s at %s ends: %r", stream.node_id, stream.peer, error)
+        stream.end(grpc.StatusCode.INTERNAL, "this control plane failed to answer; its log says why")

@@ -107,7 +107,8 @@ class ControlPlane:
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._serving: asyncio.Task[None] | None = None
-        self._stopped = asyncio.Event()
+        self._stopped = False
+        self._done = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self.port = 0
@@ -162,6 +163,10 @@ class ControlPlane:
         Args:
             grace: seconds that calls in flight have.
         """
+        if self._stopped:
+            await self._done.wait()
+            return
+        self._stopped = True
         if self._policy_wait is not None:
             self._policy_wait.cancel()
         self._publisher.close()
@@ -175,7 +180,7 @@ class ControlPlane:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._close_database()
-        self._stopped.set()
+        self._done.set()
 
     async def wait(self) -> None:
         """Returns when it was stopped.
@@ -183,7 +188,7 @@ class ControlPlane:
         Raises:
             Exception: what a source raised, which it should not have; the control plane must be stopped.
         """
-        stopped = asyncio.create_task(self._stopped.wait())
+        stopped = asyncio.create_task(self._done.wait())
         try:
             await asyncio.wait([stopped, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in self._tasks:

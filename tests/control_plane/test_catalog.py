@@ -302,6 +302,27 @@ class TestMassRemovalGuard:
         catalog.apply(observed(*"1234567"), 12.0)
         assert published(catalog, 12.0) == list("12345679")
 
+    def test_what_went_on_purpose_just_before_does_not_make_a_small_loss_a_large_one(self, catalog: Catalog) -> None:
+        catalog.apply(observed(*"123456"), 0.0)
+        for each in "12":
+            catalog.apply(EndpointDrained("orders", each), 1.0)
+        leaving = endpoints("3", "4", health=Health.DRAINING)
+        catalog.apply(ServiceObserved(A, "orders", leaving + endpoints("5", "6")), 2.0)
+        catalog.apply(observed("5"), 3.0)
+        assert published(catalog, 3.0) == ["5"]
+
+    def test_what_was_confirmed_does_not_count_towards_the_next_hold(self, catalog: Catalog) -> None:
+        catalog.apply(observed(*"1234"), 0.0)
+        catalog.apply(observed("1"), 1.0)
+        catalog.confirm_removals(2.0)
+        catalog.apply(observed(), 3.0)
+        assert published(catalog, 3.0) == []
+
+    def test_one_instance_that_is_replaced_again_and_again_is_not_a_mass_removal(self, catalog: Catalog) -> None:
+        for number in range(20):
+            catalog.apply(observed(str(number)), number / 10)
+            assert published(catalog, number / 10) == [str(number)]
+
     def test_replacing_every_endpoint_is_not_a_loss(self, catalog: Catalog) -> None:
         catalog.apply(observed("1", "2", "3", "4"), 0.0)
         catalog.apply(observed("5", "6", "7", "8"), 10.0)

@@ -58,6 +58,9 @@ class CatalogModel(RuleBasedStateMachine):
         self.listing: dict[str, set[str]] = {}
         self.vanished: dict[str, float] = {}
         self.hold_since: float | None = None
+        self.history: list[tuple[float, int]] = []
+        """Until when how many were published, without those that went on purpose since."""
+        self.last = 0
 
     @rule(source=SOURCES, service=SERVICES, endpoints=listings())
     def observe(self, source: str, service: str, endpoints: tuple[Endpoint, ...]) -> None:
@@ -79,6 +82,7 @@ class CatalogModel(RuleBasedStateMachine):
     def drain(self, service: str, endpoint_id: str) -> None:
         self.catalog.apply(EndpointDrained(service, endpoint_id), self.now)
         fate = self.fates.get(service, {}).get(endpoint_id, Fate())
+        self.leave(fate.live() or fate.held)
         if (endpoint := fate.endpoint()) is not None and fate.drained is None:
             fate.drained = endpoint.target
         fate.lost, fate.held = None, False
@@ -124,6 +128,7 @@ class CatalogModel(RuleBasedStateMachine):
     def replace(self, source: str, service: str, endpoints: dict[str, Endpoint]) -> None:
         fates = self.fates.setdefault(service, {})
         loss = False
+        leaving = 0
         for endpoint_id in IDS:
             fate = fates.setdefault(endpoint_id, Fate())
             was, was_live = fate.endpoint(), fate.live()
@@ -139,19 +144,30 @@ class CatalogModel(RuleBasedStateMachine):
                 fate.lost, fate.held = None, False
                 if fate.drained != endpoint.target:
                     fate.drained = None
+                leaving += was_live and endpoint.health is Health.DRAINING
+        self.leave(leaving)
         lost = [fate for fate in self.all_fates() if fate.lost is not None]
         live = sum(fate.live() for fate in self.all_fates())
-        if loss and live + len(lost) >= 4 and live < (live + len(lost)) / 2:
+        before = max(self.last, *(count for until, count in self.history if self.now < until + WINDOW), 0)
+        if loss and before >= 4 and live < before / 2:
             for fate in lost:
                 fate.held = True
             if self.hold_since is None:
                 self.hold_since = self.now
         self.end_hold_if_empty()
 
+    def published(self) -> int:
+        return sum(fate.live() or fate.held for fate in self.all_fates())
+
     def all_fates(self) -> list[Fate]:
         return [fate for fates in self.fates.values() for fate in fates.values()]
 
+    def leave(self, count: int) -> None:
+        self.last -= count
+        self.history = [(until, published - count) for until, published in self.history]
+
     def release(self) -> None:
+        self.leave(sum(fate.held for fate in self.all_fates()))
         for fate in self.all_fates():
             if fate.held:
                 fate.lost, fate.held = None, False
@@ -160,6 +176,9 @@ class CatalogModel(RuleBasedStateMachine):
     def end_hold_if_empty(self) -> None:
         if not any(fate.held for fate in self.all_fates()):
             self.hold_since = None
+        if self.published() != self.last:
+            self.history.append((self.now, self.last))
+            self.last = self.published()
 
 
 TestCatalogModel = CatalogModel.TestCase

@@ -160,6 +160,7 @@ class ProtocolModel(RuleBasedStateMachine):
         self.inbox: deque[Response] = deque()
         self.unanswered = dict.fromkeys(Kind, 0)
         self.known: dict[Kind, dict[str, bool]] = {kind: dict.fromkeys(self.client.held[kind], True) for kind in Kind}
+        self.known_before: dict[Kind, dict[str, bool]] = {}
         self.subscribed: dict[Kind, set[str]] = {kind: set() for kind in Kind}
         self.client.connect()
 
@@ -169,6 +170,8 @@ class ProtocolModel(RuleBasedStateMachine):
             request = self.client.outbox.popleft()
             if request.response_nonce:
                 self.unanswered[request.kind] -= 1
+                for name in request.rejection.resources if request.rejection is not None else ():
+                    self.known[request.kind][name] = self.known_before[request.kind].get(name, False)
             effect = self.machine.receive(request, 0.0)
             for name in effect.unsubscribed:
                 self.known[request.kind].pop(name, None)
@@ -182,6 +185,7 @@ class ProtocolModel(RuleBasedStateMachine):
             assert self.unanswered[response.kind] == 1, "a second response of a type before the first was answered"
             other = Kind.ENDPOINTS if response.kind is Kind.POLICY else Kind.POLICY
             known = self.known[response.kind]
+            self.known_before[response.kind] = known.copy()
             for change in response.changes:
                 name = change.resource.name
                 if response.kind is Kind.ENDPOINTS and name in self.subscribed[other]:
