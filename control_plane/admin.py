@@ -137,9 +137,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetPolicyResponse:
         """One stored policy."""
         async with _refusing(context):
-            stored = await self._policies.get(check_service_name(request.service))
-            if stored is None:
-                raise NotStoredError(request.service)
+            stored = await self._stored(check_service_name(request.service))
         return admin_pb2.GetPolicyResponse(policy=_stored_to_proto(stored))
 
     async def ValidatePolicy(
@@ -201,6 +199,12 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         confirmed = self._catalog.confirm_removals(_now())
         self._publisher.publish_now()
         return admin_pb2.ConfirmRemovalsResponse(endpoints=confirmed)
+
+    async def _stored(self, service: str) -> StoredDocument:
+        stored = await self._policies.get(service)
+        if stored is None:
+            raise NotStoredError(service)
+        return stored
 
     def _client_to_proto(self, client: ClientState, now: float) -> admin_pb2.ClientStatus:
         return admin_pb2.ClientStatus(
