@@ -12,6 +12,8 @@ from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.model import check_address
 
 CONTROL_PLANE_VARIABLE = "MESH_CONTROL_PLANE"
+CONSUL_PORT = 8500
+"""Of agents whose address has no port."""
 REGISTRY_VARIABLE = "MESH_REGISTRY"
 
 
@@ -94,6 +96,9 @@ class Registry:
 def parse_registry(value: str | None) -> Registry:
     """The registry from an argument, else from ``MESH_REGISTRY``, else the control plane's own.
 
+    Control planes take several Consul agents, ``consul://host:port,host:port``. A server registers with one, the first:
+    with a second one its instance would be in the catalog twice once the first came back.
+
     Raises:
         ConfigError: it is none of ``control-plane``, ``consul://host:port`` and ``none``.
     """
@@ -102,8 +107,14 @@ def parse_registry(value: str | None) -> Registry:
     if text in ("control-plane", "none"):
         return Registry(text)
     if text.startswith("consul://"):
-        return Registry("consul", parse_host_port(text.removeprefix("consul://").rstrip("/"), name))
+        hosts = text.removeprefix("consul://").rstrip("/").split(",")
+        agents = [parse_host_port(_with_consul_port(host.strip()), name) for host in hosts]
+        return Registry("consul", agents[0])
     raise ConfigError(f"{name}: {text!r} is not allowed; expected control-plane, consul://host:port or none")
+
+
+def _with_consul_port(host: str) -> str:
+    return host if host.rpartition("]")[2].count(":") else f"{host}:{CONSUL_PORT}"
 
 
 def address_towards(peer: HostPort) -> str:

@@ -33,7 +33,6 @@ SHED_PUSHBACK = (0.05, 0.15)
 _MAX_WRAPPED_METHODS = 1000
 
 
-
 class CallContext(Protocol):
     """What the asynchronous and the synchronous servicer context have in common."""
 

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from pathlib import Path
 from random import Random
 
 import requests
@@ -27,8 +28,6 @@ TAG = "grpc-mesh"
 ZONE_KEY = "mesh-zone"
 REGION_KEY = "mesh-region"
 DRAINING_KEY = "mesh-draining"
-ACL_VARIABLE = "CONSUL_HTTP_TOKEN"
-"""Environment variable of the ACL token, as in Consul's own tools."""
 
 DEREGISTER_AFTER = "1m"
 """How long a critical registration is kept; Consul's own minimum."""
@@ -99,13 +98,13 @@ class ConsulAgent:
 
     Args:
         address: the agent.
-        token: ACL token, or empty.
+        token: gives the ACL token, or an empty text; asked for each request, so that it can be replaced.
     """
 
-    def __init__(self, address: HostPort, token: str) -> None:
+    def __init__(self, address: HostPort, token: Callable[[], str]) -> None:
         self._http = std.HTTPClient(host=address.host, port=address.port, timeout=AGENT_TIMEOUT)
         self._http.session.trust_env = False
-        self._headers = {"X-Consul-Token": token} if token else {}
+        self._token = token
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="consul-agent")
 
     async def register(self, definition: dict[str, object]) -> None:
@@ -146,14 +145,29 @@ class ConsulAgent:
         data: str = "",
         unknown_is_fine: bool = False,
     ) -> None:
-        put = partial(self._http.put, _answer, path, params=params, data=data, headers=self._headers)
+        def put() -> base.Response:
+            token = self._token()
+            headers = {"X-Consul-Token": token} if token else {}
+            return self._http.put(_answer, path, params=params, data=data, headers=headers)
+
         try:
             answer = await asyncio.get_running_loop().run_in_executor(self._thread, put)
-        except requests.RequestException as error:
+        except (requests.RequestException, OSError) as error:
             raise AgentError(f"{type(error).__name__}: {error}") from error
         if answer.code == 200 or (unknown_is_fine and _says_unknown(answer)):
             return
         raise AgentError(f"{answer.code} {answer.body.strip()[:200]}", refused=answer.code in (400, 401, 403))
+
+
+def environment_token() -> str:
+    """The ACL token of ``CONSUL_HTTP_TOKEN``, else that in the file ``CONSUL_HTTP_TOKEN_FILE``: as Consul's own tools.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    token = os.environ.get("CONSUL_HTTP_TOKEN", "")
+    file = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
+    return token if token or not file else Path(file).read_text().strip()
 
 
 def _answer(response: base.Response) -> base.Response:
@@ -181,7 +195,7 @@ class ConsulRegistrar:
         self._service = service
         self._endpoint = endpoint
         self._lifetime = 3 * interval + 1.0
-        self._agent = ConsulAgent(agent, os.environ.get(ACL_VARIABLE, ""))
+        self._agent = ConsulAgent(agent, environment_token)
         self._machine = Registration([str(agent)], rng, time.monotonic())
         self._changes = Changes()
         self._verdict: Verdict | None = None

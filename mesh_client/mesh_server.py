@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import enum
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,11 +17,12 @@ from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, InvalidTransitionError, MeshError
 from mesh_client.core.model import Endpoint
-from mesh_client.core.registration import RegistrationState, RegistrationStatus, Verdict
+from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
 from mesh_client.health_check import HealthReporter, SelfCheck
-from mesh_client.mesh import connect
+from mesh_client.policy_watch import PolicyWatch
 from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
+from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
 from mesh_client.transport import add_port
 
@@ -49,35 +48,6 @@ EXIT_FAILED = 1
 """Exit code when serving failed, or a second signal cut the shutdown short."""
 
 
-class Phase(enum.Enum):
-    """Where a server's life stands; it only moves forward."""
-
-    NEW = "new"
-    STARTING = "starting"
-    SERVING = "serving"
-    DRAINING = "draining"
-    """Reports NOT_SERVING and waits for its callers to know; every call is still served."""
-    STOPPING = "stopping"
-    """Takes no new calls; those in flight have the grace period."""
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerStatus:
-    """A server in plain data."""
-
-    service: str
-    instance_id: str
-    phase: Phase
-    endpoint: Endpoint | None
-    """What is registered; None before the start."""
-    health: Verdict
-    """What the last self-check found; not healthy before the start and once it is leaving."""
-    registration: RegistrationStatus
-    in_flight: int
-    """Calls being served."""
-
-
 class MeshServer(grpc.aio.Server):
     """A `grpc.aio.Server` that is part of the mesh. Made by `server`.
 
@@ -92,7 +62,7 @@ class MeshServer(grpc.aio.Server):
         self._rng = random.Random()
         self._admission = Admission(self._rng)
         self._policy = policy
-        self._policies = _PolicyWatch(settings, mesh, self._admission.apply)
+        self._policies = PolicyWatch(settings, mesh, self._admission.apply)
         self._service_names: list[str] = []
         self._phase = Phase.NEW
         self._endpoint: Endpoint | None = None
@@ -182,7 +152,7 @@ class MeshServer(grpc.aio.Server):
         return not done
 
     def _end(self) -> asyncio.Task[bool]:
-        """Done when the server has stopped. One for all who wait: grpc cannot stop a server once a wait was cancelled."""
+        """Done when the server has stopped. Shared by all who wait: a wait that is cancelled breaks grpc's own stop."""
         if self._ended is None:
             self._ended = asyncio.create_task(self._inner.wait_for_termination())
         return self._ended
@@ -409,38 +379,6 @@ class MeshServer(grpc.aio.Server):
         await self._policies.stop()
         if self._self_check is not None:
             await self._self_check.close()
-
-
-class _PolicyWatch:
-    """Obeys the service's own policy, through a mesh connection that is given or its own."""
-
-    def __init__(self, settings: ServerSettings, mesh: Mesh | None, apply: Callable[[ServicePolicy], None]) -> None:
-        self._settings = settings
-        self._mesh = mesh
-        self._apply = apply
-        self._exits = contextlib.AsyncExitStack()
-
-    async def start(self) -> None:
-        """Begins to watch; the policy comes when the control plane has sent it."""
-        settings = self._settings
-        mesh = self._mesh
-        if mesh is None:
-            if not settings.control_planes:
-                return
-            mesh = await self._exits.enter_async_context(
-                connect(
-                    settings.control_planes,
-                    service=settings.service,
-                    zone=settings.endpoint.locality.zone,
-                    region=settings.endpoint.locality.region,
-                    node_id=settings.endpoint.id,
-                )
-            )
-        self._exits.callback(mesh.watch_policy(settings.service, self._apply))
-
-    async def stop(self) -> None:
-        """Ends watching, and its own connection."""
-        await self._exits.aclose()
 
 
 def _loopback(bind: HostPort) -> str:

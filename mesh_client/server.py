@@ -49,7 +49,7 @@ class ServerSettings:
     reflection: bool
 
 
-def server(  # noqa: PLR0913 - options of one thing, all by keyword
+def server(
     service: str,
     *,
     control_plane: str | Sequence[str] | None = None,
@@ -81,8 +81,9 @@ def server(  # noqa: PLR0913 - options of one thing, all by keyword
         service: the name that callers give to ``mesh.channel``; a DNS label.
         control_plane: addresses as ``host:port``, a list or comma-separated; by default ``MESH_CONTROL_PLANE``, else
             ``127.0.0.1:7070``.
-        registry: ``control-plane``; ``consul://host:port``, with the ACL token in ``CONSUL_HTTP_TOKEN``; or ``none``
-            for a server that is found by other means. By default ``MESH_REGISTRY``, else ``control-plane``.
+        registry: ``control-plane``; ``consul://host:port`` of the host's own agent, with the ACL token in
+            ``CONSUL_HTTP_TOKEN`` or in the file ``CONSUL_HTTP_TOKEN_FILE``; or ``none`` for a server that is found by
+            other means. By default ``MESH_REGISTRY``, else ``control-plane``.
         address: where to listen, as ``host:port``; port 0 for any free one.
         advertise: where others reach it, as ``host`` or ``host:port``; by default the listening address, or, if that
             is a wildcard, the host's address towards the registry.

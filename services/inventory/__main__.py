@@ -5,7 +5,7 @@ from __future__ import annotations
 from shop.v1.inventory_pb2_grpc import add_InventoryServiceServicer_to_server
 
 import mesh_client
-from mesh_client.mesh_server import Phase
+from mesh_client.server_status import Phase
 from services.common.database import Database
 from services.common.logs import set_up_logs
 from services.common.process import run

@@ -9,8 +9,8 @@ import sys
 from typing import Any
 
 import grpc.aio
-
 from shop.v1 import orders_pb2
+
 from tests.integration.orders import Orders, make_server
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from shop.v1 import orders_pb2_grpc
 
 import mesh_client
 from mesh_client.transport import open_channel
-from shop.v1 import orders_pb2_grpc
 from tests.integration.orders import ORDER, control_plane, published
 
 PATIENCE = 20.0
@@ -164,7 +164,9 @@ async def test_a_second_signal_stops_at_once_with_1() -> None:
 async def test_a_server_whose_control_plane_is_gone_stops_cleanly_and_soon() -> None:
     async with AsyncExitStack() as processes:
         async with control_plane() as plane:
-            process = await processes.enter_async_context(orders_process(control_plane=plane.address, drain_timeout=5.0))
+            process = await processes.enter_async_context(
+                orders_process(control_plane=plane.address, drain_timeout=5.0)
+            )
         process.send(signal.SIGTERM)
         assert await process.exit_code() == 0
 

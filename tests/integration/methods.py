@@ -72,7 +72,7 @@ class Failure:
 
 
 async def failure(channel: grpc.aio.Channel, kind: str, method: str, **options: Any) -> Failure:
-    """How a call fails that sends no request message where it need not: writes to a call that is over fail otherwise."""
+    """How a call fails. It sends no message where it need not: writes to a call that is over fail in another way."""
     multicallable = getattr(channel, kind)(f"/{SERVICE}/{method}")
     rpc = multicallable(**options) if kind.startswith("stream") else multicallable(b"", **options)
     code = await rpc.code()

@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
+from mesh.v1 import admin_pb2, admin_pb2_grpc
+from shop.v1 import orders_pb2, orders_pb2_grpc
 
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
-from mesh.v1 import admin_pb2, admin_pb2_grpc
 from mesh_client.mesh_server import MeshServer
 from mesh_client.server import server
 from mesh_client.transport import open_channel
-from shop.v1 import orders_pb2, orders_pb2_grpc
 
 ORDER = orders_pb2.GetOrderRequest(order_id="1")
 

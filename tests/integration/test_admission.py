@@ -17,7 +17,18 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.retry import PUSHBACK_KEY, parse_pushback
 from mesh_client.transport import open_channel
 from tests.integration import methods
-from tests.integration.methods import EXPECTED, FORMS, KINDS, REQUESTS, SERVICE, Failure, call, failure, handler, serving
+from tests.integration.methods import (
+    EXPECTED,
+    FORMS,
+    KINDS,
+    REQUESTS,
+    SERVICE,
+    Failure,
+    call,
+    failure,
+    handler,
+    serving,
+)
 
 UNLIMITED = ServicePolicy(service="orders")
 
@@ -62,7 +73,10 @@ async def test_every_form_of_handler_is_refused_past_its_rate_and_told_when_to_c
 
 async def test_callers_have_buckets_of_their_own_by_the_name_they_give_else_by_address() -> None:
     gate = admission(limited(rate_limits=[{"requests_per_second": 0.01}]))
-    async with serving(("M", handler("unary_unary", methods.echo_unary)), wrap=gate) as target, open_channel(target) as channel:
+    async with (
+        serving(("M", handler("unary_unary", methods.echo_unary)), wrap=gate) as target,
+        open_channel(target) as channel,
+    ):
         for name in ("gateway", "billing"):
             await call(channel, "unary_unary", "M", [b""], metadata=(("mesh-caller", name),))
         await call(channel, "unary_unary", "M", [b""])
@@ -85,7 +99,10 @@ async def test_methods_are_limited_by_the_first_rule_that_matches() -> None:
 async def test_a_policy_that_keeps_the_rate_limits_keeps_the_buckets_and_one_without_lifts_them() -> None:
     rules = [{"requests_per_second": 0.01}]
     gate = admission(limited(rate_limits=rules))
-    async with serving(("M", handler("unary_unary", methods.echo_unary)), wrap=gate) as target, open_channel(target) as channel:
+    async with (
+        serving(("M", handler("unary_unary", methods.echo_unary)), wrap=gate) as target,
+        open_channel(target) as channel,
+    ):
         await call(channel, "unary_unary", "M", [b""])
         gate.apply(limited(rate_limits=rules, timeout="1s"))
         with pytest.raises(grpc.aio.AioRpcError):
@@ -152,7 +169,10 @@ async def test_calls_past_the_concurrency_limit_are_shed_and_places_are_given_ba
 async def test_a_limit_that_comes_later_counts_the_calls_in_flight() -> None:
     gate = admission()
     held = Held()
-    async with serving(("M", handler("unary_unary", held.unary_unary)), wrap=gate) as target, open_channel(target) as channel:
+    async with (
+        serving(("M", handler("unary_unary", held.unary_unary)), wrap=gate) as target,
+        open_channel(target) as channel,
+    ):
         first = asyncio.create_task(call(channel, "unary_unary", "M", [b""]))
         await held.entered.acquire()
         gate.apply(limited(server_concurrency_limit={"max_in_flight": 1}))
@@ -167,7 +187,10 @@ async def test_a_shed_call_takes_no_token() -> None:
         limited(server_concurrency_limit={"max_in_flight": 1}, rate_limits=[{"requests_per_second": 0.01, "burst": 2}])
     )
     held = Held()
-    async with serving(("M", handler("unary_unary", held.unary_unary)), wrap=gate) as target, open_channel(target) as channel:
+    async with (
+        serving(("M", handler("unary_unary", held.unary_unary)), wrap=gate) as target,
+        open_channel(target) as channel,
+    ):
         first = asyncio.create_task(call(channel, "unary_unary", "M", [b""]))
         await held.entered.acquire()
         for _ in range(5):
@@ -229,7 +252,8 @@ async def test_a_call_cancelled_while_it_writes_gives_its_place_back_and_cancels
             ended.set()
 
     async with serving(("M", handler("unary_stream", flood)), wrap=gate) as target, open_channel(target) as channel:
-        rpc = channel.unary_stream(f"/{SERVICE}/M")(b"")
+        flooding: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/M")
+        rpc = flooding(b"")
         await rpc.read()
         rpc.cancel()
         await asyncio.wait_for(outbound.cancelled.wait(), 5.0)
@@ -308,6 +332,8 @@ class AnyMethod(grpc.GenericRpcHandler):
 
 
 class Details(grpc.HandlerCallDetails):
+    invocation_metadata = ()
+
     def __init__(self, method: str) -> None:
         self.method = method
 

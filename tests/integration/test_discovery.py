@@ -50,11 +50,9 @@ def resolution(mesh: Mesh) -> Resolution:
     return mesh.state().services[0].resolution
 
 
-async def echo(mesh: Mesh, **options: object) -> bytes:
-    call = mesh.channel("orders").unary_unary("/test.Echo/Echo")
-    answer = await call(b"hello", **options)
-    assert isinstance(answer, bytes)
-    return answer
+async def echo(mesh: Mesh, wait_for_ready: bool | None = None, timeout: float | None = None) -> bytes:
+    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = mesh.channel("orders").unary_unary("/test.Echo/Echo")
+    return await call(b"hello", wait_for_ready=wait_for_ready, timeout=timeout)
 
 
 @pytest.fixture
@@ -158,8 +156,10 @@ async def test_a_call_that_waits_for_ready_waits_for_the_control_plane(
         assert not waiting.done()
         await control_plane.start()
         assert await waiting == b"hello"
+        control_plane.remove("orders")
+        await control_plane.acknowledged("orders")
         with pytest.raises(mesh_client.MeshRpcError, match="DEADLINE_EXCEEDED"):
-            await mesh.channel("nobody").unary_unary("/test.Echo/Echo")(b"", wait_for_ready=True, timeout=0.05)
+            await echo(mesh, wait_for_ready=True, timeout=0.05)
 
 
 class Scripted(discovery_pb2_grpc.DiscoveryServiceServicer):

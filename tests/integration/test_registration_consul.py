@@ -136,7 +136,9 @@ async def test_self_checks_feed_the_check(consul: ConsulCluster) -> None:
 
 
 @pytest.mark.parametrize("forgets", [True, False], ids=["that has forgotten", "that remembers"])
-async def test_a_server_is_registered_again_with_an_agent_that_restarted(own_consul: ConsulCluster, forgets: bool) -> None:
+async def test_a_server_is_registered_again_with_an_agent_that_restarted(
+    own_consul: ConsulCluster, forgets: bool
+) -> None:
     (agent,) = own_consul.agents
     async with running(**registry(own_consul)) as made:
         await made.registered()
@@ -199,7 +201,7 @@ async def test_an_agent_that_hangs_holds_nothing_up_for_long(
 
 
 async def test_an_agent_that_forgot_is_left_alone_by_who_leaves(consul: ConsulCluster) -> None:
-    agent = mesh_client.consul_registration.ConsulAgent(parse_host_port(consul.agents[0].address, "agent"), "")
+    agent = mesh_client.consul_registration.ConsulAgent(parse_host_port(consul.agents[0].address, "agent"), str)
     await agent.deregister("never-registered")
     with pytest.raises(AgentError, match="404|500") as caught:
         await agent.report("grpc-mesh:never-registered", Verdict(True, "fine"))
@@ -232,6 +234,16 @@ async def test_the_token_of_the_service_registers_it_and_a_wrong_one_is_refused(
             await until(cluster, one_in("passing"))
             await made.stop()
             await until(cluster, lambda found: not found)
+        file = tmp_path / "token"
+        monkeypatch.delenv("CONSUL_HTTP_TOKEN")
+        monkeypatch.setenv("CONSUL_HTTP_TOKEN_FILE", str(file))
+        async with running(**registry(cluster)) as waiting:
+            while not waiting.status().registration.failures:
+                await waiting.changed()
+            assert "FileNotFoundError" in waiting.status().registration.detail
+            file.write_text(created["SecretID"] + "\n")
+            async with asyncio.timeout(PATIENCE):
+                await waiting.registered()
 
 
 async def test_a_server_that_hangs_turns_critical(consul: ConsulCluster) -> None:

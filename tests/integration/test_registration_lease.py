@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from mesh.v1 import endpoint_pb2, registry_pb2, registry_pb2_grpc
 
 import mesh_client.registration
-from mesh.v1 import endpoint_pb2, registry_pb2, registry_pb2_grpc
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationState, RegistrationStatus, Verdict
 from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
@@ -27,16 +27,20 @@ Lease = Callable[[Requests, Context], AsyncIterator[registry_pb2.RegisterRespons
 
 
 class Registry(registry_pb2_grpc.RegistryServiceServicer):
-    """A registry that does what each lease's script says, the last script again and again, and notes what it is told."""
+    """A registry that does what each lease's script says, the last one again and again, and notes what it is told."""
 
-    def __init__(self, *leases: Lease, drain: Callable[[Context], Awaitable[registry_pb2.DrainResponse]] | None = None):
+    def __init__(
+        self, *leases: Lease, drain: Callable[[Context], Awaitable[registry_pb2.DrainResponse]] | None = None
+    ) -> None:
         self._leases = list(leases)
         self._drain = drain
         self.requests: list[registry_pb2.RegisterRequest] = []
         self.drains: list[registry_pb2.DrainRequest] = []
         self.leases = 0
 
-    async def Register(self, request_iterator: Requests, context: Context) -> AsyncIterator[registry_pb2.RegisterResponse]:
+    async def Register(
+        self, request_iterator: Requests, context: Context
+    ) -> AsyncIterator[registry_pb2.RegisterResponse]:
         self.leases += 1
         lease = self._leases.pop(0) if len(self._leases) > 1 else self._leases[0]
         async for response in lease(self._noted(request_iterator), context):
@@ -266,7 +270,9 @@ async def test_a_confirmation_that_comes_too_late_is_ignored() -> None:
         assert registrar.status().state is RegistrationState.GONE
 
 
-async def test_a_control_plane_that_does_not_end_the_stream_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_control_plane_that_does_not_end_the_stream_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def holds_on(requests: Requests, _: Context) -> AsyncIterator[registry_pb2.RegisterResponse]:
         await anext(requests)
         yield registry_pb2.RegisterResponse(lease_token="token-1")

@@ -31,7 +31,21 @@ def test_host_and_port_are_read(text: str, expected: HostPort) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "80", "host", "host:", ":80", "host:0", "host:65536", "host:-1", "host:²", "::1:80", "[host]:80", "a b:80", "0.0.0.0:80"],
+    [
+        "",
+        "80",
+        "host",
+        "host:",
+        ":80",
+        "host:0",
+        "host:65536",
+        "host:-1",
+        "host:²",
+        "::1:80",
+        "[host]:80",
+        "a b:80",
+        "0.0.0.0:80",
+    ],
 )
 def test_what_cannot_be_called_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match="^control_plane"):
@@ -71,7 +85,20 @@ def test_registry_comes_from_the_argument_else_the_environment_else_is_the_contr
     assert parse_registry("none") == Registry("none")
 
 
-@pytest.mark.parametrize("registry", ["", "zookeeper", "consul://", "consul://host", "consul://host:99999"])
+@pytest.mark.parametrize(
+    ("text", "agent"),
+    [
+        ("consul://10.0.0.1:8501", HostPort("10.0.0.1", 8501)),
+        ("consul://consul.example", HostPort("consul.example", 8500)),
+        ("consul://[::1]", HostPort("::1", 8500)),
+        ("consul://[::1]:8501, 10.0.0.2", HostPort("::1", 8501)),
+    ],
+)
+def test_a_server_registers_with_the_first_consul_agent(text: str, agent: HostPort) -> None:
+    assert parse_registry(text) == Registry("consul", agent)
+
+
+@pytest.mark.parametrize("registry", ["", "zookeeper", "consul://", "consul://host:99999", "consul://host:8500,"])
 def test_an_unknown_registry_is_refused(registry: str) -> None:
     with pytest.raises(ConfigError, match="^registry"):
         parse_registry(registry)

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from mesh.v1 import discovery_pb2, discovery_pb2_grpc, endpoint_pb2, registry_pb2, registry_pb2_grpc, resource_pb2
-from shop.v1 import inventory_pb2, inventory_pb2_grpc
+from shop.v1 import payments_pb2, payments_pb2_grpc
 
 import mesh_client
 from mesh_client.core.errors import InvalidValueError
@@ -19,17 +19,22 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.testing import FakeClock, InMemoryControlPlane
 
 
-class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
-    """Knows one item."""
+class Payments(payments_pb2_grpc.PaymentServiceServicer):
+    """Knows one payment, and breaks where it is asked to."""
 
-    async def GetStock(
+    async def GetPayment(
         self,
-        request: inventory_pb2.GetStockRequest,
-        context: grpc.aio.ServicerContext[inventory_pb2.GetStockRequest, inventory_pb2.GetStockResponse],
-    ) -> inventory_pb2.GetStockResponse:
-        if request.sku == "broken":
-            await context.abort(grpc.StatusCode.INTERNAL, "out of order")
-        return inventory_pb2.GetStockResponse(sku=request.sku, available=7)
+        request: payments_pb2.GetPaymentRequest,
+        context: grpc.aio.ServicerContext[payments_pb2.GetPaymentRequest, payments_pb2.GetPaymentResponse],
+    ) -> payments_pb2.GetPaymentResponse:
+        return payments_pb2.GetPaymentResponse(payment_id=f"payment of {request.order_id}")
+
+    async def Charge(
+        self,
+        request: payments_pb2.ChargeRequest,
+        context: grpc.aio.ServicerContext[payments_pb2.ChargeRequest, payments_pb2.ChargeResponse],
+    ) -> payments_pb2.ChargeResponse:
+        await context.abort(grpc.StatusCode.INTERNAL, "out of order")
 
 
 @pytest.fixture
@@ -39,36 +44,36 @@ async def control_plane() -> AsyncIterator[InMemoryControlPlane]:
 
 
 async def test_a_server_registers_is_called_and_leaves(control_plane: InMemoryControlPlane) -> None:
-    server = mesh_client.server("inventory", control_plane=control_plane.address)
-    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Inventory(), server)
+    server = mesh_client.server("payments", control_plane=control_plane.address)
+    payments_pb2_grpc.add_PaymentServiceServicer_to_server(Payments(), server)
     await server.start()
-    (endpoint,) = await control_plane.registered("inventory")
+    (endpoint,) = await control_plane.registered("payments")
     assert endpoint.port == server.port
     async with mesh_client.connect(control_plane.address, cache_dir="") as mesh:
-        stub = inventory_pb2_grpc.InventoryServiceStub(mesh.channel("inventory"))
-        assert (await stub.GetStock(inventory_pb2.GetStockRequest(sku="tea"))).available == 7
-        await control_plane.acknowledged("inventory")
+        stub = payments_pb2_grpc.PaymentServiceStub(mesh.channel("payments"))
+        assert (await stub.GetPayment(payments_pb2.GetPaymentRequest(order_id="7"))).payment_id == "payment of 7"
+        await control_plane.acknowledged("payments")
         await server.stop()
-        assert control_plane.endpoints("inventory") == ()
+        assert control_plane.endpoints("payments") == ()
         with pytest.raises(mesh_client.MeshRpcError, match="no endpoints"):
-            await stub.GetStock(inventory_pb2.GetStockRequest(sku="tea"))
+            await stub.GetPayment(payments_pb2.GetPaymentRequest(order_id="7"))
 
 
 async def test_a_breaker_opens_and_closes_by_a_clock_that_the_test_moves(control_plane: InMemoryControlPlane) -> None:
-    server = mesh_client.server("inventory", control_plane=control_plane.address)
-    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Inventory(), server)
+    server = mesh_client.server("payments", control_plane=control_plane.address)
+    payments_pb2_grpc.add_PaymentServiceServicer_to_server(Payments(), server)
     await server.start()
-    await control_plane.registered("inventory")
+    await control_plane.registered("payments")
     clock = FakeClock(100.0)
     async with mesh_client.connect(control_plane.address, cache_dir="", clock=clock, rng=Random(1)) as mesh:
-        stub = inventory_pb2_grpc.InventoryServiceStub(mesh.channel("inventory"))
+        stub = payments_pb2_grpc.PaymentServiceStub(mesh.channel("payments"))
         for _ in range(5):
             with pytest.raises(grpc.aio.AioRpcError, match="out of order"):
-                await stub.GetStock(inventory_pb2.GetStockRequest(sku="broken"))
+                await stub.Charge(payments_pb2.ChargeRequest(order_id="7"))
         with pytest.raises(mesh_client.MeshRpcError, match="breaker is open"):
-            await stub.GetStock(inventory_pb2.GetStockRequest(sku="tea"))
+            await stub.GetPayment(payments_pb2.GetPaymentRequest(order_id="7"))
         clock.advance(60.0)
-        assert (await stub.GetStock(inventory_pb2.GetStockRequest(sku="tea"))).available == 7
+        assert (await stub.GetPayment(payments_pb2.GetPaymentRequest(order_id="7"))).payment_id == "payment of 7"
     await server.stop()
 
 

@@ -1,0 +1,1 @@
+"""What the mesh costs and how fast news travels through it: ``python -m benchmarks``."""

@@ -1,0 +1,22 @@
+"""A child process: a control plane on the embedded registry, in memory. Says its address."""
+
+from __future__ import annotations
+
+import asyncio
+
+from benchmarks.processes import serve_parent
+from control_plane.options import ControlPlaneOptions
+from control_plane.server import ControlPlane
+
+
+async def _main() -> None:
+    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0"))
+    await plane.start()
+    try:
+        await serve_parent(plane.address)
+    finally:
+        await plane.stop(0)
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
