@@ -20,9 +20,6 @@ _LONGEST = 7 * 86_400.0
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-TOKEN_VARIABLE = "CONSUL_HTTP_TOKEN"
-TOKEN_FILE_VARIABLE = "CONSUL_HTTP_TOKEN_FILE"
-
 
 @reports_errors
 def control_plane(
@@ -35,7 +32,7 @@ def control_plane(
             "--registry",
             envvar=REGISTRY_VARIABLE,
             metavar="REGISTRY",
-            help="Where endpoints and policies are: embedded, or consul://host:port.",
+            help="Where endpoints and policies are: embedded, or consul://host:port with more hosts after commas.",
         ),
     ] = "embedded",
     data_dir: Annotated[
@@ -52,10 +49,10 @@ def control_plane(
         Path | None,
         typer.Option(
             "--consul-token-file",
-            envvar=TOKEN_FILE_VARIABLE,
             exists=True,
             dir_okay=False,
-            help=f"File with the ACL token for Consul. Without it: the variable {TOKEN_VARIABLE}, if set.",
+            help="File with the ACL token for Consul, read again when Consul refuses what it held. Without it: "
+            "the token in CONSUL_HTTP_TOKEN, or in the file that CONSUL_HTTP_TOKEN_FILE names.",
             show_default=False,
         ),
     ] = None,
@@ -74,6 +71,16 @@ def control_plane(
             "--debounce-maximum", min=0.0, max=60.0, metavar="SECONDS", help="Changes wait this long at most."
         ),
     ] = 0.2,
+    policy_wait: Annotated[
+        float,
+        typer.Option(
+            "--policy-wait",
+            min=0.001,
+            max=_LONGEST,
+            metavar="SECONDS",
+            help="Services get the defaults when policies cannot be read this long after the registry was.",
+        ),
+    ] = 30.0,
     guard_hold: Annotated[
         float,
         typer.Option(
@@ -107,16 +114,16 @@ def control_plane(
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    token = read_token(consul_token_file)
     try:
         options = ControlPlaneOptions(
             address=listen,
             registry=registry,
             data_dir=data_dir or default_data_dir(),
-            consul_token=token,
+            consul_token_file=consul_token_file,
             max_streams=max_streams,
             debounce_quiet=debounce_quiet,
             debounce_maximum=debounce_maximum,
+            policy_wait=policy_wait,
             catalog=CatalogSettings(forget_after=forget_after, guard_hold=guard_hold),
         )
     except (ConfigError, InvalidValueError) as error:
@@ -137,24 +144,6 @@ def missing_extra(error: ModuleNotFoundError) -> MeshError:
         f"the control plane needs the package {package!r}, which is not installed; "
         "install it with pip install 'grpc-mesh[control-plane]'"
     )
-
-
-def read_token(file: Path | None) -> str:
-    """The ACL token for Consul: from the file, else from the environment, else empty.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no token.
-    """
-    if file is None:
-        return os.environ.get(TOKEN_VARIABLE, "").strip()
-    try:
-        token = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"--consul-token-file: {file} cannot be read: {reason}") from None
-    if not token:
-        raise ConfigError(f"--consul-token-file: {file} is empty; expected a token")
-    return token
 
 
 def default_data_dir() -> Path:

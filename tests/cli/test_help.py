@@ -92,6 +92,16 @@ def test_a_missing_package_of_the_command_is_named_with_what_to_install(package:
     )
 
 
+@pytest.mark.parametrize("command", ["demo", "up"])
+def test_the_demo_without_the_example_application_is_one_clear_line(command: str) -> None:
+    code = "import sys; sys.modules['services'] = None; from mesh_cli.main import main; main()"
+    arguments = [sys.executable, "-c", code, command]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=30)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("mesh: the example application is not installed")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_broken_installation_is_not_taken_for_a_missing_package() -> None:
     code = "import sys; sys.modules['mesh_cli.app'] = None; from mesh_cli.main import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -82,3 +85,19 @@ def test_watching_shows_tables_one_after_the_other(capsys: pytest.CaptureFixture
     remaining = iter([1])
     show(lambda: next(rounds), str, None, 0.1, wait)
     assert capsys.readouterr().out == "first\nsecond\n"
+
+
+def test_watching_ends_cleanly_on_ctrl_c(admin: ScriptedAdmin) -> None:
+    admin.answers["GetStatus"] = samples.quiet_status()
+    command = [sys.executable, "-m", "mesh_cli", "status", "--watch", "--json", "--interval", "0.05"]
+    command += ["--control-plane", admin.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (0, "")
+    assert [json.loads(line)["control_plane"] for line in lines] == ["control-plane-1f0c"] * 2
