@@ -1,0 +1,36 @@
+"""docs/cli.md agrees with the command: its examples are golden files, and no command or option is left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import GOLDEN, Run
+from tests.cli.test_help import COMMANDS
+
+REFERENCE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+
+EXAMPLES = {
+    "mesh status": ["status_healthy.txt", "status_troubled.txt"],
+    "mesh status --json": ["status_quiet.json"],
+    "mesh endpoints inventory": ["endpoints.txt"],
+    "mesh policy validate orders.yaml": ["policy_validate_errors.txt"],
+    "mesh policy apply --dry-run orders.yaml": ["policy_dry_run.txt"],
+    "mesh policy get orders": ["policy_get_stated.yaml"],
+    "mesh policy list": ["policy_list.txt"],
+}
+
+
+@pytest.mark.parametrize(("command", "files"), EXAMPLES.items(), ids=EXAMPLES)
+def test_example_outputs_are_the_golden_ones(command: str, files: list[str]) -> None:
+    shown = re.findall(rf"^```console\n\$ {re.escape(command)}\n(.*?)^```$", REFERENCE, re.MULTILINE | re.DOTALL)
+    assert shown == [(GOLDEN / file).read_text(encoding="utf-8") for file in files]
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:], ids=" ".join)
+def test_every_command_and_option_is_mentioned(command: tuple[str, ...], run: Run) -> None:
+    assert f"mesh {' '.join(command)}" in REFERENCE
+    options = set(re.findall(r"(?<![\w`-])--[a-z][a-z-]+", run(*command, "--help").stdout)) - {"--help"}
+    assert {option for option in options if f"`{option}" not in REFERENCE} == set()
