@@ -85,7 +85,7 @@ def apply(
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
 ) -> None:
-    """Store policies. None is stored unless all of them are valid; clients obey them within a second."""
+    """Store policies. None is stored unless all of them are valid; clients obey them without a restart."""
     checked = check(read_documents(files))
     if if_version is not None and len(checked) > 1:
         raise typer.BadParameter(f"needs exactly one policy, and there are {len(checked)}", param_hint="'--if-version'")
