@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--quick] [--only NAME]``: measures, prints a table, writes ``benchmarks/out/results.json``."""
+"""``python -m benchmarks [--quick] [--only NAME]``: measures, prints a table, writes the results as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import calls
+from benchmarks import calls, consul, fanout
 from benchmarks.figures import Figure, show, write
 
 RESULTS = Path(__file__).parent / "out" / "results.json"
@@ -19,6 +19,8 @@ RESULTS = Path(__file__).parent / "out" / "results.json"
 SUITES: dict[str, Callable[[bool], Awaitable[list[Figure]]]] = {
     "unary": calls.unary,
     "stream": calls.streams,
+    "fanout": fanout.fan_out,
+    "consul": consul.first_call,
 }
 
 
@@ -37,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: a look, not a measurement")
     parser.add_argument("--only", action="append", choices=SUITES, help="this part alone; may be repeated")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
     arguments = parser.parse_args()
     console = Console()
     figures = asyncio.run(_measure(arguments.only or list(SUITES), arguments.quick, console))

@@ -1,16 +1,17 @@
-"""A child process: a control plane on the embedded registry, in memory. Says its address."""
+"""A child process: a control plane, by default on the embedded registry in memory. Says its address."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 
 from benchmarks.processes import serve_parent
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 
 
-async def _main() -> None:
-    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0"))
+async def _main(registry: str = "embedded") -> None:
+    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0", registry=registry))
     await plane.start()
     try:
         await serve_parent(plane.address)
@@ -19,4 +20,4 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main())
+    asyncio.run(_main(*sys.argv[1:]))

@@ -22,6 +22,14 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
         """One response."""
         return inventory_pb2.GetStockResponse(sku=request.sku, available=7)
 
+    async def Reserve(self, request: Any, context: Any) -> inventory_pb2.ReserveResponse:
+        """Takes nothing."""
+        return inventory_pb2.ReserveResponse(available=7)
+
+    async def Release(self, request: Any, context: Any) -> inventory_pb2.ReleaseResponse:
+        """Gives nothing back."""
+        return inventory_pb2.ReleaseResponse()
+
     async def WatchStock(self, request: Any, context: Any) -> AsyncIterator[inventory_pb2.WatchStockResponse]:
         """`MESSAGES` responses."""
         for number in range(MESSAGES):
