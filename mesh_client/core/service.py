@@ -224,8 +224,12 @@ class Service:
         old = self._nodes
         self._nodes = {endpoint.id: self._node(endpoint, old, first, now) for endpoint in resource.endpoints}
         self.endpoints_version = resource.version
+        gone = [node for id_, node in old.items() if self._nodes.get(id_) is not node]
+        if any(node.endpoint.id in self._nodes for node in gone):
+            # Who comes back elsewhere under an old id has done nothing wrong yet.
+            self.outliers.set_endpoints([id_ for id_, node in self._nodes.items() if old.get(id_) is node], now)
         self.outliers.set_endpoints(self._nodes, now)
-        return [node for id_, node in old.items() if self._nodes.get(id_) is not node]
+        return gone
 
     @staticmethod
     def _node(endpoint: Endpoint, old: Mapping[str, Node], first: bool, now: float) -> Node:

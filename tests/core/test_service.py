@@ -10,7 +10,7 @@ import pytest
 
 from mesh_client.core.call import Attempt, AttemptFailure, Call, Failed
 from mesh_client.core.errors import Reason
-from mesh_client.core.model import Outcome, StatusCode
+from mesh_client.core.model import Endpoint, Outcome, StatusCode
 from mesh_client.core.policy import HashSource, ServicePolicy
 from mesh_client.core.service import Service
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
@@ -111,6 +111,17 @@ def test_results_of_an_endpoint_that_moved_do_not_count_against_its_successor() 
     activate(world, type(moved)("a", "127.0.0.1", 9), endpoint("b"), outlier_detection={"consecutive_failures": 1})
     world.record(before, Outcome.FAILURE, 0.0)
     assert not any(node.ejected for node in world.nodes)
+
+
+def test_the_successor_of_an_ejected_endpoint_is_not_ejected_for_it() -> None:
+    outliers: dict[str, Any] = {"consecutive_failures": 1, "max_ejected_percent": 50}
+    world = service("a", "b", "c", "d", outlier_detection=outliers)
+    for node in list(world.nodes)[:2]:
+        world.record(node, Outcome.FAILURE, 0.0)
+    moved = Endpoint("a", "127.0.0.1", 9)
+    activate(world, moved, endpoint("b"), endpoint("c"), endpoint("d"), outlier_detection=outliers)
+    assert [node.endpoint.id for node in world.nodes if node.ejected] == ["b"]
+    assert picked(world)["a"] > 0
 
 
 def test_the_first_route_that_matches_decides() -> None:
