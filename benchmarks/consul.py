@@ -10,13 +10,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
+from shop.v1 import inventory_pb2, inventory_pb2_grpc
 
 import mesh_client
 from benchmarks.figures import Figure, percentile
 from benchmarks.processes import child
 from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.supervisor import Supervisor
-from shop.v1 import inventory_pb2, inventory_pb2_grpc
 
 GOAL = 300.0
 """Milliseconds, p99."""

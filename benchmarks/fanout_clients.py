@@ -11,10 +11,10 @@ import time
 from typing import Any
 
 import grpc.aio
+from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 
 from benchmarks.fanout_plane import SERVICE
 from benchmarks.processes import PATIENCE, serve_parent
-from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.store import Store
 from mesh_client.transport import open_channel
@@ -52,8 +52,7 @@ async def _main(address: str, first: int, count: int) -> None:
     subscribers = [Subscriber(first + index) for index in range(count)]
     changed = asyncio.Event()
     channels = [
-        open_channel(address, [("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(0, count, STREAMS_PER_CONNECTION)
+        open_channel(address, [("grpc.use_local_subchannel_pool", 1)]) for _ in range(0, count, STREAMS_PER_CONNECTION)
     ]
     tasks = [
         asyncio.create_task(subscriber.follow(channels[index // STREAMS_PER_CONNECTION], changed))

@@ -1,7 +1,7 @@
 """A child process: a control plane whose one service changes when it is asked to. Says its address.
 
-Asked for ``[first, count, spacing]`` it makes ``count`` changes, ``spacing`` seconds apart, numbered from ``first``, and
-answers when it made the last one, on the clock that all processes of this machine share (CLOCK_MONOTONIC).
+Asked for ``[first, count, spacing]`` it makes ``count`` changes, ``spacing`` seconds apart, numbered from ``first``,
+and answers when it made the last one, on the clock that all processes of this machine share (CLOCK_MONOTONIC).
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ class Figure:
         return None if self.goal is None else self.value <= self.goal
 
     @classmethod
-    def of_rounds(
-        cls, id: str, values: Sequence[float], unit: str, about: str, goal: float | None = None
-    ) -> Figure:
+    def of_rounds(cls, id: str, values: Sequence[float], unit: str, about: str, goal: float | None = None) -> Figure:
         """The figure that several rounds measured."""
         return cls(id, median(values), unit, goal, (min(values), max(values)), about)
 

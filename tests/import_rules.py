@@ -91,7 +91,7 @@ RULES = (
     _rule("gateway/*", "gateway mesh_client mesh"),
     _rule("mesh_cli/*", "mesh_cli mesh_client control_plane gateway mesh shop"),
     _rule("services/*", "mesh_client mesh shop", "google grpc"),
-    _rule("benchmarks/*", "benchmarks control_plane gateway mesh mesh_client services shop"),
+    _rule("benchmarks/*", "benchmarks control_plane gateway mesh mesh_cli mesh_client services shop"),
     _rule("tests/*", " ".join(OURS)),
     _rule("tools/*", "tools", ""),
 )

@@ -36,6 +36,8 @@ TOP_LEVEL = {
     *(".ci", ".git", ".gitignore"),
 }
 MAX_LINES = 450
+MAX_TEST_LINES = 650
+"""Tests of one thing may be many; they are read one by one."""
 
 
 def python_files() -> list[str]:
@@ -60,7 +62,8 @@ def test_the_top_level_holds_nothing_unexpected() -> None:
 
 def test_no_file_is_too_long() -> None:
     lengths = {path: len((ROOT / path).read_text().splitlines()) for path in [*python_files(), "hatch_build.py"]}
-    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+    limits = {path: MAX_TEST_LINES if path.startswith("tests/") else MAX_LINES for path in lengths}
+    assert {path: lines for path, lines in lengths.items() if lines > limits[path]} == {}
 
 
 def test_the_client_library_imports_without_any_extra() -> None:

@@ -17,6 +17,10 @@ PURE = (
     "control_plane/catalog.py",
     "control_plane/events.py",
     "control_plane/snapshot.py",
+    "control_plane/sources/blocking_query.py",
+    "control_plane/sources/leases.py",
+    "control_plane/sources/poll_queue.py",
+    "control_plane/sources/source_health.py",
     "control_plane/subscription.py",
 )
 """Files without I/O. tests/test_imports.py holds them to that."""

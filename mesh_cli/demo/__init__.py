@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from mesh_client.core.errors import ConfigError
@@ -25,12 +26,7 @@ def require_shop() -> None:
     Raises:
         ConfigError: it cannot: it is no part of the wheel.
     """
-    try:
-        import shop.v1
-
-        import services
-    except ModuleNotFoundError:
+    if find_spec("services") is None or find_spec("shop") is None:
         raise ConfigError(
             "the example application is not installed; use a checkout of grpc-mesh, with `make demo` or `make up`"
-        ) from None
-    del services, shop
+        )

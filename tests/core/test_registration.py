@@ -149,12 +149,7 @@ def test_an_event_that_does_not_fit_changes_nothing(event: str) -> None:
     machine = make()
     before = machine.status()
     with pytest.raises(InvalidTransitionError, match="waiting"):
-        if event == "confirmed":
-            machine.confirmed(101.0)
-        elif event == "failed":
-            machine.failed(101.0, "why")
-        else:
-            machine.left(101.0)
+        getattr(machine, event)(101.0, *["why"] * (event == "failed"))
     assert machine.status() == before
 
 

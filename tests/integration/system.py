@@ -1,12 +1,12 @@
 """A whole mesh for tests: control planes, orders instances as real processes, clients, and load that must not fail.
 
-    async with System(tmp_path) as system:
-        plane = await system.start_control_plane()
-        await system.start_orders("orders-1", "orders-2", control_plane=plane.address)
-        mesh = await system.connect(plane.address)
-        async with Load(mesh) as load:
-            await system.orders["orders-1"].kill()
-            await load.answered_by("orders-2")
+async with System(tmp_path) as system:
+    plane = await system.start_control_plane()
+    await system.start_orders("orders-1", "orders-2", control_plane=plane.address)
+    mesh = await system.connect(plane.address)
+    async with Load(mesh) as load:
+        await system.orders["orders-1"].kill()
+        await load.answered_by("orders-2")
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -209,8 +209,10 @@ class System:
         await self._stack.enter_async_context(self._supervisor)
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> None:
-        await self._stack.__aexit__(*exc_info)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, traceback)
 
     async def run_control_plane(self, **options: Any) -> ControlPlane:
         """A control plane in this process, that publishes changes at once."""
@@ -287,7 +289,7 @@ async def until(mesh: Mesh, condition: Callable[[], bool]) -> None:
         raise AssertionError(f"it did not come true: {mesh.state()}") from None
 
 
-async def holds(mesh: Mesh, *ids: str) -> None:
+async def follows(mesh: Mesh, *ids: str) -> None:
     """Returns when the client, which follows orders from now on, is in sync and has exactly these endpoints."""
     mesh.channel("orders")
     await until(mesh, lambda: mesh.state().in_sync and {each.id for each in orders_of(mesh).endpoints} == set(ids))
@@ -308,24 +310,17 @@ async def administration(address: str) -> AsyncIterator[admin_pb2_grpc.AdminServ
 async def status_in_which(
     address: str, condition: Callable[[admin_pb2.GetStatusResponse], bool]
 ) -> admin_pb2.GetStatusResponse:
-    """The status of a control plane, once it is as expected."""
+    """The status of a control plane, once it is as expected. What another process does cannot set an event here."""
     async with administration(address) as admin:
-        return await admin_until(lambda: admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=5.0), condition)
-
-
-async def admin_until(
-    ask: Callable[[], Awaitable[admin_pb2.GetStatusResponse]], condition: Callable[[admin_pb2.GetStatusResponse], bool]
-) -> admin_pb2.GetStatusResponse:
-    """Asks until the answer is as expected: what another process does cannot set an event here."""
-    answer = await ask()
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while not condition(answer):
-                await asyncio.sleep(0.02)
-                answer = await ask()
-    except TimeoutError:
-        raise AssertionError(f"it did not come true: {answer}") from None
-    return answer
+        answer = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=5.0)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while not condition(answer):
+                    await asyncio.sleep(0.02)
+                    answer = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=5.0)
+        except TimeoutError:
+            raise AssertionError(f"it did not come true: {answer}") from None
+        return answer
 
 
 def source_of(status: admin_pb2.GetStatusResponse) -> admin_pb2.SourceStatus:
@@ -336,11 +331,6 @@ def source_of(status: admin_pb2.GetStatusResponse) -> admin_pb2.SourceStatus:
 async def store_policy(consul: ConsulCluster, document: str) -> None:
     """Writes a policy of orders straight into Consul, past every check."""
     await consul.put_key("mesh/policies/orders", document.encode())
-
-
-async def obeys(mesh: Mesh, condition: Callable[[], bool]) -> None:
-    """Returns when the client obeys a policy of orders that is as expected."""
-    await until(mesh, condition)
 
 
 async def mesh_command(*arguments: str, control_plane: str, exit_code: int = 0) -> str:
@@ -357,6 +347,6 @@ async def mesh_command(*arguments: str, control_plane: str, exit_code: int = 0) 
     return output.decode()
 
 
-def ids(numbers: Iterable[int]) -> list[str]:
+def ids(*numbers: int) -> list[str]:
     """Ids of instances of orders."""
     return [f"orders-{number}" for number in numbers]

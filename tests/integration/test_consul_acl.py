@@ -13,8 +13,8 @@ from control_plane.sources import StoreUnavailableError
 from control_plane.sources.consul import ConsulSource
 from control_plane.sources.consul_http import ConsulToken, parse_registry
 from control_plane.sources.consul_policies import ConsulPolicyStore
-from tests.integration.consul_cluster import ConsulCluster
 from tests.control_plane.recording import Recording, recorded
+from tests.integration.consul_cluster import ConsulCluster
 
 READER = 'service_prefix "" { policy = "read" }\nnode_prefix "" { policy = "read" }'
 

@@ -12,8 +12,8 @@ from control_plane.policies import PolicyBook
 from control_plane.sources import NotStoredError, StoreUnavailableError, VersionConflictError
 from control_plane.sources.consul_http import ConsulToken, parse_registry
 from control_plane.sources.consul_policies import ConsulPolicyStore
-from tests.integration.consul_cluster import ConsulCluster
 from tests.control_plane.recording import Recording, recorded
+from tests.integration.consul_cluster import ConsulCluster
 
 
 @pytest.fixture

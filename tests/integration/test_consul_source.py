@@ -10,8 +10,8 @@ import pytest
 from control_plane.sources.consul import ConsulSource
 from control_plane.sources.consul_http import ConsulToken, parse_registry
 from mesh_client.core.model import Health, Locality
-from tests.integration.consul_cluster import ConsulCluster
 from tests.control_plane.recording import Recording, recorded
+from tests.integration.consul_cluster import ConsulCluster
 
 
 @pytest.fixture
