@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +31,7 @@ READY_TIMEOUT = 30.0
 """Seconds for agents to become ready; three servers take 1 to 3."""
 MESH_TAG = "grpc-mesh"
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
+_GUARD = REPOSITORY / "mesh_cli" / "demo" / "guard.py"
 
 
 def consul_binary() -> Path:
@@ -93,12 +92,14 @@ class ConsulAgent:
         file.write_text(json.dumps(self._whole_configuration(), indent=1))
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [consul_binary(), "agent", "-config-file", file, *(["-dev"] if self.dev else [])],
+                [
+                    *(sys.executable, "-I", "-S", _GUARD, str(os.getpid())),
+                    *(consul_binary(), "agent", "-config-file", file, *(["-dev"] if self.dev else [])),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={"PATH": os.environ.get("PATH", ""), "HOME": str(self.directory)},
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, which takes no lock
             )
 
     def runs(self) -> bool:
@@ -381,11 +382,6 @@ class ConsulCluster:
         except (aiohttp.ClientError, OSError, ConsulError):
             return False
         return "consul" in services
-
-
-def _die_with_parent() -> None:
-    # In the child between fork and exec: nothing but system calls.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _free_ports(count: int) -> list[int]:
