@@ -32,6 +32,7 @@ READY_TIMEOUT = 30.0
 MESH_TAG = "grpc-mesh"
 
 _GUARD = REPOSITORY / "mesh_cli" / "demo" / "guard.py"
+"""Has the agent die with this process. A ``preexec_fn`` would run in a copy of a process with gRPC's threads."""
 
 
 def consul_binary() -> Path:
@@ -90,12 +91,10 @@ class ConsulAgent:
         self.data.mkdir(parents=True, exist_ok=True)
         file = self.directory / "consul.json"
         file.write_text(json.dumps(self._whole_configuration(), indent=1))
+        command = [consul_binary(), "agent", "-config-file", file, *(["-dev"] if self.dev else [])]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", _GUARD, str(os.getpid())),
-                    *(consul_binary(), "agent", "-config-file", file, *(["-dev"] if self.dev else [])),
-                ],
+                [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
