@@ -1,0 +1,178 @@
+"""The whole mesh on one real Consul, with instances as real processes, under load. No call may fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from mesh.v1 import admin_pb2
+from shop.v1.orders_pb2_grpc import OrderServiceStub
+
+from control_plane.server import ControlPlane
+from mesh_client.core.model import Health
+from mesh_client.mesh import Mesh
+from tests.integration.consul_cluster import ConsulCluster
+from tests.integration.system import (
+    ORDER,
+    PATIENCE,
+    Load,
+    System,
+    follows,
+    ids,
+    orders_of,
+    sees,
+    status_in_which,
+    store_policy,
+    until,
+)
+
+THREE = ids(1, 2, 3)
+METHOD = "shop.v1.OrderService/GetOrder"
+
+
+@pytest.fixture
+async def consul(tmp_path: Path) -> AsyncIterator[ConsulCluster]:
+    async with ConsulCluster.dev(tmp_path) as consul:
+        yield consul
+
+
+@pytest.fixture
+async def system(tmp_path: Path) -> AsyncIterator[System]:
+    async with System(tmp_path) as system:
+        yield system
+
+
+@pytest.fixture
+async def plane(system: System, consul: ConsulCluster) -> ControlPlane:
+    plane = await system.run_control_plane(registry=consul.registry)
+    await system.start_orders(*THREE, registry=consul.registry, control_plane=plane.address)
+    return plane
+
+
+@pytest.fixture
+async def mesh(system: System, plane: ControlPlane) -> Mesh:
+    mesh = await system.connect(plane.address)
+    await follows(mesh, *THREE)
+    return mesh
+
+
+async def everybody_obeys(plane: ControlPlane, mesh: Mesh) -> None:
+    """Returns when every client, those inside the servers included, has acknowledged the policy that this one has."""
+    version = orders_of(mesh).policy_version
+    await status_in_which(
+        plane.address,
+        lambda status: all(
+            each.acknowledged_version == version for each in policy_subscriptions(status) if each.service == "orders"
+        ),
+    )
+
+
+def policy_subscriptions(status: admin_pb2.GetStatusResponse) -> list[admin_pb2.SubscriptionStatus]:
+    return [each for client in status.clients for each in client.subscriptions if each.type == 1]
+
+
+def outstanding(mesh: Mesh, id: str) -> int:
+    return next(each.outstanding for each in orders_of(mesh).endpoints if each.id == id)
+
+
+async def obeys_another(mesh: Mesh, consul: ConsulCluster, document: str) -> None:
+    before = orders_of(mesh).policy_version
+    await store_policy(consul, document)
+    await until(mesh, lambda: orders_of(mesh).policy_version != before)
+
+
+async def test_an_instance_is_called_while_its_check_passes(
+    system: System, consul: ConsulCluster, plane: ControlPlane, mesh: Mesh
+) -> None:
+    # Without ejections by the client only Consul's word takes an endpoint out.
+    await obeys_another(
+        mesh, consul, "service: orders\nretry: {per_try_timeout: 250ms}\noutlier_detection: {enabled: false}"
+    )
+    async with Load(mesh) as load:
+        await load.answered_by(*THREE)
+
+        system.orders["orders-2"].freeze()  # its TTL passes
+        await sees(mesh, Health.UNHEALTHY, "orders-2")
+        await load.answered_only_by("orders-1", "orders-3")
+        while outstanding(mesh, "orders-2"):
+            await load.goes_on(1)  # attempts made before have their timeout to pass
+        for _ in range(20):
+            await load.goes_on(5)
+            assert not outstanding(mesh, "orders-2")
+
+        system.orders["orders-2"].thaw()
+        await sees(mesh, Health.HEALTHY, *THREE)
+        await load.answered_by("orders-2")
+
+        await system.orders["orders-3"].kill()
+        await sees(mesh, Health.UNHEALTHY, "orders-3")
+        await load.answered_only_by("orders-1", "orders-2")
+
+        await system.stop_orders("orders-1")
+        await follows(mesh, "orders-2", "orders-3")
+        found = await consul.request("GET", "/v1/health/service/orders")
+        assert {each["Service"]["ID"] for each in found} == {"orders-2", "orders-3"}
+        await load.answered_only_by("orders-2")
+
+
+async def test_every_instance_is_replaced(
+    system: System, consul: ConsulCluster, plane: ControlPlane, mesh: Mesh
+) -> None:
+    async with Load(mesh) as load:
+        for number in (1, 2, 3):
+            await system.start_orders(f"orders-{number + 3}", registry=consul.registry, control_plane=plane.address)
+            await system.stop_orders(f"orders-{number}")
+        await follows(mesh, *ids(4, 5, 6))
+        await load.answered_only_by(*ids(4, 5, 6))
+
+
+async def test_policies_take_effect_while_everything_runs_and_a_bad_one_does_not(
+    system: System, consul: ConsulCluster, plane: ControlPlane, mesh: Mesh
+) -> None:
+    async with Load(mesh) as load:
+        await obeys_another(mesh, consul, "service: orders\nload_balancer: {algorithm: RING_HASH}")
+        good = orders_of(mesh).policy_version
+        await load.goes_on(20)
+        (chosen,) = await load.goes_on(60)  # hashed by this host's address
+
+        for bad, path in (
+            ("service: orders\nretry: {max_attempts: many}", "retry.max_attempts"),
+            ("service: payments", "service"),
+            ("{", ""),
+            ("service: orders\n#" + "x" * 300_000, ""),
+        ):
+            await store_policy(consul, bad)
+            status = await status_in_which(
+                plane.address,
+                lambda status, path=path: any(  # type: ignore[misc]  # mypy cannot infer lambdas with defaults
+                    path in (error.path for error in problem.errors) for problem in status.policy_problems
+                ),
+            )
+            assert [(each.service, each.obeyed_version) for each in status.policy_problems] == [("orders", good)]
+            assert orders_of(mesh).policy_version == good
+            assert set(await load.goes_on()) == {chosen}
+
+        await obeys_another(mesh, consul, "service: orders\nload_balancer: {algorithm: ROUND_ROBIN}")
+        await status_in_which(plane.address, lambda status: not status.policy_problems)
+        await load.goes_on(20)
+        spread = await load.goes_on(90)
+        assert max(spread.values()) - min(spread.values()) <= 12  # those in flight at both ends
+
+    limited = f"rate_limits: [{{method: {METHOD}, requests_per_second: 0.001, burst: 2, scope: ALL}}]"
+    await obeys_another(mesh, consul, f"service: orders\ncircuit_breaker: {{enabled: false}}\n{limited}")
+    await everybody_obeys(plane, mesh)
+    stub = OrderServiceStub(mesh.channel("orders"))
+    calls = await asyncio.gather(*(stub.GetOrder(ORDER, timeout=PATIENCE) for _ in range(20)), return_exceptions=True)
+    refused = [call for call in calls if isinstance(call, grpc.aio.AioRpcError)]
+    assert len(calls) - len(refused) == 6, "three servers take two calls each"
+    assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+    before = orders_of(mesh).policy_version
+    await consul.delete_key("mesh/policies/orders")
+    await until(mesh, lambda: orders_of(mesh).policy_version != before)
+    await everybody_obeys(plane, mesh)
+    async with Load(mesh) as load:
+        await load.answered_by(*THREE)
