@@ -91,7 +91,7 @@ class ConsulAgent:
         self.data.mkdir(parents=True, exist_ok=True)
         file = self.directory / "consul.json"
         file.write_text(json.dumps(self._whole_configuration(), indent=1))
-        command = [consul_binary(), "agent", "-config-file", file, *(["-dev"] if self.dev else [])]
+        command = [str(consul_binary()), "agent", "-config-file", str(file), *(["-dev"] if self.dev else [])]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), *command],
