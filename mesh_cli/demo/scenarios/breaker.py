@@ -161,9 +161,9 @@ def _promises(seen: _Outage) -> list[Promise]:
         ),
         exactly(
             "breaker.resumed",
-            "orders refused meanwhile that cannot be placed later with the same key",
-            seen.never_placed,
+            "orders of that time that were not refused with ABORTED, or not placed later with the same key",
+            _PENDING_ORDERS - len(seen.refused_orders) + seen.never_placed,
             0,
-            f"of {len(seen.refused_orders)}",
+            f"of {_PENDING_ORDERS}",
         ),
     ]

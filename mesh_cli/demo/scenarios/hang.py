@@ -48,7 +48,7 @@ class HungInstance:
                 ejected,
                 _EJECTED_WITHIN,
                 "s",
-                f"three attempts in a row over {PER_TRY_TIMEOUT} s",
+                f"the policy ejects after three attempts in a row over {PER_TRY_TIMEOUT} s",
             ),
             at_most("hang.back", "time to its next order, once it runs again", back, _BACK_WITHIN, "s"),
         ]

@@ -49,6 +49,6 @@ class KilledInstances:
                 ejected,
                 _AVOIDED_WITHIN,
                 "s",
-                "ejected after three refusals in a row, each retried elsewhere",
+                "the policy ejects after three failures in a row",
             ),
         ]
