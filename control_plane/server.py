@@ -38,7 +38,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two control planes on one port would each serve half of the clients.
     ("grpc.so_reuseport", 0),
     # Clients ping every 10 s. gRPC's own minimum of 300 s would end their connections with too_many_pings.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # A client that hangs or whose host is gone is noticed within 30 s.
     ("grpc.keepalive_time_ms", 20_000),

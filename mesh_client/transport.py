@@ -12,6 +12,7 @@ import grpc.aio
 from mesh_client.core.errors import ConfigError
 
 CHANNEL_OPTIONS: tuple[tuple[str, object], ...] = (
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -20,7 +21,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, object], ...] = (
 
 SERVER_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
