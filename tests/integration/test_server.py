@@ -13,19 +13,20 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
-from mesh.v1 import admin_pb2, admin_pb2_grpc, endpoint_pb2
+from mesh.v1 import admin_pb2, admin_pb2_grpc, endpoint_pb2, registry_pb2, registry_pb2_grpc
 from shop.v1 import orders_pb2_grpc
 
 import mesh_client
 from control_plane.server import ControlPlane
 from mesh_client.core.errors import ConfigError, InvalidTransitionError, InvalidValueError, MeshError
 from mesh_client.core.policy import ServicePolicy
-from mesh_client.core.registration import RegistrationState
+from mesh_client.core.registration import RegistrationState, Verdict
+from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.mesh_server import LINGER
 from mesh_client.server import server
 from mesh_client.server_status import Phase
 from mesh_client.transport import add_port, open_channel
-from tests.integration.methods import EXPECTED, FORMS, REQUESTS, add_methods, call, handler
+from tests.integration.methods import EXPECTED, FORMS, REQUESTS, add_methods, call, echo_unary, handler
 from tests.integration.orders import ORDER, Orders, control_plane, get_order, make_server, published, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -103,6 +104,20 @@ async def test_health_and_reflection_of_the_applications_own_are_left_alone() ->
     await own.set("database", NOT_SERVING)
     assert await health_of(made.endpoint.target, "database") == NOT_SERVING
     assert await listed_services(made.endpoint.target) == ["shop.v1.OrderService"]
+    await made.stop()
+
+
+async def test_a_handler_of_whatever_method_is_served_and_has_no_health_of_its_own() -> None:
+    class AnyMethod(grpc.GenericRpcHandler):
+        def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+            return handler("unary_unary", echo_unary)
+
+    made = make_server(registry="none")
+    made.add_generic_rpc_handlers([AnyMethod()])
+    await made.start()
+    async with open_channel(made.endpoint.target) as channel:
+        responses, _ = await call(channel, "unary_unary", "Anything", REQUESTS)
+    assert responses == EXPECTED["unary_unary"]
     await made.stop()
 
 
@@ -336,12 +351,35 @@ async def until_health(plane: ControlPlane, health: int) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_a_watch_that_fails_fails_as_it_would_without_the_mesh() -> None:
+    class Broken:
+        async def write(self, _: object) -> None:
+            raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        await HealthReporter()._servicer.Watch(health_pb2.HealthCheckRequest(), Broken())  # type: ignore[arg-type]
+
+
 async def test_a_watch_of_the_health_ends_with_its_client() -> None:
     async with running(registry="none") as made:
         async with open_channel(made.endpoint.target) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == SERVING
             watch.cancel()
+
+
+async def test_a_port_that_does_not_answer_is_reported_at_the_second_check() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        target = f"127.0.0.1:{closed.getsockname()[1]}"
+    reported: asyncio.Queue[Verdict] = asyncio.Queue()
+    check = SelfCheck(target, 0.01, reported.put_nowait)
+    running_checks = asyncio.create_task(check.run())
+    verdict = await asyncio.wait_for(reported.get(), 5.0)
+    assert not verdict.healthy
+    assert verdict.detail.startswith("self-check failed: UNAVAILABLE")
+    running_checks.cancel()
+    await asyncio.wait({running_checks})
+    await check.close()
 
 
 async def test_one_services_health_can_be_set_alone() -> None:
@@ -422,6 +460,26 @@ async def test_calls_that_outlast_the_grace_are_aborted() -> None:
         with pytest.raises(grpc.aio.AioRpcError):
             await held
         assert made.status().in_flight == 0
+
+
+async def test_clients_that_did_not_acknowledge_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Registry(registry_pb2_grpc.RegistryServiceServicer):
+        async def Register(self, requests: Any, _: object) -> AsyncIterator[registry_pb2.RegisterResponse]:
+            async for _request in requests:
+                yield registry_pb2.RegisterResponse()
+
+        async def Drain(self, request: registry_pb2.DrainRequest, _: object) -> registry_pb2.DrainResponse:
+            return registry_pb2.DrainResponse(acknowledged=1, pending=["gateway-1", "gateway-2"])
+
+    registry = grpc.aio.server()
+    registry_pb2_grpc.add_RegistryServiceServicer_to_server(Registry(), registry)
+    address = f"127.0.0.1:{add_port(registry, '127.0.0.1:0')}"
+    await registry.start()
+    async with running(control_plane=address) as made:
+        await made.registered()
+        await made.stop()
+    assert "not acknowledged by gateway-1, gateway-2" in caplog.text
+    await registry.stop(None)
 
 
 async def test_a_drain_that_reaches_nobody_is_short() -> None:
