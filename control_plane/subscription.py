@@ -127,7 +127,7 @@ class _Subscription:
     sent: str | None = None
     """Version sent last, answered or not."""
     unsure: bool = False
-    """The client asked for the whole: it holds something, but not what was thought."""
+    """It may hold something that is not known: it asked for the whole, or subscribed while a response was under way."""
     rejected: str | None = None
     rejection: str = ""
 
@@ -343,7 +343,9 @@ class Subscriptions:
             if name in lane.subscriptions:
                 continue
             version = held.get(name)
-            lane.subscriptions[name] = _Subscription(acknowledged=version, sent=version)
+            # A response under way may belong to an earlier subscription; the client would take it for this one's.
+            under_way = lane.flight is not None
+            lane.subscriptions[name] = _Subscription(acknowledged=version, sent=version, unsure=under_way)
             lane.dirty[name] = None
             new.append(name)
         return tuple(new)

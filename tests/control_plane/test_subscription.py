@@ -500,6 +500,19 @@ class TestWhoMayHoldAnEndpoint:
         stream.machine.receive(Request(ENDPOINTS, response_nonce=response.nonce), 0.0)
         assert self.holds(stream)
 
+    def test_who_comes_back_while_a_response_is_under_way_may_take_it_for_the_answer(self, stream: Stream) -> None:
+        stream.publish("orders", "1")
+        (response,) = stream.request(ENDPOINTS, "orders")
+        stream.request(ENDPOINTS, unsubscribe=("orders",))
+        assert not self.holds(stream)
+        stream.request(ENDPOINTS, "orders")
+        assert self.holds(stream)
+        stream.publish("orders", "2")
+        (response,) = stream.acknowledge(response)
+        assert self.holds(stream)
+        stream.acknowledge(response)
+        assert not self.holds(stream)
+
     def test_who_unsubscribed_or_was_told_that_the_service_is_unknown_does_not(self, stream: Stream) -> None:
         stream.publish("orders", "1")
         stream.subscribe("orders")
