@@ -8,6 +8,7 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from mesh_client.calls.requests import RequestLog
 from mesh_client.calls.stream import StreamStreamCall, UnaryStreamCall
 from mesh_client.calls.unary import StreamUnaryCall, UnaryUnaryCall
 from mesh_client.connection import Connection
@@ -36,8 +37,11 @@ class _UnaryUnary(MultiCallable[Request, Response], grpc.aio.UnaryUnaryMultiCall
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        self.check_open()
-        return UnaryUnaryCall(self, request, timeout, metadata, credentials, wait_for_ready, compression)
+        if self.channel.closed:
+            self.refuse()
+        return UnaryUnaryCall(
+            self, self.serialise(request), timeout, metadata, credentials, wait_for_ready, compression
+        )
 
 
 class _UnaryStream(MultiCallable[Request, Response], grpc.aio.UnaryStreamMultiCallable[Request, Response]):
@@ -53,8 +57,11 @@ class _UnaryStream(MultiCallable[Request, Response], grpc.aio.UnaryStreamMultiCa
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        self.check_open()
-        return UnaryStreamCall(self, request, timeout, metadata, credentials, wait_for_ready, compression)
+        if self.channel.closed:
+            self.refuse()
+        return UnaryStreamCall(
+            self, self.serialise(request), timeout, metadata, credentials, wait_for_ready, compression
+        )
 
 
 class _StreamUnary(MultiCallable[Request, Response], grpc.aio.StreamUnaryMultiCallable[Request, Response]):
@@ -69,8 +76,10 @@ class _StreamUnary(MultiCallable[Request, Response], grpc.aio.StreamUnaryMultiCa
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        self.check_open()
-        return StreamUnaryCall(self, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+        if self.channel.closed:
+            self.refuse()
+        requests = RequestLog(request_iterator, self.request_serializer)
+        return StreamUnaryCall(self, requests, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class _StreamStream(MultiCallable[Request, Response], grpc.aio.StreamStreamMultiCallable[Request, Response]):
@@ -85,8 +94,10 @@ class _StreamStream(MultiCallable[Request, Response], grpc.aio.StreamStreamMulti
         wait_for_ready: bool | None = None,
         compression: grpc.Compression | None = None,
     ) -> Any:
-        self.check_open()
-        return StreamStreamCall(self, request_iterator, timeout, metadata, credentials, wait_for_ready, compression)
+        if self.channel.closed:
+            self.refuse()
+        requests = RequestLog(request_iterator, self.request_serializer)
+        return StreamStreamCall(self, requests, timeout, metadata, credentials, wait_for_ready, compression)
 
 
 class MeshChannel(grpc.aio.Channel):

@@ -17,7 +17,7 @@ RETIRE_POLL = 0.1
 class Method(Protocol):
     """A method, as far as a connection needs to know it."""
 
-    key: tuple[Any, ...]
+    key: int
 
     def make(self, channel: grpc.aio.Channel) -> Any:
         """Makes grpc's multicallable on a channel."""
@@ -34,7 +34,7 @@ class Connection:
     def __init__(self, node: Node) -> None:
         self.node = node
         self.channel = transport.open_channel(node.endpoint.target)
-        self.multicallables: dict[tuple[Any, ...], Any] = {}
+        self.multicallables: dict[int, Any] = {}
 
     def multicallable(self, method: Method) -> Any:
         """Grpc's multicallable for the method on this connection."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import grpc.aio
 from grpc.aio import UsageError
@@ -47,7 +47,7 @@ class MultiCallable(Generic[Request, Response]):
         self.name = name
         self.request_serializer = request_serializer
         self.response_deserializer = response_deserializer
-        self.key = (self.kind, name, request_serializer, response_deserializer)
+        self.key: int = channel.target.method_key(self.kind, name, response_deserializer)
         self._registered = registered
 
     def on(self, connection: Any) -> Any:
@@ -70,7 +70,6 @@ class MultiCallable(Generic[Request, Response]):
         """
         return request if self.request_serializer is None else self.request_serializer(request)
 
-    def check_open(self) -> None:
-        """Raises `UsageError` when the channel has been closed."""
-        if self.channel.closed:
-            raise UsageError("Channel is closed.")
+    def refuse(self) -> NoReturn:
+        """Raises `UsageError`, because the channel has been closed."""
+        raise UsageError("Channel is closed.")

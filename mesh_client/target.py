@@ -61,8 +61,13 @@ class Target:
         self.waiters: set[Waiter] = set()
         self._spawn = spawn
         self._listeners: set[asyncio.Event] = set()
+        self._method_keys: dict[tuple[Any, ...], int] = {}
         self._connections: set[Connection] = set()
         """All that are open, those of endpoints that have left included."""
+
+    def method_key(self, *parts: Any) -> int:
+        """A small number for what sets one grpc multicallable apart from others; equal parts, equal numbers."""
+        return self._method_keys.setdefault(parts, len(self._method_keys))
 
     def connect(self, node: Node) -> Connection:
         """The connection to a node, made on first use."""

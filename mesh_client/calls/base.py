@@ -30,25 +30,12 @@ _RECEIVED = "received from peer"
 """grpc's debug string holds this when the status came from the server, and not when the transport made it."""
 
 
-class _AttemptDone:
-    """Tells the mesh call that an attempt ended; drops its reference then, so that no cycle waits for the collector."""
-
-    __slots__ = ("owner",)
-
-    def __init__(self, owner: MeshCall[Any, Any]) -> None:
-        self.owner: MeshCall[Any, Any] | None = owner
-
-    def __call__(self, call: GrpcCall) -> None:
-        owner, self.owner = self.owner, None
-        if owner is not None:
-            owner.attempt_done(call)
-
-
 class MeshCall(Generic[Request, Response]):
     """One call through the mesh, from the first pick to the last attempt's end.
 
     Args:
         method: the multicallable that makes it.
+        payload: what is sent: the serialised request, or a `RequestLog`.
         timeout: seconds, or None; an inbound call's deadline and the policy's timeout apply as well.
         metadata: what the application sends.
         credentials: per-call credentials.
@@ -56,9 +43,20 @@ class MeshCall(Generic[Request, Response]):
         compression: of the request.
     """
 
+    # Most calls never set these.
+    _call: GrpcCall = None
+    _code: grpc.StatusCode | None = None
+    _error: BaseException | None = None
+    _waiting = False
+    """Whether a timer or the target will resume the call."""
+    _timer: asyncio.TimerHandle | None = None
+    _change: asyncio.Future[None] | None = None
+    _done_callbacks: list[Callable[[Any], None]] | None = None
+
     def __init__(
         self,
         method: MultiCallable[Request, Response],
+        payload: Any,
         timeout: float | None,
         metadata: Any,
         credentials: grpc.CallCredentials | None,
@@ -66,48 +64,32 @@ class MeshCall(Generic[Request, Response]):
         compression: grpc.Compression | None,
     ) -> None:
         target = method.target
+        service = target.service
         clock = self._clock = target.clock
-        deadline = None if timeout is None else clock() + timeout
+        now = clock()
+        deadline = None if timeout is None else now + timeout
         self._method = method
+        self._payload = payload
         self._credentials = credentials
         self._compression = compression
-        self._call: GrpcCall = None
-        self._code: grpc.StatusCode | None = None
-        self._error: BaseException | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._change: asyncio.Future[None] | None = None
-        self._done_callbacks: list[Callable[[Any], None]] | None = None
         scope = self._scope = inbound.get()
         if scope is not None:
             if scope.deadline is not None:
-                inherited = clock() + scope.deadline - target.loop.time()
+                inherited = now + scope.deadline - target.loop.time()
                 if deadline is None or inherited < deadline:
                     deadline = inherited
             scope.scope.add(self)
-        if metadata is None:
-            self._metadata = target.metadata
-        else:
-            self._metadata = (*metadata, *target.metadata)
-        service = target.service
+        metadata = self._metadata = (*metadata, *target.metadata) if metadata else target.metadata
         key = None if service.hash_source is None else target.hash_key(metadata)
-        self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, self._metadata)
-
-    def __del__(self) -> None:
-        # Nobody can see the result any more. Grpc cancels such calls too; the machine must not keep its place.
-        machine = getattr(self, "_machine", None)
-        if machine is not None and not machine.over:
-            machine.cancelled(self._clock())
-
-    # -- driving the machine
-
-    def begin(self) -> None:
-        """Makes the first attempt, or waits for what it needs."""
+        machine = self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, metadata)
         try:
-            self._obey(self._machine.begin(self._clock()))
+            self._obey(machine.begin(now))
         except BaseException:
-            self._machine.cancelled(self._clock())
+            machine.cancelled(now)
             self._release()
             raise
+
+    # -- driving the machine
 
     def endpoints_changed(self) -> None:
         """Something about the service changed while the call waited for it."""
@@ -158,8 +140,10 @@ class MeshCall(Generic[Request, Response]):
         if isinstance(action, Attempt):
             self._start(action)
         elif isinstance(action, Pause):
+            self._waiting = True
             self._timer = self._method.target.loop.call_later(action.delay, self._resume)
         elif isinstance(action, AwaitEndpoints):
+            self._waiting = True
             target = self._method.target
             target.waiters.add(self)
             if action.deadline is not None:
@@ -181,24 +165,30 @@ class MeshCall(Generic[Request, Response]):
             self._finish(grpc.StatusCode.INTERNAL, error)
 
     def _start(self, attempt: Attempt) -> None:
+        method = self._method
         node = attempt.node
         connection = node.connection
         if connection is None:
-            connection = self._method.target.connect(node)
+            connection = method.target.connect(node)
         deadline = attempt.deadline
         metadata = self._metadata
         if attempt.number > 1:
             metadata = (*metadata, ("grpc-previous-rpc-attempts", str(attempt.number - 1)))
-        call = self._invoke(
-            self._method.on(connection), None if deadline is None else deadline - attempt.started_at, metadata
+        call = self._call = self._invoke(
+            method.on(connection), None if deadline is None else deadline - attempt.started_at, metadata
         )
-        self._call = call
-        call.add_done_callback(_AttemptDone(self))
+        call.add_done_callback(self.attempt_done)
         if self._change is not None:
             self._changed()
 
     def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
-        raise NotImplementedError
+        return method(
+            self._payload,
+            timeout=timeout,
+            metadata=metadata,
+            credentials=self._credentials,
+            compression=self._compression,
+        )
 
     def _committed(self) -> bool:
         """Whether a response byte of the running attempt has reached the application."""
@@ -207,7 +197,8 @@ class MeshCall(Generic[Request, Response]):
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         self._code = code
         self._error = error
-        self._release()
+        if self._waiting or self._scope is not None:
+            self._release()
         if self._change is not None:
             self._changed()
         if self._done_callbacks is not None:
@@ -216,12 +207,14 @@ class MeshCall(Generic[Request, Response]):
                 callback(self)
 
     def _release(self) -> None:
-        self._stop_waiting()
+        if self._waiting:
+            self._stop_waiting()
         scope, self._scope = self._scope, None
         if scope is not None:
             scope.scope.discard(self)
 
     def _stop_waiting(self) -> None:
+        self._waiting = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

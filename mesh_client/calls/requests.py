@@ -145,25 +145,25 @@ class RequestLog(Generic[Request]):
 class StreamingRequests(MeshCall[Request, Response]):
     """The request side of calls that stream requests."""
 
-    _requests: RequestLog[Request]
+    _payload: RequestLog[Request]
 
     @property
     def _done_writing_flag(self) -> bool:
         # Read by grpc's own interceptor machinery.
-        return self._requests.ended
+        return self._payload.ended
 
     def _committed(self) -> bool:
-        return super()._committed() or not self._requests.replayable
+        return super()._committed() or not self._payload.replayable
 
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         super()._finish(code, error)
-        self._requests.close()
+        self._payload.close()
 
     def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
         if not self._machine.may_retry:
-            self._requests.commit()
+            self._payload.commit()
         return method(
-            self._requests.read(),
+            self._payload.read(),
             timeout=timeout,
             metadata=metadata,
             credentials=self._credentials,
@@ -181,16 +181,16 @@ class StreamingRequests(MeshCall[Request, Response]):
         self._check_style()
         if self.done():
             raise asyncio.InvalidStateError(_FINISHED)
-        if self._requests.ended:
+        if self._payload.ended:
             raise asyncio.InvalidStateError(_HALF_CLOSED)
-        number = self._requests.append(self._requests.serialise(request))
+        number = self._payload.append(self._payload.serialise(request))
         try:
-            while not self.done() and self._requests.sent < number:
-                await self._requests.changed()
+            while not self.done() and self._payload.sent < number:
+                await self._payload.changed()
         except asyncio.CancelledError:
             self.cancel()
             raise
-        if self._error is not None and self._requests.sent < number:
+        if self._error is not None and self._payload.sent < number:
             raise self._error
 
     async def done_writing(self) -> None:
@@ -201,8 +201,8 @@ class StreamingRequests(MeshCall[Request, Response]):
         """
         self._check_style()
         if self._code is None:
-            self._requests.end()
+            self._payload.end()
 
     def _check_style(self) -> None:
-        if not self._requests.written_by_calls:
+        if not self._payload.written_by_calls:
             raise UsageError(MIXED_STYLES)

@@ -11,8 +11,8 @@ import grpc.aio
 from grpc.aio import AioRpcError, UsageError
 
 from mesh_client.calls.base import GrpcCall, MeshCall
-from mesh_client.calls.requests import MIXED_STYLES, RequestLog, RequestSource, StreamingRequests
-from mesh_client.multicallable import MultiCallable, Request, Response
+from mesh_client.calls.requests import MIXED_STYLES, StreamingRequests
+from mesh_client.multicallable import Request, Response
 
 
 class _Style(enum.Enum):
@@ -105,20 +105,6 @@ class StreamResponse(MeshCall[Request, Response]):
 class UnaryStreamCall(StreamResponse[Request, Response], grpc.aio.UnaryStreamCall[Request, Response]):
     """One request, a stream of responses."""
 
-    def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
-        self._request = method.serialise(request)
-        super().__init__(method, *options)
-        self.begin()
-
-    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
-        return method(
-            self._request,
-            timeout=timeout,
-            metadata=metadata,
-            credentials=self._credentials,
-            compression=self._compression,
-        )
-
 
 class StreamStreamCall(
     StreamingRequests[Request, Response],
@@ -127,13 +113,6 @@ class StreamStreamCall(
 ):
     """Streams both ways."""
 
-    def __init__(
-        self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any
-    ) -> None:
-        super().__init__(method, *options)
-        self._requests = RequestLog(requests, method.request_serializer)
-        self.begin()
-
     def _got(self) -> None:
         super()._got()
-        self._requests.commit()
+        self._payload.commit()

@@ -10,9 +10,9 @@ import grpc
 import grpc.aio
 from grpc.aio import AioRpcError
 
-from mesh_client.calls.base import GrpcCall, MeshCall
-from mesh_client.calls.requests import RequestLog, RequestSource, StreamingRequests
-from mesh_client.multicallable import MultiCallable, Request, Response
+from mesh_client.calls.base import MeshCall
+from mesh_client.calls.requests import StreamingRequests
+from mesh_client.multicallable import Request, Response
 
 
 class UnaryResponse(MeshCall[Request, Response]):
@@ -56,20 +56,6 @@ class UnaryResponse(MeshCall[Request, Response]):
 class UnaryUnaryCall(UnaryResponse[Request, Response], grpc.aio.UnaryUnaryCall[Request, Response]):
     """One request, one response."""
 
-    def __init__(self, method: MultiCallable[Request, Response], request: Request, *options: Any) -> None:
-        self._request = method.serialise(request)
-        super().__init__(method, *options)
-        self.begin()
-
-    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
-        return method(
-            self._request,
-            timeout=timeout,
-            metadata=metadata,
-            credentials=self._credentials,
-            compression=self._compression,
-        )
-
 
 class StreamUnaryCall(
     StreamingRequests[Request, Response],
@@ -77,10 +63,3 @@ class StreamUnaryCall(
     grpc.aio.StreamUnaryCall[Request, Response],
 ):
     """A stream of requests, one response."""
-
-    def __init__(
-        self, method: MultiCallable[Request, Response], requests: RequestSource[Request], *options: Any
-    ) -> None:
-        super().__init__(method, *options)
-        self._requests = RequestLog(requests, method.request_serializer)
-        self.begin()

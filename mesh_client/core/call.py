@@ -120,6 +120,7 @@ class _State(enum.Enum):
 
 _NEW, _WAITING, _ATTEMPTING, _OVER = _State
 _ACTIVE = Resolution.ACTIVE
+_SUCCESS = Outcome.SUCCESS
 
 
 class Call:
@@ -212,9 +213,9 @@ class Call:
             raise InvalidTransitionError(f"succeeded: the call is {self._state.name.lower()}")
         self._state = _OVER
         node = attempt.node
-        node.load.finish(attempt.started_at, now, Outcome.SUCCESS)
-        service.record(node, Outcome.SUCCESS, now)
-        service.settle(self._breaker, self._token, Outcome.SUCCESS, self._tried, now)
+        node.load.finish(attempt.started_at, now, _SUCCESS)
+        service.record(node, _SUCCESS, now)
+        service.settle(self._breaker, self._token, _SUCCESS, self._tried, now)
         service.gate.leave()
 
     def failed(self, failure: AttemptFailure, now: float) -> Action:

@@ -29,6 +29,7 @@ from mesh_client.core.retry import RetryBudget
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
 
 NEVER = float("inf")
+_SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +189,13 @@ class Service:
         """
         if breaker is not self.breaker:
             return
-        if outcome is Outcome.FAILURE:
+        if outcome is _SUCCESS:
+            self._blamed = None
+        elif outcome is _FAILURE:
             alone = len(tried) == 1 and len(self._nodes) > 1 and self.breaker.state(now) is BreakerState.CLOSED
             if alone and tried[0] is self._blamed:
                 outcome = Outcome.NEUTRAL
             self._blamed = tried[0] if alone else None
-        elif outcome is Outcome.SUCCESS:
-            self._blamed = None
         breaker.settle(token, outcome, now)
 
     def tick(self, now: float) -> None:
