@@ -21,7 +21,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_child_process_that_goes_on_is_found_and_killed(impatient: None) -> None:
     before = leaks.living_descendants()
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         child.stdin.write(b"x")
         child.stdin.flush()
         assert child.stdout.read(1) == b"x"  # a process that has only just begun may have no command line yet
