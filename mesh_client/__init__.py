@@ -5,19 +5,38 @@
 ...     await stub.GetOrder(GetOrderRequest(order_id="1"))
 """
 
+from typing import TYPE_CHECKING
+
 from mesh_client.errors import MeshError, MeshErrorDetail, MeshRpcError, Reason
 from mesh_client.mesh import Mesh, MeshState, connect
 from mesh_client.server import server
+from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.target import hash_key
+
+if TYPE_CHECKING:
+    from mesh_client.mesh_server import MeshServer as MeshServer
 
 __all__ = [
     "Mesh",
     "MeshError",
     "MeshErrorDetail",
     "MeshRpcError",
+    "MeshServer",
     "MeshState",
+    "Phase",
     "Reason",
+    "ServerStatus",
     "connect",
     "hash_key",
     "server",
 ]
+
+if not TYPE_CHECKING:  # type checkers would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """`MeshServer` is imported when it is asked for: it needs the ``server`` extra, which clients do without."""
+        if name == "MeshServer":
+            from mesh_client.mesh_server import MeshServer
+
+            return MeshServer
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

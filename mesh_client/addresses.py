@@ -96,16 +96,17 @@ class Registry:
 def parse_registry(value: str | None) -> Registry:
     """The registry from an argument, else from ``MESH_REGISTRY``, else the control plane's own.
 
-    Control planes take several Consul agents, ``consul://host:port,host:port``. A server registers with one, the first:
-    with a second one its instance would be in the catalog twice once the first came back.
+    Control planes read the variable as well: what they call ``embedded`` is ``control-plane`` to a server. They take
+    several Consul agents, ``consul://host:port,host:port``; a server registers with one, the first: with a second one
+    its instance would be in the catalog twice once the first came back.
 
     Raises:
-        ConfigError: it is none of ``control-plane``, ``consul://host:port`` and ``none``.
+        ConfigError: it is none of ``control-plane``, ``embedded``, ``consul://host:port`` and ``none``.
     """
     name = "registry" if value is not None else REGISTRY_VARIABLE
     text = value if value is not None else os.environ.get(REGISTRY_VARIABLE) or "control-plane"
-    if text in ("control-plane", "none"):
-        return Registry(text)
+    if text in ("control-plane", "embedded", "none"):
+        return Registry("none" if text == "none" else "control-plane")
     if text.startswith("consul://"):
         hosts = text.removeprefix("consul://").rstrip("/").split(",")
         agents = [parse_host_port(_with_consul_port(host.strip()), name) for host in hosts]

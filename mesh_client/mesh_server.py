@@ -29,7 +29,7 @@ from mesh_client.transport import add_port
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.mesh import Mesh
-    from mesh_client.server import ServerSettings
+    from mesh_client.server_settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class MeshServer(grpc.aio.Server):
         self._policies = PolicyWatch(settings, mesh, self._admission.apply)
         self._service_names: list[str] = []
         self._phase = Phase.NEW
+        self._stopping = asyncio.Event()
         self._endpoint: Endpoint | None = None
         self._port = 0
         self._health = HealthReporter()
@@ -136,6 +137,7 @@ class MeshServer(grpc.aio.Server):
             raise InvalidTransitionError("cannot stop a server that is starting; cancel its start in place of that")
         if self._phase is Phase.NEW:
             self._phase = Phase.STOPPED
+            self._stopping.set()
         if self._shutdown is None:
             if self._phase is Phase.STOPPED:
                 return
@@ -179,6 +181,15 @@ class MeshServer(grpc.aio.Server):
         if self._endpoint is None:
             raise InvalidTransitionError("the endpoint is known once the server has started")
         return self._endpoint
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        """Set once no new calls come and those in flight have their grace period. Wait for it, do not set it.
+
+        Handlers of calls that never end by themselves, as watches, end them then: they would hold up the shutdown for
+        all of the grace period. Up to then they are served, for callers may not know yet of another instance.
+        """
+        return self._stopping
 
     def status(self) -> ServerStatus:
         """The server in plain data, for operators and tests."""
@@ -331,6 +342,7 @@ class MeshServer(grpc.aio.Server):
         if self._in_mesh:
             await asyncio.sleep(LINGER)
         self._phase = Phase.STOPPING
+        self._stopping.set()
         self._health.end_watches()
         await self._inner.stop(grace)
         self._phase = Phase.STOPPED
@@ -373,6 +385,7 @@ class MeshServer(grpc.aio.Server):
 
     async def _release(self) -> None:
         """Gives back everything that is open; harmless when nothing is."""
+        self._stopping.set()
         await self._inner.stop(None)
         await self._end_checks()
         await self._registrar.close()

@@ -10,7 +10,7 @@ from mesh_client.mesh import Mesh, connect
 
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
-    from mesh_client.server import ServerSettings
+    from mesh_client.server_settings import ServerSettings
 
 
 class PolicyWatch:

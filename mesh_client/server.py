@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
@@ -18,6 +17,7 @@ from mesh_client.addresses import HostPort, Registry, parse_control_planes, pars
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
+from mesh_client.server_settings import ServerSettings
 from mesh_client.transport import SERVER_OPTIONS, merge_options
 
 if TYPE_CHECKING:
@@ -30,23 +30,6 @@ REGION_VARIABLE = "MESH_REGION"
 
 MAX_DRAIN_TIMEOUT = 300.0
 """Seconds; the control plane's own bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """What a server is to be, validated, with the environment's part in it."""
-
-    service: str
-    control_planes: tuple[str, ...]
-    registry: Registry
-    bind: HostPort
-    advertised: HostPort | None
-    endpoint: Endpoint
-    """The endpoint with a placeholder for address and port."""
-    drain_timeout: float
-    grace: float
-    check_interval: float
-    reflection: bool
 
 
 def server(
@@ -81,9 +64,9 @@ def server(
         service: the name that callers give to ``mesh.channel``; a DNS label.
         control_plane: addresses as ``host:port``, a list or comma-separated; by default ``MESH_CONTROL_PLANE``, else
             ``127.0.0.1:7070``.
-        registry: ``control-plane``; ``consul://host:port`` of the host's own agent, with the ACL token in
-            ``CONSUL_HTTP_TOKEN`` or in the file ``CONSUL_HTTP_TOKEN_FILE``; or ``none`` for a server that is found by
-            other means. By default ``MESH_REGISTRY``, else ``control-plane``.
+        registry: ``control-plane``, or ``embedded`` as control planes call it; ``consul://host:port`` of the host's
+            own agent, with the ACL token in ``CONSUL_HTTP_TOKEN`` or in the file ``CONSUL_HTTP_TOKEN_FILE``; or
+            ``none`` for a server that is found by other means. By default ``MESH_REGISTRY``, else ``control-plane``.
         address: where to listen, as ``host:port``; port 0 for any free one.
         advertise: where others reach it, as ``host`` or ``host:port``; by default the listening address, or, if that
             is a wildcard, the host's address towards the registry.

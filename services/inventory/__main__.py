@@ -5,7 +5,6 @@ from __future__ import annotations
 from shop.v1.inventory_pb2_grpc import add_InventoryServiceServicer_to_server
 
 import mesh_client
-from mesh_client.server_status import Phase
 from services.common.database import Database
 from services.common.logs import set_up_logs
 from services.common.process import run
@@ -22,8 +21,7 @@ async def main() -> int:
         server = mesh_client.server(
             "inventory", address=settings.address, instance_id=settings.instance, weight=settings.weight
         )
-        # Watches never end by themselves: without this they would hold up the shutdown for its whole grace period.
-        service = InventoryService(InventoryStore(database), leaving=lambda: server.status().phase is Phase.STOPPING)
+        service = InventoryService(InventoryStore(database), server.stopping)
         add_InventoryServiceServicer_to_server(service, server)
         return await server.serve()
 

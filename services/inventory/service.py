@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import grpc
 from shop.v1 import inventory_pb2 as pb
@@ -21,10 +21,10 @@ WATCH_INTERVAL = 0.2
 class InventoryService(InventoryServiceServicer):
     """Keeps stock."""
 
-    def __init__(self, inventory: InventoryStore, leaving: Callable[[], bool]) -> None:
-        """Watches end soon after ``leaving`` becomes true."""
+    def __init__(self, inventory: InventoryStore, stopping: asyncio.Event) -> None:
+        """Watches, which never end by themselves, end soon after ``stopping`` is set: a shutdown need not wait."""
         self._inventory = inventory
-        self._leaving = leaving
+        self._stopping = stopping
         self._changed = asyncio.Event()
 
     async def GetStock(
@@ -82,7 +82,7 @@ class InventoryService(InventoryServiceServicer):
     ) -> AsyncIterator[pb.WatchStockResponse]:
         """Streams an item's stock. Changes that come faster than the reader reads are told as one."""
         last: int | None = None
-        while not self._leaving():
+        while not self._stopping.is_set():
             changed = self._changed
             try:
                 available = await self._inventory.available(request.sku)

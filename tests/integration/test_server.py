@@ -22,7 +22,7 @@ from mesh_client.core.errors import ConfigError, InvalidTransitionError, Invalid
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.health_check import HealthReporter, SelfCheck
-from mesh_client.mesh_server import LINGER
+from mesh_client.mesh_server import LINGER, MeshServer
 from mesh_client.server import server
 from mesh_client.server_status import Phase
 from mesh_client.transport import add_port, open_channel
@@ -449,6 +449,39 @@ async def test_while_it_drains_it_says_not_serving_and_still_serves(plane: Contr
                 await watch.read()
         assert await published(plane.address) == []
         assert made.status().registration.state is RegistrationState.GONE
+
+
+async def test_calls_that_never_end_by_themselves_learn_when_to(plane: ControlPlane) -> None:
+    servicer = Orders("me")
+    async with running(servicer, control_plane=plane.address, grace=3600.0) as made:
+        servicer.release = made.stopping
+        await made.registered()
+        held = asyncio.create_task(get_order(made.endpoint.target, "held"))
+        await servicer.entered.wait()
+        stop = asyncio.create_task(made.stop())
+        await made.stopping.wait()
+        assert made.status().phase is Phase.STOPPING
+        assert await published(plane.address) == []
+        assert await held == "me"
+        await stop
+
+
+async def test_who_waits_for_a_server_to_stop_is_not_forgotten_when_it_never_served() -> None:
+    made = make_server(registry="none")
+    assert not made.stopping.is_set()
+    await made.stop()
+    assert made.stopping.is_set()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        made = make_server(registry="none", address=f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(ConfigError):
+            await made.start()
+    assert made.stopping.is_set()
+
+
+def test_the_server_class_is_part_of_the_api() -> None:
+    assert mesh_client.MeshServer is MeshServer
+    with pytest.raises(AttributeError, match="has no attribute 'MeshProxy'"):
+        _ = mesh_client.MeshProxy  # type: ignore[attr-defined]  # that there is none is the point
 
 
 async def test_calls_that_outlast_the_grace_are_aborted() -> None:

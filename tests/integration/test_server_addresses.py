@@ -85,6 +85,11 @@ def test_registry_comes_from_the_argument_else_the_environment_else_is_the_contr
     assert parse_registry("none") == Registry("none")
 
 
+def test_a_server_takes_the_control_planes_own_name_for_its_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESH_REGISTRY", "embedded")
+    assert parse_registry(None) == parse_registry("embedded") == Registry("control-plane")
+
+
 @pytest.mark.parametrize(
     ("text", "agent"),
     [

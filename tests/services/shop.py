@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -52,14 +53,14 @@ class Shop:
     directory: Path
     stack: AsyncExitStack
     outage: Outage = field(default_factory=Outage)
-    leaving: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def inventory(self) -> grpc.aio.Channel:
         """A further instance of inventory."""
         database = await self.stack.enter_async_context(
             Database(self.directory / "inventory.sqlite", inventory_store.SCHEMA)
         )
-        service = InventoryService(InventoryStore(database), leaving=lambda: self.leaving)
+        service = InventoryService(InventoryStore(database), self.stopping)
         return await self.stack.enter_async_context(
             serve(lambda server: add_InventoryServiceServicer_to_server(service, server))
         )

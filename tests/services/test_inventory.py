@@ -102,7 +102,7 @@ async def test_a_watch_tells_the_stock_at_once_and_at_each_change_by_any_instanc
 async def test_a_shutdown_ends_watches(shop: Stubs) -> None:
     told = aiter(shop.inventory.WatchStock(WatchStockRequest(sku="grinder"), timeout=10))
     await anext(told)
-    shop.shop.leaving = True
+    shop.shop.stopping.set()
     with pytest.raises(grpc.aio.AioRpcError) as ended:
         await anext(told)
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
