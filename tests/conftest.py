@@ -25,7 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Prepares the checks below."""
+    """Prepares the checks below, and settles that tests are in plaintext unless they say that they are not.
+
+    In the environment, so that the processes that tests start go by it too.
+    """
+    os.environ["MESH_INSECURE"] = "1"
     leaks.adopt_orphans()
     leaks.remember_channels()
 

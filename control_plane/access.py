@@ -1,0 +1,209 @@
+"""Who is on the other side of an RPC, and whether they may do what they ask for.
+
+The connection says who somebody is: its certificate was verified in the handshake, and nothing in a request can change
+it. Without identity (``insecure``) there is no caller, and everything is allowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+import grpc
+
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.identity import Kind, Principal
+
+_log = logging.getLogger(__name__)
+
+_WORKLOAD_ID = re.compile(r"[0-9a-f]{16}")
+
+
+class Context(Protocol):
+    """What is needed of ``grpc.aio.ServicerContext``, whatever its messages are."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What the handshake established."""
+
+    def peer(self) -> str:
+        """Address of the other side."""
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        """Ends the RPC."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody whose certificate was verified.
+
+    Attributes:
+        principal: who it is.
+        workload_id: which workload of theirs; constant through renewals.
+    """
+
+    principal: Principal
+    workload_id: str
+
+    @property
+    def spiffe_id(self) -> str:
+        """The SPIFFE ID."""
+        return self.principal.spiffe_id
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether it is an operator."""
+        return self.principal.kind is Kind.OPERATOR
+
+    @property
+    def is_control_plane(self) -> bool:
+        """Whether it is a control plane."""
+        return self.principal.kind is Kind.CONTROL_PLANE
+
+    @property
+    def service(self) -> str | None:
+        """The service that it is a workload of; None for others."""
+        return self.principal.name if self.principal.kind is Kind.SERVICE else None
+
+    def __str__(self) -> str:
+        return f"{self.principal.spiffe_id} (workload {self.workload_id})"
+
+
+def caller(context: Context) -> Caller | None:
+    """Who the verified certificate of the connection names; None when it names nobody of a mesh."""
+    properties = context.auth_context()
+    # Exactly one of each: with several, which of them was meant would be a guess.
+    spiffe_ids = list(properties.get("peer_spiffe_id", ()))
+    names = list(properties.get("x509_common_name", ()))
+    if len(spiffe_ids) != 1 or len(names) != 1:
+        return None
+    try:
+        workload_id = names[0].decode("ascii")
+        principal = Principal.parse(spiffe_ids[0].decode("ascii"))
+    except (UnicodeDecodeError, InvalidValueError):
+        return None
+    return Caller(principal, workload_id) if _WORKLOAD_ID.fullmatch(workload_id) else None
+
+
+class Revocations(Protocol):
+    """Knows revoked workloads: the certificate authority."""
+
+    def is_revoked(self, workload_id: str) -> bool:
+        """Whether the workload has been revoked."""
+
+
+class Access:
+    """Decides on RPCs; refuses with PERMISSION_DENIED, in words, counted and logged.
+
+    Args:
+        trust_domain: whose identities are meant; None without identity (``insecure``): everything is allowed.
+        revocations: knows revoked workloads.
+
+    Attributes:
+        denials: how many RPCs were refused, by who asked: a SPIFFE ID, or ``nobody``.
+    """
+
+    def __init__(self, trust_domain: str | None, revocations: Revocations | None = None) -> None:
+        self._trust_domain = trust_domain
+        self._revocations = revocations
+        self._open: dict[str, set[Callable[[], None]]] = {}
+        self.denials: Counter[str] = Counter()
+
+    @property
+    def secure(self) -> bool:
+        """Whether callers have identities."""
+        return self._trust_domain is not None
+
+    def is_revoked(self, caller: Caller | None) -> bool:
+        """Whether the caller's workload has been revoked since."""
+        return caller is not None and self._revocations is not None and self._revocations.is_revoked(caller.workload_id)
+
+    async def require_caller(self, context: Context, action: str) -> Caller | None:
+        """Whoever calls, who must have an identity of this mesh and not be revoked; None without identity.
+
+        Args:
+            context: of the RPC.
+            action: what they ask for, as in "may not ACTION".
+        """
+        if self._trust_domain is None:
+            return None
+        who = caller(context)
+        if who is None:
+            await self._refuse(context, None, f"may not {action}: the connection has no identity of this mesh")
+        if who.principal.trust_domain != self._trust_domain:
+            await self._refuse(
+                context, who, f"may not {action}: it is of another trust domain than {self._trust_domain}"
+            )
+        if self.is_revoked(who):
+            await self._refuse(context, who, f"may not {action}: the workload has been revoked")
+        return who
+
+    async def require_operator(self, context: Context, action: str) -> Caller | None:
+        """Whoever calls, who must be an operator; None without identity."""
+        who = await self.require_caller(context, action)
+        if who is not None and not who.is_operator:
+            await self._refuse(context, who, f"may not {action}: that takes an operator's identity")
+        return who
+
+    async def require_service(
+        self, context: Context, service: str, action: str, *, operators: bool = False, control_planes: bool = False
+    ) -> Caller | None:
+        """Whoever calls, who must be a workload of the service; None without identity.
+
+        Args:
+            context: of the RPC.
+            service: the service that the request is about.
+            action: what they ask for, as in "may not ACTION".
+            operators: operators may too.
+            control_planes: control planes may too.
+        """
+        who = await self.require_caller(context, action)
+        if who is None or who.service == service:
+            return who
+        if not ((operators and who.is_operator) or (control_planes and who.is_control_plane)):
+            await self._refuse(context, who, f"may not {action}: only {service}'s own workloads may")
+        return who
+
+    @contextmanager
+    def cut_when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Iterator[None]:
+        """Has ``cut`` called if the caller is revoked within the block; for streams.
+
+        Args:
+            caller: None for nobody, who cannot be revoked.
+            cut: ends the stream; called at most once for each call of `revoked_now`.
+        """
+        if caller is None:
+            yield
+            return
+        cuts = self._open.setdefault(caller.workload_id, set())
+        cuts.add(cut)
+        try:
+            if self.is_revoked(caller):  # between the check at its beginning and here
+                cut()
+            yield
+        finally:
+            cuts.discard(cut)
+            if not cuts:
+                self._open.pop(caller.workload_id, None)
+
+    def cut_revoked(self) -> None:
+        """To be called when workloads have been revoked: cuts their open streams at once."""
+        revocations = self._revocations
+        if revocations is None:
+            return
+        for workload_id in [each for each in self._open if revocations.is_revoked(each)]:
+            cuts = self._open[workload_id]
+            _log.warning("workload %s has been revoked: its %d streams are cut", workload_id, len(cuts))
+            for cut in list(cuts):
+                cut()
+
+    async def _refuse(self, context: Context, who: Caller | None, reason: str) -> NoReturn:
+        self.denials["nobody" if who is None else who.spiffe_id] += 1
+        _log.warning("refused: %s at %s %s", who or "a caller without identity", context.peer(), reason)
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"{'the caller' if who is None else who.spiffe_id} {reason}"
+        )
