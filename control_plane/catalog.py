@@ -105,6 +105,27 @@ class _Listed:
     endpoint: Endpoint
     source: str
     changed_at: float
+    registration: str = ""
+
+
+@dataclass(slots=True)
+class _Drained:
+    """The mark of an endpoint that asked to leave."""
+
+    target: str
+    registration: str
+    was_away: bool
+    """It was listed as unhealthy or leaving since."""
+
+    def holds(self, listed: _Listed) -> bool:
+        """Whether what is listed now is still what asked to leave."""
+        healthy = listed.endpoint.health is Health.HEALTHY
+        if (listed.endpoint.target, listed.registration) != (self.target, self.registration):
+            return False
+        if healthy and self.was_away:
+            return False
+        self.was_away |= not healthy
+        return True
 
 
 @dataclass(slots=True)
@@ -121,8 +142,8 @@ class _Service:
     by_source: dict[str, dict[str, _Listed]] = field(default_factory=dict)
     listed: dict[str, _Listed] = field(default_factory=dict)
     """All sources merged; where two list one id, the source whose name sorts first has it."""
-    drained: dict[str, str] = field(default_factory=dict)
-    """Id and target of endpoints that asked to leave and are listed still."""
+    drained: dict[str, _Drained] = field(default_factory=dict)
+    """By id, endpoints that asked to leave and are listed still."""
     lost: dict[str, _Lost] = field(default_factory=dict)
     last_sources: tuple[str, ...] = ()
     live: int = 0
@@ -142,8 +163,8 @@ class Catalog:
     `CatalogSettings.guard_window`, those that vanished in this time stay published until they come back, are drained,
     the operator confirms, or `CatalogSettings.guard_hold` passes. Additions and changes are never held.
 
-    A drained endpoint stays unpublished until its source stops listing it or lists its id at another address: then it
-    is another process.
+    A drained endpoint stays unpublished until its source stops listing it, or lists another process under its id: at
+    another address, by another registration, or healthy after it was not.
     """
 
     def __init__(self, settings: CatalogSettings | None = None) -> None:
@@ -167,11 +188,11 @@ class Catalog:
             InvalidValueError: a service name is wrong, or two endpoints of one service have one id. Nothing is changed.
         """
         match event:
-            case ServiceObserved(source, name, endpoints):
+            case ServiceObserved(source, name, endpoints, registrations):
                 ordered = sorted_endpoints(endpoints)
                 check_service_name(name)
                 self.advance(now)
-                return self._observe(source, name, ordered, now)
+                return self._observe(source, name, ordered, registrations, now)
             case ServiceVanished(source, name):
                 self.advance(now)
                 return self._vanish(source, name, now)
@@ -230,16 +251,23 @@ class Catalog:
             next_deadline=self.next_deadline(),
         )
 
-    def _observe(self, source: str, name: str, endpoints: tuple[Endpoint, ...], now: float) -> bool:
+    def _observe(
+        self,
+        source: str,
+        name: str,
+        endpoints: tuple[Endpoint, ...],
+        registrations: Mapping[str, str],
+        now: float,
+    ) -> bool:
         service = self._services.setdefault(name, _Service())
         before = service.by_source.get(source)
         known = before or {}
-        after = {
-            endpoint.id: old
-            if (old := known.get(endpoint.id)) is not None and old.endpoint == endpoint
-            else _Listed(endpoint, source, now)
-            for endpoint in endpoints
-        }
+        after = {}
+        for endpoint in endpoints:
+            registration = registrations.get(endpoint.id, "")
+            old = known.get(endpoint.id)
+            same = old is not None and (old.endpoint, old.registration) == (endpoint, registration)
+            after[endpoint.id] = old if old is not None and same else _Listed(endpoint, source, now, registration)
         if before == after:
             return False
         service.by_source[source] = after
@@ -275,9 +303,9 @@ class Catalog:
             for endpoint_id, listed in before.items()
         )
         service.drained = {
-            endpoint_id: target
-            for endpoint_id, target in service.drained.items()
-            if endpoint_id in merged and merged[endpoint_id].endpoint.target == target
+            endpoint_id: mark
+            for endpoint_id, mark in service.drained.items()
+            if endpoint_id in merged and mark.holds(merged[endpoint_id])
         }
         service.listed = merged
         for endpoint_id in service.lost.keys() & merged.keys():
@@ -298,8 +326,10 @@ class Catalog:
         if service is None:
             return False
         if endpoint_id in service.listed and endpoint_id not in service.drained:
-            self._leave(service.is_live(service.listed[endpoint_id]))
-            service.drained[endpoint_id] = service.listed[endpoint_id].endpoint.target
+            listed = service.listed[endpoint_id]
+            self._leave(service.is_live(listed))
+            away = listed.endpoint.health is not Health.HEALTHY
+            service.drained[endpoint_id] = _Drained(listed.endpoint.target, listed.registration, away)
         elif endpoint_id in service.lost:
             self._leave(service.lost.pop(endpoint_id).held)
         else:

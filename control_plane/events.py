@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from mesh_client.core.model import Endpoint
 
@@ -14,6 +15,8 @@ class ServiceObserved:
     source: str
     service: str
     endpoints: tuple[Endpoint, ...]
+    registrations: Mapping[str, str] = field(default_factory=dict)
+    """By endpoint id, where the source can tell: another text for an id is another registration, so another process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ TAG = "grpc-mesh"
 ZONE_KEY = "mesh-zone"
 REGION_KEY = "mesh-region"
 DRAINING_KEY = "mesh-draining"
+REGISTRATION_KEY = "mesh-registration"
+"""Meta that tells this process from one before it under the same id: control planes forget what drained with that."""
 
 DEREGISTER_AFTER = "1m"
 """How long a critical registration is kept; Consul's own minimum."""
@@ -49,7 +52,7 @@ class AgentError(Exception):
 
 
 def service_definition(
-    service: str, endpoint: Endpoint, check_lifetime: float, *, passing: bool, draining: bool
+    service: str, endpoint: Endpoint, check_lifetime: float, *, passing: bool, draining: bool, registration: str
 ) -> dict[str, object]:
     """What ``/v1/agent/service/register`` takes (https://developer.hashicorp.com/consul/api-docs/agent/service).
 
@@ -59,8 +62,9 @@ def service_definition(
         check_lifetime: seconds that one report of a passed self-check lasts.
         passing: how the check stands until its first report.
         draining: whether the endpoint is leaving.
+        registration: another text than any process before had.
     """
-    meta = dict(endpoint.metadata)
+    meta = {**endpoint.metadata, REGISTRATION_KEY: registration}
     if endpoint.locality.zone:
         meta[ZONE_KEY] = endpoint.locality.zone
     if endpoint.locality.region:
@@ -195,6 +199,7 @@ class ConsulRegistrar:
         self._service = service
         self._endpoint = endpoint
         self._lifetime = 3 * interval + 1.0
+        self._registration = secrets.token_hex(8)
         self._agent = ConsulAgent(agent, environment_token)
         self._machine = Registration([str(agent)], rng, time.monotonic())
         self._changes = Changes()
@@ -296,4 +301,11 @@ class ConsulRegistrar:
 
     def _definition(self, *, draining: bool) -> dict[str, object]:
         passing = self._verdict is not None and self._verdict.healthy
-        return service_definition(self._service, self._endpoint, self._lifetime, passing=passing, draining=draining)
+        return service_definition(
+            self._service,
+            self._endpoint,
+            self._lifetime,
+            passing=passing,
+            draining=draining,
+            registration=self._registration,
+        )

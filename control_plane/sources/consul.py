@@ -213,7 +213,7 @@ class _Run:
     async def _on_health(self, name: str, answer: ConsulAnswer, restarted: bool) -> None:
         if not answer.found:
             raise MalformedAnswerError("there is no such path")
-        endpoints, problems = parse_health(answer.body)
+        health = parse_health(answer.body)
         if not answer.body and self._view.is_listed(name):
             # Gone, or not to be seen with these rights: only a list that was made later can tell.
             await self._on_services(await self._reader.get(_SERVICES), False)
@@ -223,8 +223,8 @@ class _Run:
                     f"Consul lists service {name} but shows none of its instances: the token lacks "
                     'node_prefix "" {policy = "read"}',
                 )
-        self._report(name, problems)
-        for event in self._view.endpoints(name, endpoints, restarted, self._clock()):
+        self._report(name, health.problems)
+        for event in self._view.endpoints(name, health.endpoints, restarted, self._clock(), health.registrations):
             self._emit(event)
         if restarted:
             self._wake_ticker.set()

@@ -29,7 +29,7 @@ POLICY_PREFIX = "mesh/policies/"
 """Where policies are in the KV store."""
 
 _CONSUL = "consul"
-_ZONE, _REGION, _DRAINING = "mesh-zone", "mesh-region", "mesh-draining"
+_ZONE, _REGION, _DRAINING, _REGISTRATION = "mesh-zone", "mesh-region", "mesh-draining", "mesh-registration"
 _MAINTENANCE = ("_node_maintenance", "_service_maintenance:")
 
 
@@ -48,6 +48,20 @@ class ServiceList:
     """It names no service at all. A catalog always has Consul's own, so this is never the truth about it."""
     complete: bool
     """Consul's own service is in it, which only those see who may see every service."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceHealth:
+    """An answer of ``/v1/health/service``."""
+
+    endpoints: tuple[Endpoint, ...]
+    """Ordered by id."""
+    registrations: Mapping[str, str]
+    """By endpoint id, a text that another process under this id has not: what the instance says of itself in its meta
+    ``mesh-registration``, else when Consul created the registration, which says less: it stays over a registration in
+    place."""
+    problems: tuple[str, ...]
+    """What is wrong with what is left out."""
 
 
 def parse_services(answer: object) -> ServiceList:
@@ -71,8 +85,8 @@ def parse_services(answer: object) -> ServiceList:
     return ServiceList(frozenset(names), tuple(problems), not answer, _CONSUL in answer)
 
 
-def parse_health(answer: object) -> tuple[tuple[Endpoint, ...], tuple[str, ...]]:
-    """The endpoints of a service, ordered by id, and what is wrong with those left out, from ``/v1/health/service``.
+def parse_health(answer: object) -> ServiceHealth:
+    """The endpoints of a service, from ``/v1/health/service``.
 
     The service's id is the endpoint's id. Consul's ids are unique per node only: one that several nodes use, or that is
     only the service's name (the default, hence not meant as an id), is followed by ``:`` and the node's name.
@@ -93,6 +107,7 @@ def parse_health(answer: object) -> tuple[tuple[Endpoint, ...], tuple[str, ...]]
             instances.append(instance)
     uses = Counter(instance.id for instance in instances)
     endpoints: dict[str, Endpoint] = {}
+    registrations: dict[str, str] = {}
     for instance in instances:
         shared = uses[instance.id] > 1 or instance.id == instance.service
         endpoint_id = f"{instance.id}:{instance.node}" if shared else instance.id
@@ -105,7 +120,9 @@ def parse_health(answer: object) -> tuple[tuple[Endpoint, ...], tuple[str, ...]]
             problems.append(f"instance {endpoint_id!r} is listed twice; the first one counts")
             continue
         endpoints[endpoint_id] = endpoint
-    return tuple(endpoints[endpoint_id] for endpoint_id in sorted(endpoints)), tuple(problems)
+        registrations[endpoint_id] = instance.registration
+    ordered = tuple(endpoints[endpoint_id] for endpoint_id in sorted(endpoints))
+    return ServiceHealth(ordered, registrations, tuple(problems))
 
 
 def parse_checks(answer: object) -> dict[tuple[str, str], tuple[str, str]]:
@@ -170,11 +187,12 @@ class _Instance:
     tags: tuple[object, ...]
     meta: Mapping[str, object]
     health: Health
+    registration: str
 
     @classmethod
     def parse(cls, entry: object) -> _Instance:
         node, service, checks = _object(entry, "Node"), _object(entry, "Service"), _list(entry, "Checks")
-        weights = _object(service, "Weights")
+        weights, meta = _object(service, "Weights"), _object(service, "Meta")
         return cls(
             id=_text(service, "ID"),
             service=_text(service, "Service"),
@@ -183,8 +201,9 @@ class _Instance:
             port=_whole(service, "Port"),
             weight=_whole(weights, "Passing") if "Passing" in weights else 1,
             tags=tuple(_list(service, "Tags")),
-            meta=_object(service, "Meta"),
+            meta=meta,
             health=_health(checks),
+            registration=str(meta.get(_REGISTRATION) or service.get("CreateIndex", "")),
         )
 
     def endpoint(self, endpoint_id: str, problems: list[str]) -> Endpoint:
@@ -196,7 +215,7 @@ class _Instance:
         labels: dict[str, str] = {}
         for key in sorted(self.meta):
             value = self.meta[key]
-            if key in (_ZONE, _REGION, _DRAINING):
+            if key in (_ZONE, _REGION, _DRAINING, _REGISTRATION):
                 continue
             if not isinstance(value, str) or not key or max(len(key), len(value)) > MAX_METADATA_LENGTH:
                 problems.append(

@@ -9,7 +9,9 @@ changes are believed at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from control_plane.events import ServiceObserved, ServiceVanished
 from control_plane.sources.consul_answers import ServiceList
@@ -36,7 +38,10 @@ class _Service:
     """As answered last."""
     kept: dict[str, Endpoint] = field(default_factory=dict)
     """Not in the last answer, but kept until the hold ends."""
+    registrations: Mapping[str, str] = field(default_factory=dict)
+    """Of the last answer, by endpoint id."""
     emitted: tuple[Endpoint, ...] | None = None
+    emitted_registrations: Mapping[str, str] = field(default_factory=dict)
 
 
 class ConsulView:
@@ -85,14 +90,29 @@ class ConsulView:
             service.listed = name in answer.names
         return self._forget_unlisted(now), None
 
-    def endpoints(self, name: str, endpoints: tuple[Endpoint, ...], restarted: bool, now: float) -> list[ViewEvent]:
-        """Takes the endpoints of a service in. Those of a service that is not watched any more are ignored."""
+    def endpoints(
+        self,
+        name: str,
+        endpoints: tuple[Endpoint, ...],
+        restarted: bool,
+        now: float,
+        registrations: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[ViewEvent]:
+        """Takes the endpoints of a service in. Those of a service that is not watched any more are ignored.
+
+        Args:
+            name: the service.
+            endpoints: as answered, ordered by id.
+            restarted: Consul may have lost what it knew.
+            now: monotonic seconds.
+            registrations: what tells registrations apart, by endpoint id.
+        """
         service = self._services.get(name)
         if service is None:
             return []
         if restarted:
             self._begin_hold(now)
-        service.truth = endpoints
+        service.truth, service.registrations = endpoints, registrations
         if self._holds(now):
             for endpoint in service.emitted or ():
                 if endpoint.health is not Health.DRAINING:
@@ -135,7 +155,7 @@ class ConsulView:
             if endpoint_id in ids or endpoint.target in targets:
                 del service.kept[endpoint_id]
         believed = sorted_endpoints((*service.truth, *service.kept.values()))
-        if believed == service.emitted:
+        if (believed, service.registrations) == (service.emitted, service.emitted_registrations):
             return []
-        service.emitted = believed
-        return [ServiceObserved(SOURCE, name, believed)]
+        service.emitted, service.emitted_registrations = believed, service.registrations
+        return [ServiceObserved(SOURCE, name, believed, service.registrations)]

@@ -149,6 +149,27 @@ class TestDrains:
         catalog.apply(ServiceObserved(A, "orders", endpoints("1", port=2000)), 2.0)
         assert published(catalog, 2.0) == ["1"]
 
+    def test_another_registration_of_the_same_id_and_address_is_not_drained(self, catalog: Catalog) -> None:
+        first, second = ({"1": text} for text in ("7", "8"))
+        catalog.apply(ServiceObserved(A, "orders", endpoints("1"), first), 0.0)
+        catalog.apply(EndpointDrained("orders", "1"), 1.0)
+        assert not catalog.apply(ServiceObserved(A, "orders", endpoints("1"), dict(first)), 2.0)
+        assert published(catalog, 2.0) == []
+        assert catalog.apply(ServiceObserved(A, "orders", endpoints("1"), second), 3.0)
+        assert published(catalog, 3.0) == ["1"]
+
+    @pytest.mark.parametrize("before", [True, False], ids=["before the drain", "after it"])
+    @pytest.mark.parametrize("away", [Health.UNHEALTHY, Health.DRAINING])
+    def test_what_was_not_healthy_and_is_again_is_not_drained(
+        self, catalog: Catalog, away: Health, before: bool
+    ) -> None:
+        catalog.apply(ServiceObserved(A, "orders", endpoints("1", health=away if before else Health.HEALTHY)), 0.0)
+        catalog.apply(EndpointDrained("orders", "1"), 1.0)
+        catalog.apply(ServiceObserved(A, "orders", endpoints("1", health=away)), 2.0)
+        assert published(catalog, 2.0) == []
+        catalog.apply(observed("1"), 3.0)
+        assert published(catalog, 3.0) == ["1"]
+
     def test_a_drained_endpoint_that_turns_unhealthy_stays_drained(self, catalog: Catalog) -> None:
         catalog.apply(observed("1"), 0.0)
         catalog.apply(EndpointDrained("orders", "1"), 1.0)

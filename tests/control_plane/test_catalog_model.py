@@ -15,6 +15,7 @@ from mesh_client.core.model import Endpoint, Health
 SERVICES = st.sampled_from(["orders", "payments"])
 SOURCES = st.sampled_from(["consul", "embedded"])
 IDS = [f"e{number}" for number in range(6)]
+REGISTRATIONS = st.dictionaries(st.sampled_from(IDS), st.sampled_from(["1", "2"]), max_size=2)
 FORGET_AFTER, HOLD, WINDOW = 30.0, 20.0, 3.0
 
 
@@ -36,13 +37,20 @@ class Fate:
     """What the model knows of one endpoint."""
 
     listed: dict[str, Endpoint] = dataclasses.field(default_factory=dict)
-    drained: str | None = None
+    registrations: dict[str, str] = dataclasses.field(default_factory=dict)
+    drained: tuple[str, str] | None = None
+    """Target and registration of what asked to leave."""
+    away: bool = False
+    """It was not healthy since."""
     lost: Endpoint | None = None
     lost_at: float = 0.0
     held: bool = False
 
     def endpoint(self) -> Endpoint | None:
         return self.listed[min(self.listed)] if self.listed else None
+
+    def registration(self) -> str:
+        return self.registrations.get(min(self.listed), "")
 
     def live(self) -> bool:
         endpoint = self.endpoint()
@@ -62,12 +70,14 @@ class CatalogModel(RuleBasedStateMachine):
         """Until when how many were published, without those that went on purpose since."""
         self.last = 0
 
-    @rule(source=SOURCES, service=SERVICES, endpoints=listings())
-    def observe(self, source: str, service: str, endpoints: tuple[Endpoint, ...]) -> None:
-        self.catalog.apply(ServiceObserved(source, service, endpoints), self.now)
+    @rule(source=SOURCES, service=SERVICES, endpoints=listings(), registrations=REGISTRATIONS)
+    def observe(
+        self, source: str, service: str, endpoints: tuple[Endpoint, ...], registrations: dict[str, str]
+    ) -> None:
+        self.catalog.apply(ServiceObserved(source, service, endpoints, registrations), self.now)
         self.listing.setdefault(service, set()).add(source)
         self.vanished.pop(service, None)
-        self.replace(source, service, {endpoint.id: endpoint for endpoint in endpoints})
+        self.replace(source, service, {endpoint.id: endpoint for endpoint in endpoints}, registrations)
 
     @rule(source=SOURCES, service=SERVICES)
     def vanish(self, source: str, service: str) -> None:
@@ -76,7 +86,7 @@ class CatalogModel(RuleBasedStateMachine):
             self.listing[service].discard(source)
             if not self.listing[service]:
                 self.vanished[service] = self.now
-            self.replace(source, service, {})
+            self.replace(source, service, {}, {})
 
     @rule(service=SERVICES, endpoint_id=st.sampled_from(IDS))
     def drain(self, service: str, endpoint_id: str) -> None:
@@ -84,7 +94,8 @@ class CatalogModel(RuleBasedStateMachine):
         fate = self.fates.get(service, {}).get(endpoint_id, Fate())
         self.leave(fate.live() or fate.held)
         if (endpoint := fate.endpoint()) is not None and fate.drained is None:
-            fate.drained = endpoint.target
+            fate.drained = (endpoint.target, fate.registration())
+            fate.away = endpoint.health is not Health.HEALTHY
         fate.lost, fate.held = None, False
         self.end_hold_if_empty()
 
@@ -125,7 +136,7 @@ class CatalogModel(RuleBasedStateMachine):
         if view.hold is not None:
             assert view.hold.since == self.hold_since
 
-    def replace(self, source: str, service: str, endpoints: dict[str, Endpoint]) -> None:
+    def replace(self, source: str, service: str, endpoints: dict[str, Endpoint], registrations: dict[str, str]) -> None:
         fates = self.fates.setdefault(service, {})
         loss = False
         leaving = 0
@@ -135,6 +146,7 @@ class CatalogModel(RuleBasedStateMachine):
             fate.listed.pop(source, None)
             if endpoint_id in endpoints:
                 fate.listed[source] = endpoints[endpoint_id]
+                fate.registrations[source] = registrations.get(endpoint_id, "")
             endpoint = fate.endpoint()
             if endpoint is None:
                 fate.drained = None
@@ -142,8 +154,11 @@ class CatalogModel(RuleBasedStateMachine):
                     fate.lost, fate.lost_at, fate.held, loss = was, self.now, False, True
             else:
                 fate.lost, fate.held = None, False
-                if fate.drained != endpoint.target:
+                healthy = endpoint.health is Health.HEALTHY
+                same = fate.drained == (endpoint.target, fate.registration())
+                if not same or (healthy and fate.away):
                     fate.drained = None
+                fate.away = fate.away or not healthy
                 leaving += was_live and endpoint.health is Health.DRAINING
         self.leave(leaving)
         lost = [fate for fate in self.all_fates() if fate.lost is not None]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from control_plane.sources import StoredDocument
 from control_plane.sources.consul_answers import (
     MalformedAnswerError,
+    ServiceHealth,
     parse_checks,
     parse_health,
     parse_policies,
@@ -47,9 +48,9 @@ def instance(node: str = "n1", checks: list[dict[str, Any]] | None = None, **ser
 
 
 def only(entry: dict[str, Any]) -> Endpoint:
-    endpoints, problems = parse_health([entry])
-    assert problems == ()
-    (endpoint,) = endpoints
+    health = parse_health([entry])
+    assert health.problems == ()
+    (endpoint,) = health.endpoints
     return endpoint
 
 
@@ -92,25 +93,34 @@ def test_a_mark_in_the_metadata_means_leaving() -> None:
     assert only(instance(Meta={"mesh-draining": "true"}, checks=[check("critical")])).health is Health.DRAINING
 
 
+def test_a_registration_is_told_apart_by_what_it_says_of_itself_else_by_when_consul_created_it() -> None:
+    says = instance(ID="a", Meta={"mesh-registration": "x"}, CreateIndex=7)
+    silent = instance(ID="b", CreateIndex=7)
+    assert parse_health([says, silent, instance(ID="c")]).registrations == {"a": "x", "b": "7", "c": ""}
+    assert only(says).metadata == {}
+
+
 def test_instances_without_the_tag_are_ignored() -> None:
-    assert parse_health([instance(Tags=["other"]), instance(Tags=None), instance(Tags=[7])]) == ((), ())
+    assert parse_health([instance(Tags=["other"]), instance(Tags=None), instance(Tags=[7])]) == ServiceHealth(
+        (), {}, ()
+    )
 
 
 def test_endpoints_are_ordered_by_id() -> None:
-    endpoints, _ = parse_health([instance(ID="b"), instance(ID="a")])
-    assert [endpoint.id for endpoint in endpoints] == ["a", "b"]
+    health = parse_health([instance(ID="b"), instance(ID="a")])
+    assert [endpoint.id for endpoint in health.endpoints] == ["a", "b"]
 
 
 def test_ids_that_are_not_unique_in_the_service_get_the_nodes_name() -> None:
-    endpoints, problems = parse_health([instance("n1"), instance("n2"), instance("n3", ID="c"), instance(ID="orders")])
-    assert [endpoint.id for endpoint in endpoints] == ["c", "orders-1:n1", "orders-1:n2", "orders:n1"]
-    assert problems == ()
+    health = parse_health([instance("n1"), instance("n2"), instance("n3", ID="c"), instance(ID="orders")])
+    assert [endpoint.id for endpoint in health.endpoints] == ["c", "orders-1:n1", "orders-1:n2", "orders:n1"]
+    assert health.problems == ()
 
 
 def test_an_instance_listed_twice_counts_once() -> None:
-    endpoints, problems = parse_health([instance(), instance()])
-    assert [endpoint.id for endpoint in endpoints] == ["orders-1:n1"]
-    assert "listed twice" in problems[0]
+    health = parse_health([instance(), instance()])
+    assert [endpoint.id for endpoint in health.endpoints] == ["orders-1:n1"]
+    assert "listed twice" in health.problems[0]
 
 
 @pytest.mark.parametrize(
@@ -137,19 +147,19 @@ def test_an_instance_listed_twice_counts_once() -> None:
     ],
 )
 def test_a_bad_instance_is_left_out_and_disturbs_no_other(bad: Any) -> None:
-    endpoints, problems = parse_health([bad, instance(ID="good")])
-    assert [endpoint.id for endpoint in endpoints] == ["good"]
-    assert len(problems) == 1
+    health = parse_health([bad, instance(ID="good")])
+    assert [endpoint.id for endpoint in health.endpoints] == ["good"]
+    assert len(health.problems) == 1
 
 
 def test_what_is_bad_in_a_good_instance_is_left_out_alone() -> None:
     meta: dict[str, object] = {f"key-{number:02}": "v" for number in range(33)}
     meta |= {"long": "x" * 300, "": "empty", "odd": 7, "mesh-zone": "no such zone"}
-    endpoints, problems = parse_health([instance(Meta=meta, Weights={"Passing": 5000})])
-    assert endpoints[0].weight == 1000
-    assert len(endpoints[0].metadata) == 32
-    assert endpoints[0].locality == Locality()
-    assert len(problems) == 6
+    health = parse_health([instance(Meta=meta, Weights={"Passing": 5000})])
+    assert health.endpoints[0].weight == 1000
+    assert len(health.endpoints[0].metadata) == 32
+    assert health.endpoints[0].locality == Locality()
+    assert len(health.problems) == 6
 
 
 @pytest.mark.parametrize("answer", [None, {}, 7, "x"])
@@ -160,13 +170,13 @@ def test_an_answer_that_is_no_list_of_instances_is_malformed(answer: object) -> 
 
 @given(st.lists(ANYTHING, max_size=4))
 def test_any_list_parses(answer: list[Any]) -> None:
-    assert parse_health(answer)[0] == ()
+    assert parse_health(answer).endpoints == ()
 
 
 @given(st.dictionaries(st.sampled_from(sorted(instance()["Service"])), ANYTHING))
 def test_any_instance_parses(service: dict[str, Any]) -> None:
-    endpoints, _ = parse_health([instance(**service), instance(ID="good")])
-    assert "good" in [endpoint.id for endpoint in endpoints]
+    health = parse_health([instance(**service), instance(ID="good")])
+    assert "good" in [endpoint.id for endpoint in health.endpoints]
 
 
 # -- services

@@ -48,6 +48,15 @@ def test_a_listed_service_is_watched_and_said_once_its_endpoints_are_known() -> 
     assert made.endpoints("a", (ONE,), False, 0.0) == []
 
 
+def test_another_registration_of_the_same_endpoint_is_said() -> None:
+    made = ConsulView()
+    made.services(services("a"), False, 0.0)
+    first, second = {"1": "7"}, {"1": "8"}
+    assert made.endpoints("a", (ONE,), False, 0.0, first) == [ServiceObserved("consul", "a", (ONE,), first)]
+    assert made.endpoints("a", (ONE,), False, 1.0, dict(first)) == []
+    assert made.endpoints("a", (ONE,), False, 2.0, second) == [ServiceObserved("consul", "a", (ONE,), second)]
+
+
 def test_a_service_without_endpoints_is_known_and_empty() -> None:
     made = ConsulView()
     made.services(services("a"), False, 0.0)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from mesh.v1 import admin_pb2
+from mesh.v1 import admin_pb2, registry_pb2, registry_pb2_grpc
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
 from control_plane.server import ControlPlane
 from mesh_client.core.model import Health
 from mesh_client.mesh import Mesh
+from mesh_client.transport import open_channel
 from tests.integration.consul_cluster import ConsulCluster
 from tests.integration.system import (
     ORDER,
@@ -127,6 +128,22 @@ async def test_every_instance_is_replaced(
             await system.stop_orders(f"orders-{number}")
         await follows(mesh, *ids(4, 5, 6))
         await load.answered_only_by(*ids(4, 5, 6))
+
+
+async def test_a_drained_instance_that_registers_again_in_place_is_called_again(
+    system: System, plane: ControlPlane, consul: ConsulCluster, mesh: Mesh
+) -> None:
+    target = next(each.target for each in orders_of(mesh).endpoints if each.id == "orders-2")
+    async with Load(mesh) as load, open_channel(plane.address) as channel:
+        drain = registry_pb2.DrainRequest(service="orders", endpoint_id="orders-2")
+        assert (await registry_pb2_grpc.RegistryServiceStub(channel).Drain(drain)).complete
+        await load.answered_only_by("orders-1", "orders-3")
+
+        # The next process takes over id, address and registration, which Consul has listed as passing all the time.
+        await system.orders["orders-2"].kill()
+        options = {"address": target, "registry": consul.registry, "control_plane": plane.address}
+        await system.start_orders("orders-2", **options)
+        await load.answered_by("orders-2")
 
 
 async def test_policies_take_effect_while_everything_runs_and_a_bad_one_does_not(

@@ -99,12 +99,14 @@ async def test_everything_that_is_said_of_the_instance_is_registered(consul: Con
     assert (service["ID"], service["Address"], service["Port"]) == ("orders-1", "127.0.0.1", 4711)
     assert service["Tags"] == ["grpc-mesh"]
     assert service["Weights"]["Passing"] == 7
+    registration = service["Meta"].pop("mesh-registration")
     assert service["Meta"] == {"version": "v2", "mesh-zone": "eu-1a", "mesh-region": "eu-1"}
     check = (await consul.request("GET", "/v1/agent/checks"))[check_id(ENDPOINT)]
     assert check["Output"] == "self-check passed"
     await registrar.announce_drain()
     (found,) = await until(consul, lambda found: "mesh-draining" in found[0]["Service"]["Meta"])
     assert found["Service"]["Meta"]["mesh-draining"] == "true"
+    assert found["Service"]["Meta"]["mesh-registration"] == registration
     assert checks_of(found)["Status"] == "passing"
     await registrar.deregister()
     assert registrar.status().state is RegistrationState.GONE
@@ -113,12 +115,31 @@ async def test_everything_that_is_said_of_the_instance_is_registered(consul: Con
 
 def test_the_check_lasts_for_several_reports_and_removes_what_stays_critical() -> None:
     definition = mesh_client.consul_registration.service_definition(
-        "orders", ENDPOINT, 10.0, passing=True, draining=False
+        "orders", ENDPOINT, 10.0, passing=True, draining=False, registration="x"
     )
     check = definition["Check"]
     assert isinstance(check, dict)
     assert (check["TTL"], check["DeregisterCriticalServiceAfter"]) == ("10s", "1m")
     assert check["CheckID"] == check_id(ENDPOINT)
+
+
+async def test_variables_for_other_tools_do_not_lead_a_server_to_another_agent(
+    consul: ConsulCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("CONSUL_HTTP_ADDR", "127.0.0.1:1"),
+        ("CONSUL_HTTP_SSL", "true"),
+        ("CONSUL_HTTP_AUTH", "somebody:else"),
+        ("HTTP_PROXY", "http://127.0.0.1:1"),
+        ("http_proxy", "http://127.0.0.1:1"),
+    ):
+        monkeypatch.setenv(name, value)
+    async with running(**registry(consul)) as made:
+        async with asyncio.timeout(PATIENCE):
+            await made.registered()
+        await until(consul, one_in("passing"))
+        await made.stop()
+        await until(consul, lambda found: not found)
 
 
 async def test_self_checks_feed_the_check(consul: ConsulCluster) -> None:
