@@ -25,6 +25,10 @@ GrpcCall = Any
 """The grpc.aio call of one attempt. Its classes are private to grpc; what is used here is the public interface."""
 
 LOCALLY_CANCELLED = "Locally cancelled by application!"
+_DROPS = ("CANCELLED", "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))")
+"""What grpc says, with CANCELLED, of a call that a server ends before a handler has seen it, as grpc servers do that
+begin to stop or have more calls waiting than they take: by trailers from the C core, by a reset from others."""
+_DROPPED = "the server dropped the call: it is stopping, or has too many calls waiting"
 _OK = grpc.StatusCode.OK
 _RECEIVED = "received from peer"
 """grpc's debug string holds this when the status came from the server, and not when the transport made it."""
@@ -104,15 +108,17 @@ class MeshCall(Generic[Request, Response]):
             self._machine.succeeded(self._clock())
             self._finish(_OK, None)
             return
-        if call.cancelled() or code is None:
+        details = at_once(call.details())
+        if code is None or (code is grpc.StatusCode.CANCELLED and details == LOCALLY_CANCELLED):
             # Not by `cancel`, which sets the code first: the request iterator raised, or the channel was closed.
             self._machine.cancelled(self._clock())
             self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
             return
-        self._attempt_failed(call, code)
+        if code is grpc.StatusCode.CANCELLED and details in _DROPS:
+            code, details = grpc.StatusCode.UNAVAILABLE, _DROPPED
+        self._attempt_failed(call, code, details)
 
-    def _attempt_failed(self, call: GrpcCall, code: grpc.StatusCode) -> None:
-        details = at_once(call.details())
+    def _attempt_failed(self, call: GrpcCall, code: grpc.StatusCode, details: str | None) -> None:
         debug = at_once(call.debug_error_string()) or ""
         initial = at_once(call.initial_metadata()) or Metadata()
         trailing = at_once(call.trailing_metadata()) or Metadata()
