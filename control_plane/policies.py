@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from control_plane.documents import parse_document
@@ -47,14 +45,14 @@ class PolicyBook:
                 obeyed = before[1] if before else ""
                 self._problems[service] = PolicyProblem(service, error.errors, event.stored_version, obeyed)
                 return False
-            self._good[service] = (policy, policy_version(policy))
+            self._good[service] = (policy, policy.version)
         else:
             self._good.pop(service, None)
         self._problems.pop(service, None)
         return self._good.get(service) != before
 
     def policy(self, service: str) -> tuple[ServicePolicy, str]:
-        """The policy that holds for a service, and its `policy_version`.
+        """The policy that holds for a service, and its version.
 
         Raises:
             ValueError: ``service`` is not a service name.
@@ -62,7 +60,7 @@ class PolicyBook:
         found = self._good.get(service) or self._defaults.get(service)
         if found is None:
             policy = ServicePolicy(service=service)
-            found = self._defaults[service] = (policy, policy_version(policy))
+            found = self._defaults[service] = (policy, policy.version)
         return found
 
     def has_policy(self, service: str) -> bool:
@@ -73,9 +71,3 @@ class PolicyBook:
     def problems(self) -> tuple[PolicyProblem, ...]:
         """Stored policies that are not obeyed, ordered by service."""
         return tuple(self._problems[service] for service in sorted(self._problems))
-
-
-def policy_version(policy: ServicePolicy) -> str:
-    """First 16 hex digits of the SHA-256 of the policy's canonical JSON: equal policies have equal versions."""
-    canonical = json.dumps(policy.dump(), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

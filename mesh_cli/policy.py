@@ -10,6 +10,7 @@ import grpc
 import typer
 from mesh.v1 import admin_pb2, policy_pb2
 
+from mesh_cli import policy_check
 from mesh_cli.client import AdminClient, RefusedError
 from mesh_cli.documents import Checked, check, read_documents
 from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Service, Timeout, connect
@@ -193,6 +194,9 @@ def delete(
         write_json({"service": service, "deleted": True})
     else:
         console().print(f"{service}: deleted; the defaults apply")
+
+
+app.command("check", epilog="Example: mesh policy check orders shop.v1.PaymentService/Charge")(policy_check.check)
 
 
 @app.command(epilog="Example: mesh policy schema > mesh-policy.schema.json")

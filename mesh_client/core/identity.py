@@ -23,6 +23,9 @@ from mesh_client.core.model import check_service_name
 
 DEFAULT_TRUST_DOMAIN = "mesh.internal"
 
+OPERATOR_PREFIX = "operator:"
+"""What stands before an operator's name where callers are named."""
+
 MAX_SPIFFE_ID = 2048
 """Bytes, as the standard has it."""
 
@@ -150,7 +153,7 @@ class Principal:
         """
         if self.kind is Kind.CONTROL_PLANE:
             return "mesh:control-plane"
-        return self.name if self.kind is Kind.SERVICE else f"operator:{self.name}"
+        return self.name if self.kind is Kind.SERVICE else f"{OPERATOR_PREFIX}{self.name}"
 
     def __str__(self) -> str:
         return self.spiffe_id

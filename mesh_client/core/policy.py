@@ -7,6 +7,8 @@ Field names equal those of ``mesh.v1.ServicePolicy``, so the protobuf form is th
 from __future__ import annotations
 
 import enum
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,10 +27,14 @@ from pydantic import (
 )
 
 from mesh_client.core.errors import FieldError, InvalidPolicyError, InvalidValueError
+from mesh_client.core.identity import OPERATOR_PREFIX, check_operator_name
 from mesh_client.core.model import MAX_WEIGHT, StatusCode, check_service_name
 
 MAX_DOCUMENT_BYTES = 256 * 1024
 """Largest policy document; Consul's KV takes 512 KB."""
+
+ANYBODY = "*"
+"""Caller of an authorization rule that stands for everybody with an identity of the mesh."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -59,6 +65,18 @@ def _method_pattern(value: str) -> str:
     if not _METHOD.fullmatch(value):
         raise ValueError("expected 'package.Service/Method', 'package.Service/*' or '*'")
     return value
+
+
+def check_method(name: str) -> str:
+    """A full method name, without its leading slash.
+
+    Raises:
+        InvalidValueError: it is none.
+    """
+    name = name.removeprefix("/")
+    if not _METHOD.fullmatch(name) or name.endswith("*"):
+        raise InvalidValueError("method", name, "package.Service/Method")
+    return name
 
 
 def _status_code(value: object) -> object:
@@ -309,6 +327,36 @@ def _service_name(value: str) -> str:
         raise ValueError(f"expected {error.expected}") from None
 
 
+def _caller_pattern(value: str) -> str:
+    if value == ANYBODY:
+        return value
+    try:
+        if value.startswith(OPERATOR_PREFIX):
+            check_operator_name(value.removeprefix(OPERATOR_PREFIX))
+        else:
+            check_service_name(value)
+    except InvalidValueError:
+        raise ValueError(f"expected the name of a service, '{OPERATOR_PREFIX}NAME' or '{ANYBODY}'") from None
+    return value
+
+
+CallerPattern = Annotated[
+    str,
+    AfterValidator(_caller_pattern),
+    WithJsonSchema({"type": "string", "pattern": rf"^(\*|({OPERATOR_PREFIX})?[a-z0-9]([a-z0-9-]{{0,61}}[a-z0-9])?)$"}),
+]
+"""The name of a service, ``operator:NAME`` or ``*``."""
+
+
+class AuthorizationRule(_Model):
+    """Allows some callers some methods."""
+
+    callers: Annotated[tuple[CallerPattern, ...], Field(min_length=1, max_length=1000)]
+    """Who; ``*`` is everybody of the mesh."""
+    methods: Annotated[tuple[MethodPattern, ...], Field(min_length=1, max_length=200)]
+    """What."""
+
+
 class ServicePolicy(_Model):
     """How clients call one service, and what its servers admit. The defaults are what a service without policy gets."""
 
@@ -324,6 +372,8 @@ class ServicePolicy(_Model):
     routes: Annotated[tuple[Route, ...], Field(max_length=200)] = ()
     rate_limits: Annotated[tuple[RateLimit, ...], Field(max_length=200)] = ()
     server_concurrency_limit: ConcurrencyLimit = ConcurrencyLimit()
+    authorization: Annotated[tuple[AuthorizationRule, ...], Field(max_length=200)] = ()
+    """Who may call what; with one rule or more, calls that no rule allows are refused."""
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> ServicePolicy:
@@ -345,6 +395,12 @@ class ServicePolicy(_Model):
     def dump(self) -> dict[str, Any]:
         """The whole policy, defaults included, in its JSON form."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def version(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON: equal policies have equal versions."""
+        canonical = json.dumps(self.dump(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -22,6 +22,7 @@ COMMANDS = [
     ("policy", "get"),
     ("policy", "list"),
     ("policy", "delete"),
+    ("policy", "check"),
     ("policy", "schema"),
     ("removals",),
     ("removals", "confirm"),

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from control_plane.documents import parse_document
 from mesh_client.core.policy import (
     Algorithm,
+    AuthorizationRule,
     Backoff,
     CircuitBreaker,
     ConcurrencyLimit,
@@ -52,6 +53,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "routes": Route,
     "routes.split": WeightedSubset,
     "rate_limits": RateLimit,
+    "authorization": AuthorizationRule,
 }
 
 VALID: dict[type[BaseModel], dict[str, object]] = {
@@ -60,6 +62,7 @@ VALID: dict[type[BaseModel], dict[str, object]] = {
     FaultAbort: {"code": "UNAVAILABLE"},
     WeightedSubset: {"labels": {"version": "v1"}},
     RateLimit: {"requests_per_second": 1},
+    AuthorizationRule: {"callers": ["*"], "methods": ["*"]},
 }
 """What a model needs at least."""
 
@@ -130,6 +133,8 @@ def test_defaults_are_those_of_the_model(row: Row) -> None:
 
 def sized(row: Row, size: float) -> object:
     """A value of the field at a bound of its range."""
+    if row.field in ("callers", "methods"):
+        return ["*"] * int(size)
     return {f"key{number}": "" for number in range(int(size))} if row.field == "labels" else size
 
 

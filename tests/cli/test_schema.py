@@ -116,6 +116,9 @@ def test_the_whole_default_policy_satisfies_the_schema() -> None:
         ("{service: a, routes: [{split: [{labels: {}}]}]}", ".routes[0].split[0].labels: size"),
         ("{service: a, rate_limits: [{requests_per_second: 0}]}", ".rate_limits[0].requests_per_second: range"),
         ("{service: a, routes: {}}", ".routes: type"),
+        ("{service: a, authorization: [{callers: [b]}]}", ".authorization[0].methods: required"),
+        ("{service: a, authorization: [{callers: [], methods: ['*']}]}", ".authorization[0].callers: size"),
+        ("{service: a, authorization: [{callers: [B], methods: ['*']}]}", ".authorization[0].callers[0]: pattern"),
     ],
 )
 def test_an_editor_sees_what_the_control_plane_would_refuse(document: str, violation: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.events import PolicyDeleted, PolicyStored
-from control_plane.policies import PolicyBook, policy_version
+from control_plane.policies import PolicyBook
 from mesh_client.core.policy import ServicePolicy
 
 
@@ -20,7 +20,7 @@ DEFAULTS = ServicePolicy(service="orders")
 
 def test_a_service_without_a_policy_has_the_defaults() -> None:
     book = PolicyBook()
-    assert book.policy("orders") == (DEFAULTS, policy_version(DEFAULTS))
+    assert book.policy("orders") == (DEFAULTS, DEFAULTS.version)
     assert book.policy("orders") is book.policy("orders")
     assert not book.has_policy("orders")
     assert book.problems == ()
@@ -36,7 +36,7 @@ def test_a_stored_policy_holds() -> None:
     assert book.apply(stored("1s"))
     policy, version = book.policy("orders")
     assert policy.timeout == 1.0
-    assert version == policy_version(policy)
+    assert version == policy.version
     assert book.has_policy("orders")
 
 

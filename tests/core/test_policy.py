@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.model import MAX_WEIGHT, StatusCode
 from mesh_client.core.policy import (
     Algorithm,
+    AuthorizationRule,
     Backoff,
     CircuitBreaker,
     ConcurrencyLimit,
@@ -128,6 +130,11 @@ rate_limits = st.builds(
     requests_per_second=st.floats(1e-6, 1_000_000.0),
     burst=st.none() | st.integers(1, 1_000_000),
 )
+authorization_rules = st.builds(
+    AuthorizationRule,
+    callers=st.lists(st.sampled_from(["*", "gateway", "operator:anna", "x" * 63]), min_size=1, max_size=3).map(tuple),
+    methods=st.lists(methods, min_size=1, max_size=3).map(tuple),
+)
 policies = st.builds(
     ServicePolicy,
     service=st.sampled_from(["orders", "0", "a-b", "x" * 63]),
@@ -141,6 +148,7 @@ policies = st.builds(
     routes=st.lists(routes, max_size=2).map(tuple),
     rate_limits=st.lists(rate_limits, max_size=2).map(tuple),
     server_concurrency_limit=concurrency_limits,
+    authorization=st.lists(authorization_rules, max_size=2).map(tuple),
 )
 
 
@@ -283,6 +291,22 @@ def test_durations_are_sent_as_protobuf_writes_them(seconds: float, text: str) -
             "routes[0].split[0].labels",
             "at least 1 item",
         ),
+        ({"service": "a", "authorization": [{"methods": ["*"]}]}, "authorization[0].callers", "Field required"),
+        (
+            {"service": "a", "authorization": [{"callers": [], "methods": ["*"]}]},
+            "authorization[0].callers",
+            "at least 1 item",
+        ),
+        (
+            {"service": "a", "authorization": [{"callers": ["b"], "methods": []}]},
+            "authorization[0].methods",
+            "at least 1 item",
+        ),
+        (
+            {"service": "a", "authorization": [{"callers": ["*"], "methods": ["*", "a.*"]}]},
+            "authorization[0].methods[1]",
+            "expected 'package.Service/Method'",
+        ),
     ],
 )
 def test_a_bad_field_is_refused_with_its_path(document: dict[str, Any], path: str, message: str) -> None:
@@ -291,6 +315,37 @@ def test_a_bad_field_is_refused_with_its_path(document: dict[str, Any], path: st
     error = caught.value.errors[0]
     assert error.path == path
     assert message in error.message
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        "",
+        "Orders",
+        "a.b",
+        "operator:",
+        "operator:Anna",
+        "operator:*",
+        "mesh:control-plane",
+        "spiffe://m/service/a",
+        "a*",
+    ],
+)
+def test_a_caller_that_no_identity_can_have_is_refused(caller: str) -> None:
+    with pytest.raises(InvalidPolicyError) as caught:
+        ServicePolicy.parse({"service": "a", "authorization": [{"callers": ["b", caller], "methods": ["*"]}]})
+    (error,) = caught.value.errors
+    assert (error.path, error.message) == (
+        "authorization[0].callers[1]",
+        "expected the name of a service, 'operator:NAME' or '*'",
+    )
+
+
+@given(policies, policies)
+def test_equal_policies_have_equal_versions(one: ServicePolicy, other: ServicePolicy) -> None:
+    assert re.fullmatch("[0-9a-f]{16}", one.version)
+    assert (one.version == other.version) == (one.dump() == other.dump())
+    assert ServicePolicy.parse(one.dump()).version == one.version
 
 
 def test_every_bad_field_is_named_at_once() -> None:
