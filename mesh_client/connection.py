@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Protocol
 
 import grpc.aio
 
-from mesh_client import transport
 from mesh_client.core.balancer import Node
 
-RETIRE_POLL = 0.1
-"""Seconds between looks at whether calls are still in flight on an endpoint that has left."""
+FOR_EVER = 1e9
+"""Seconds, some 30 years: calls in flight end by themselves."""
 
 
 class Method(Protocol):
@@ -27,13 +25,17 @@ class Connection:
     """A grpc channel to one endpoint, with its multicallables made once.
 
     Connects when first called. Belongs to the event loop that it was made in.
+
+    Args:
+        node: the endpoint.
+        channel: to it.
     """
 
     __slots__ = ("channel", "multicallables", "node")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, channel: grpc.aio.Channel) -> None:
         self.node = node
-        self.channel = transport.open_channel(node.endpoint.target)
+        self.channel = channel
         self.multicallables: dict[int, Any] = {}
 
     def multicallable(self, method: Method) -> Any:
@@ -42,10 +44,9 @@ class Connection:
         return made
 
     async def retire(self) -> None:
-        """Closes when the last call in flight has ended. The endpoint must be out of every picker already.
+        """Closes when the last call in flight on it has ended. It must be out of every picker's reach already.
 
-        Closing earlier would raise CancelledError inside the application's await.
+        Closing earlier would raise CancelledError inside the application's await. Grpc knows the calls of its own
+        channel; those of the connection that came in place of this one to the same endpoint do not hold it up.
         """
-        while self.node.load.outstanding:  # An event would put work at the end of every call.
-            await asyncio.sleep(RETIRE_POLL)
-        await self.channel.close()
+        await self.channel.close(FOR_EVER)

@@ -15,12 +15,12 @@ import grpc
 from grpc.aio import AioRpcError
 from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 
-from mesh_client import transport
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
+from mesh_client.transport import CONTROL_PLANE, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
 
@@ -50,6 +50,7 @@ class Discovery:
         clock: seconds, monotonic.
         on_change: told which services changed, before they are acknowledged.
         on_state: told when the stream has opened, synced or broken.
+        transport: opens its channels.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Discovery:
         clock: Callable[[], float],
         on_change: Callable[[Iterable[str]], None],
         on_state: Callable[[], None],
+        *,
+        transport: Transport,
     ) -> None:
         self._addresses = tuple(addresses)
         self._node = node
@@ -69,6 +72,7 @@ class Discovery:
         self._clock = clock
         self._on_change = on_change
         self._on_state = on_state
+        self._transport = transport
         self._requests: asyncio.Queue[discovery_pb2.DeltaResourcesRequest] | None = None
         self._confirmed_at: float | None = None
         self.failures = 0
@@ -97,6 +101,7 @@ class Discovery:
         """Connects, follows the stream, reconnects; for ever."""
         index = self._rng.randrange(len(self._addresses))
         while True:
+            await self._credentials()
             address = self._addresses[index % len(self._addresses)]
             answered = await self._follow(address)
             self.failures = 0 if answered else self.failures + 1
@@ -106,10 +111,23 @@ class Discovery:
             if answered or self.failures % len(self._addresses) == 0:
                 await asyncio.sleep(backoff_delay(RECONNECT, min(self.rounds + 1, 32), self._rng))
 
+    async def _credentials(self) -> None:
+        """Returns when channels can be opened."""
+        changed = asyncio.Event()
+        unsubscribe = self._transport.on_change(changed.set)
+        try:
+            while problem := self._transport.problem:
+                self.detail = f"not tried: {problem}"
+                self._on_state()
+                changed.clear()
+                await changed.wait()
+        finally:
+            unsubscribe()
+
     async def _follow(self, address: str) -> bool:
         """Follows one stream to its end; whether it brought a response."""
         answered = False
-        channel = transport.open_channel(address, STREAM_OPTIONS)
+        channel = self._transport.open_channel(address, CONTROL_PLANE, STREAM_OPTIONS)
         try:
             async for update in self._updates(channel):
                 if not answered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
 from mesh_client.core.store import Resolution
 from mesh_client.disk_cache import DiskCache, default_directory
+from mesh_client.identity import IdentityState
 from mesh_client.interceptors import intercepted
 from mesh_client.resolver import Resolver
+from mesh_client.transport import PlaintextTransport, Transport
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 USER_AGENT = "grpc-mesh-python/0.1.0"
@@ -67,6 +70,8 @@ class MeshState:
     age: float | None
     """Seconds since the last confirmation; 0 while in sync, None if there was none."""
     services: tuple[ServiceState, ...]
+    identity: IdentityState | None = None
+    """Who this process is in the mesh; None in plaintext, where nobody is anybody."""
 
 
 class Mesh:
@@ -116,17 +121,23 @@ class Mesh:
 
     def state(self) -> MeshState:
         """What this client knows now."""
-        discovery = self._resolver.discovery
+        discovery, identity = self._resolver.discovery, self._resolver.transport.identity
         return MeshState(
             self.node_id,
             discovery.detail,
             self._resolver.in_sync,
             discovery.age(self._clock()),
             tuple(_service_state(target.service, self._clock()) for target in self._resolver.targets),
+            None if identity is None else identity.state(time.time()),
         )
 
+    @property
+    def transport(self) -> Transport:
+        """What opens every channel of this client; servers of the same process share it."""
+        return self._resolver.transport
+
     async def changed(self) -> None:
-        """Returns at the next change of the discovery stream or of a service."""
+        """Returns at the next change of the discovery stream, of the identity or of a service."""
         await self._resolver.changed()
 
     async def synced(self) -> None:
@@ -181,7 +192,8 @@ def connect(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
-    return Mesh(Resolver(addresses, node, locality, cache, rng or Random(), clock), node_id, service, clock)
+    resolver = Resolver(addresses, node, locality, cache, rng or Random(), clock, PlaintextTransport())
+    return Mesh(resolver, node_id, service, clock)
 
 
 def _env(name: str, default: str) -> str:

@@ -19,6 +19,7 @@ from mesh_client.core.store import Resolution, Store
 from mesh_client.discovery import Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
+from mesh_client.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Resolver:
         cache: the last snapshot on disk, or None.
         rng: drives every random choice.
         clock: seconds, monotonic.
+        transport: opens every channel; started and stopped with this.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Resolver:
         cache: DiskCache | None,
         rng: Random,
         clock: Callable[[], float],
+        transport: Transport,
     ) -> None:
+        self.transport = transport
         self._clock = clock
         self._node = node
         self._zone = locality.zone
@@ -66,8 +70,17 @@ class Resolver:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Future[None]] = set()
+        self._generation = 0
+        self._unsubscribe: Callable[[], None] = lambda: None
         self.discovery = Discovery(
-            addresses, node, self._store, rng, clock, self._services_changed, self._stream_changed
+            addresses,
+            node,
+            self._store,
+            rng,
+            clock,
+            self._services_changed,
+            self._stream_changed,
+            transport=transport,
         )
 
     @property
@@ -84,10 +97,13 @@ class Resolver:
         """Loads the cache and opens the stream.
 
         Raises:
-            ConfigError: it was started before.
+            ConfigError: it was started before, or the files of its identity are not as they must be.
         """
         if self._loop is not None:
             raise ConfigError("this mesh client has been entered already; make another with mesh_client.connect()")
+        await self.transport.start()
+        self._unsubscribe = self.transport.on_change(self._identity_changed)
+        self._generation = self.transport.generation
         self._loop = asyncio.get_running_loop()
         if self._cache is not None:
             self._store.restore(*await asyncio.to_thread(self._cache.load))
@@ -106,6 +122,8 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
         for target in self._targets.values():
             await target.close()
+        self._unsubscribe()
+        await self.transport.stop()
 
     def target(self, name: str) -> Target:
         """The target of a service, followed from now on.
@@ -124,6 +142,7 @@ class Resolver:
                 self._loop,
                 self._spawn,
                 self._clock,
+                self.transport,
             )
             self.discovery.send(self._store.subscribe(name))
             self._await_word_of(name)
@@ -198,10 +217,26 @@ class Resolver:
             for name in self._pending():
                 self._give_up(name)
         elif self._store.in_sync:
+            self._hope_again()
+        self._notify()
+
+    def _hope_again(self) -> None:
+        for name in self._pending():
+            if self._targets[name].service.unreached:
+                self._targets[name].service.unreached = ""
+                self._await_word_of(name)
+
+    def _identity_changed(self) -> None:
+        transport = self.transport
+        if transport.generation != self._generation:
+            self._generation = transport.generation
+            for target in self._targets.values():
+                target.reconnect()
+        if transport.failing:
             for name in self._pending():
-                if self._targets[name].service.unreached:
-                    self._targets[name].service.unreached = ""
-                    self._await_word_of(name)
+                self._give_up(name)
+        elif not transport.problem:
+            self._hope_again()
         self._notify()
 
     def _pending(self) -> list[str]:
@@ -209,16 +244,19 @@ class Resolver:
 
     def _await_word_of(self, name: str) -> None:
         if self._loop is not None:
+            if (timer := self._timers.pop(name, None)) is not None:
+                timer.cancel()
             self._timers[name] = self._loop.call_later(RESOLUTION_TIMEOUT, self._word_is_late, name)
 
     def _word_is_late(self, name: str) -> None:
-        self._services_changed(self._store.use_cache())
+        if not self.transport.problem:  # Without an identity nobody can be called, known or not.
+            self._services_changed(self._store.use_cache())
         if name in self._pending():
             self._give_up(name)
 
     def _give_up(self, name: str) -> None:
         target = self._targets[name]
-        target.service.unreached = self.discovery.detail
+        target.service.unreached = self.transport.problem or self.discovery.detail
         target.changed(())
 
     def _notify(self) -> None:

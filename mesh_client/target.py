@@ -14,6 +14,7 @@ from mesh_client.context import inbound
 from mesh_client.core.balancer import Node
 from mesh_client.core.policy import HashSource
 from mesh_client.core.service import Service
+from mesh_client.transport import Transport
 
 _hash_key: ContextVar[str | None] = ContextVar("mesh_hash_key", default=None)
 
@@ -44,6 +45,7 @@ class Target:
         loop: the event loop that all its channels and calls belong to.
         spawn: starts a background task that lives as long as the mesh client.
         clock: seconds, monotonic; what the core is told as ``now``.
+        transport: opens its channels.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Target:
         loop: asyncio.AbstractEventLoop,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         clock: Callable[[], float],
+        transport: Transport,
     ) -> None:
         self.service = service
         self.metadata = metadata
@@ -60,6 +63,7 @@ class Target:
         self.clock = clock
         self.waiters: set[Waiter] = set()
         self._spawn = spawn
+        self._transport = transport
         self._listeners: set[asyncio.Event] = set()
         self._method_keys: dict[tuple[Any, ...], int] = {}
         self._connections: set[Connection] = set()
@@ -73,20 +77,31 @@ class Target:
         """The connection to a node, made on first use."""
         connection = node.connection
         if not isinstance(connection, Connection):
-            connection = Connection(node)
+            channel = self._transport.open_channel(node.endpoint.target, self.service.name)
+            connection = Connection(node, channel)
             node.connection = connection
             self._connections.add(connection)
         return connection
 
     def changed(self, gone: Iterable[Node]) -> None:
         """The service has changed: pickers are swapped, so what is gone may close, and who waits may look again."""
-        for node in gone:
-            if isinstance(node.connection, Connection):
-                self._spawn(self._retire(node.connection))
+        self._disconnect(gone)
         for waiter in list(self.waiters):
             waiter.endpoints_changed()
         for listener in self._listeners:
             listener.set()
+
+    def reconnect(self) -> None:
+        """Credentials have changed: the next pick of each endpoint opens a new connection in place of the old one."""
+        self._disconnect(self.service.nodes)
+        for listener in self._listeners:
+            listener.set()
+
+    def _disconnect(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            connection, node.connection = node.connection, None
+            if isinstance(connection, Connection):
+                self._spawn(self._retire(connection))
 
     @contextmanager
     def listening(self) -> Any:

@@ -14,6 +14,10 @@ class ConfigError(MeshError):
     """An option, file or environment variable is wrong. The message says which, and what is expected."""
 
 
+class IdentityError(MeshError):
+    """This process has no identity in the mesh: no certificate, or none that others accept. The message says why."""
+
+
 class InvalidValueError(MeshError, ValueError):
     """A value is outside its range.
 
