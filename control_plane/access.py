@@ -7,21 +7,18 @@ it. Without identity (``insecure``) there is no caller, and everything is allowe
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 import grpc
 
-from mesh_client.core.errors import InvalidValueError
-from mesh_client.core.identity import Kind, Principal
+from mesh_client.core.caller import Caller, caller_from
+
+__all__ = ["Access", "Caller", "Context", "Revocations", "caller"]
 
 _log = logging.getLogger(__name__)
-
-_WORKLOAD_ID = re.compile(r"[0-9a-f]{16}")
 
 
 class Context(Protocol):
@@ -37,56 +34,10 @@ class Context(Protocol):
         """Ends the RPC."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Somebody whose certificate was verified.
-
-    Attributes:
-        principal: who it is.
-        workload_id: which workload of theirs; constant through renewals.
-    """
-
-    principal: Principal
-    workload_id: str
-
-    @property
-    def spiffe_id(self) -> str:
-        """The SPIFFE ID."""
-        return self.principal.spiffe_id
-
-    @property
-    def is_operator(self) -> bool:
-        """Whether it is an operator."""
-        return self.principal.kind is Kind.OPERATOR
-
-    @property
-    def is_control_plane(self) -> bool:
-        """Whether it is a control plane."""
-        return self.principal.kind is Kind.CONTROL_PLANE
-
-    @property
-    def service(self) -> str | None:
-        """The service that it is a workload of; None for others."""
-        return self.principal.name if self.principal.kind is Kind.SERVICE else None
-
-    def __str__(self) -> str:
-        return f"{self.principal.spiffe_id} (workload {self.workload_id})"
-
-
 def caller(context: Context) -> Caller | None:
     """Who the verified certificate of the connection names; None when it names nobody of a mesh."""
     properties = context.auth_context()
-    # Exactly one of each: with several, which of them was meant would be a guess.
-    spiffe_ids = list(properties.get("peer_spiffe_id", ()))
-    names = list(properties.get("x509_common_name", ()))
-    if len(spiffe_ids) != 1 or len(names) != 1:
-        return None
-    try:
-        workload_id = names[0].decode("ascii")
-        principal = Principal.parse(spiffe_ids[0].decode("ascii"))
-    except (UnicodeDecodeError, InvalidValueError):
-        return None
-    return Caller(principal, workload_id) if _WORKLOAD_ID.fullmatch(workload_id) else None
+    return caller_from(properties.get("peer_spiffe_id", ()), properties.get("x509_common_name", ()))
 
 
 class Revocations(Protocol):

@@ -1,0 +1,97 @@
+"""Who is on the other side of a call: what a verified certificate says, read the same way everywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.identity import Kind, Principal
+
+_WORKLOAD_ID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody whose certificate was verified.
+
+    Attributes:
+        principal: who it is.
+        workload_id: which workload of theirs, 16 hex digits; constant through renewals.
+    """
+
+    principal: Principal
+    workload_id: str
+
+    @property
+    def spiffe_id(self) -> str:
+        """The SPIFFE ID."""
+        return self.principal.spiffe_id
+
+    @property
+    def name(self) -> str:
+        """As authorization rules name it: the service's name, ``operator:NAME`` or ``mesh:control-plane``."""
+        return self.principal.caller
+
+    @property
+    def service(self) -> str | None:
+        """The service that it is a workload of; None for others."""
+        return self.principal.name if self.principal.kind is Kind.SERVICE else None
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether it is an operator."""
+        return self.principal.kind is Kind.OPERATOR
+
+    @property
+    def is_control_plane(self) -> bool:
+        """Whether it is a control plane."""
+        return self.principal.kind is Kind.CONTROL_PLANE
+
+    def __str__(self) -> str:
+        return f"{self.principal.spiffe_id} (workload {self.workload_id})"
+
+
+def caller_from(spiffe_ids: Iterable[bytes], common_names: Iterable[bytes]) -> Caller | None:
+    """Who a certificate names; None when it names nobody of a mesh.
+
+    Args:
+        spiffe_ids: its SPIFFE IDs.
+        common_names: of its subject.
+    """
+    ids, names = list(spiffe_ids), list(common_names)
+    # Exactly one of each: with several, which of them was meant would be a guess.
+    if len(ids) != 1 or len(names) != 1:
+        return None
+    try:
+        principal, workload_id = Principal.parse(ids[0].decode("ascii")), names[0].decode("ascii")
+    except (UnicodeDecodeError, InvalidValueError):
+        return None
+    return Caller(principal, workload_id) if _WORKLOAD_ID.fullmatch(workload_id) else None
+
+
+class CallerCache:
+    """Reads the properties of authenticated connections, and remembers whom they name: certificates are few.
+
+    Args:
+        most: bound on what is remembered.
+    """
+
+    __slots__ = ("_known", "_most")
+
+    def __init__(self, most: int = 10_000) -> None:
+        self._most = most
+        self._known: dict[tuple[tuple[bytes, ...], tuple[bytes, ...]], Caller | None] = {}
+
+    def caller(self, properties: Mapping[str, Iterable[bytes]]) -> Caller | None:
+        """Who is on the other side, by what grpc's ``auth_context()`` says; None for nobody of a mesh."""
+        key = (tuple(properties.get("peer_spiffe_id", ())), tuple(properties.get("x509_common_name", ())))
+        try:
+            return self._known[key]
+        except KeyError:
+            pass
+        if len(self._known) >= self._most:
+            self._known.clear()
+        found = self._known[key] = caller_from(*key)
+        return found

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh_client.core.caller import Caller, CallerCache, caller_from
+from mesh_client.core.identity import Principal
+
+ORDERS = b"spiffe://mesh.internal/service/orders"
+WORKLOAD = b"0123456789abcdef"
+
+
+def test_a_certificate_names_one_workload_of_one_principal() -> None:
+    caller = caller_from([ORDERS], [WORKLOAD])
+    assert caller == Caller(Principal.service("mesh.internal", "orders"), "0123456789abcdef")
+    assert (caller.spiffe_id, caller.name, caller.service) == (ORDERS.decode(), "orders", "orders")
+    assert (caller.is_operator, caller.is_control_plane) == (False, False)
+    assert str(caller) == "spiffe://mesh.internal/service/orders (workload 0123456789abcdef)"
+
+
+def test_operators_and_control_planes_are_no_service() -> None:
+    operator = Caller(Principal.operator("mesh.internal", "orders"), "0" * 16)
+    plane = Caller(Principal.control_plane("mesh.internal"), "0" * 16)
+    assert (operator.name, operator.service, operator.is_operator) == ("operator:orders", None, True)
+    assert (plane.name, plane.service, plane.is_control_plane) == ("mesh:control-plane", None, True)
+
+
+@pytest.mark.parametrize(
+    ("spiffe_ids", "common_names"),
+    [
+        ([], [WORKLOAD]),
+        ([ORDERS], []),
+        ([ORDERS, ORDERS], [WORKLOAD]),
+        ([ORDERS], [WORKLOAD, WORKLOAD]),
+        ([b"spiffe://mesh.internal/orders"], [WORKLOAD]),
+        ([ORDERS + b"\0"], [WORKLOAD]),
+        ([ORDERS.upper()], [WORKLOAD]),
+        (["spiffe://mesh.internal/service/\u00f6".encode()], [WORKLOAD]),
+        ([ORDERS], [b"0123456789ABCDEF"]),
+        ([ORDERS], [b"0123456789abcde"]),
+        ([ORDERS], [WORKLOAD + b"\n"]),
+        ([ORDERS], [b"orders"]),
+    ],
+)
+def test_what_is_not_exactly_a_certificate_of_the_mesh_names_nobody(
+    spiffe_ids: list[bytes], common_names: list[bytes]
+) -> None:
+    assert caller_from(spiffe_ids, common_names) is None
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "peer_spiffe_id": st.lists(st.sampled_from([ORDERS, ORDERS + b"-2", b"x"]), max_size=2),
+                "x509_common_name": st.lists(st.sampled_from([WORKLOAD, b"f" * 16]), max_size=2),
+            },
+        ),
+        max_size=20,
+    )
+)
+def test_what_is_remembered_is_what_would_be_read(connections: list[dict[str, list[bytes]]]) -> None:
+    cache = CallerCache(most=3)
+    for properties in connections:
+        read = caller_from(properties.get("peer_spiffe_id", ()), properties.get("x509_common_name", ()))
+        assert cache.caller(properties) == read
+    assert len(cache._known) <= 3
