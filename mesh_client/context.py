@@ -13,6 +13,10 @@ CALLER_METADATA_KEY = "mesh-caller"
 """Metadata by which a client says which service it belongs to. Unproven until there is identity: good for sharing out
 load among callers, never for authorization."""
 
+PREVIOUS_ATTEMPTS_KEY = "mesh-previous-attempts"
+"""Metadata of a retry: how many attempts of the call came before. gRPC strips its own ``grpc-previous-rpc-attempts``
+from what an application sends."""
+
 
 class Cancellable(Protocol):
     """An outbound call, as far as its scope needs to know it."""
