@@ -56,6 +56,10 @@ class ServiceState:
     endpoints_version: str
     endpoints: tuple[EndpointState, ...]
     breaker: BreakerState
+    calls: int
+    """Calls since the start that the concurrency limit and the breaker let through."""
+    retries: int
+    """Retries since the start that the budget granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,4 +222,6 @@ def _service_state(service: Service, now: float) -> ServiceState:
             for node in service.nodes
         ),
         service.breaker.state(now),
+        service.calls,
+        service.retries,
     )

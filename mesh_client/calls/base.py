@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 from grpc.aio import AioRpcError, Metadata
 
-from mesh_client.context import inbound
+from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, inbound
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
 from mesh_client.core.model import StatusCode
 from mesh_client.core.retry import parse_pushback
@@ -30,8 +30,10 @@ _DROPS = ("CANCELLED", "Stream removed (RST_STREAM (Received RST_STREAM with err
 begin to stop or have more calls waiting than they take: by trailers from the C core, by a reset from others."""
 _DROPPED = "the server dropped the call: it is stopping, or has too many calls waiting"
 _OK = grpc.StatusCode.OK
-_RECEIVED = "received from peer"
-"""grpc's debug string holds this when the status came from the server, and not when the transport made it."""
+_UNANSWERED = ("Deadline Exceeded", _DROPPED)
+"""Details of a call that ended without an answer while its connection stayed. Otherwise the server has answered when
+the connection is still there: grpc does not say who made a status."""
+_READY = grpc.ChannelConnectivity.READY
 
 
 class MeshCall(Generic[Request, Response]):
@@ -49,6 +51,7 @@ class MeshCall(Generic[Request, Response]):
 
     # Most calls never set these.
     _call: GrpcCall = None
+    _connection: Any = None
     _code: grpc.StatusCode | None = None
     _error: BaseException | None = None
     _waiting = False
@@ -123,7 +126,7 @@ class MeshCall(Generic[Request, Response]):
         initial = at_once(call.initial_metadata()) or Metadata()
         trailing = at_once(call.trailing_metadata()) or Metadata()
         pushback = trailing.get("grpc-retry-pushback-ms")
-        received = _RECEIVED in debug
+        received = details not in _UNANSWERED and (len(initial) > 0 or self._connection.channel.get_state() is _READY)
         action = self._machine.failed(
             AttemptFailure(
                 StatusCode(code.value[0]),
@@ -176,10 +179,11 @@ class MeshCall(Generic[Request, Response]):
         connection = node.connection
         if connection is None:
             connection = method.target.connect(node)
+        self._connection = connection
         deadline = attempt.deadline
         metadata = self._metadata
         if attempt.number > 1:
-            metadata = (*metadata, ("grpc-previous-rpc-attempts", str(attempt.number - 1)))
+            metadata = (*metadata, (PREVIOUS_ATTEMPTS_KEY, str(attempt.number - 1)))
         call = self._call = self._invoke(
             method.on(connection), None if deadline is None else deadline - attempt.started_at, metadata
         )

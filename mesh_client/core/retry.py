@@ -32,7 +32,17 @@ class RetryBudget:
     after Finagle's ``RetryBudget``: calls deposit, retries withdraw, both expire with their bucket.
     """
 
-    __slots__ = ("_bucket_end", "_calls", "_calls_now", "_ratio", "_reserve", "_retries", "_retries_now")
+    __slots__ = (
+        "_bucket_end",
+        "_calls",
+        "_calls_before",
+        "_calls_now",
+        "_ratio",
+        "_reserve",
+        "_retries",
+        "_retries_before",
+        "_retries_now",
+    )
 
     def __init__(self, settings: policy.RetryBudget, now: float) -> None:
         self._ratio = settings.ratio
@@ -42,7 +52,20 @@ class RetryBudget:
         self._retries = [0] * (WINDOW - 1)
         self._calls_now = 0
         self._retries_now = 0
+        self._calls_before = 0
+        """Calls in all buckets that were ever filled, as ``_retries_before``."""
+        self._retries_before = 0
         self._bucket_end = now + 1.0
+
+    @property
+    def calls(self) -> int:
+        """Calls that ever began."""
+        return self._calls_before + self._calls_now
+
+    @property
+    def retries(self) -> int:
+        """Retries that were ever granted."""
+        return self._retries_before + self._retries_now
 
     def deposit(self, now: float) -> None:
         """A call began."""
@@ -80,6 +103,8 @@ class RetryBudget:
         empty = [0] * (min(passed, WINDOW) - 1)
         self._calls = [*self._calls, self._calls_now, *empty][-(WINDOW - 1) :]
         self._retries = [*self._retries, self._retries_now, *empty][-(WINDOW - 1) :]
+        self._calls_before += self._calls_now
+        self._retries_before += self._retries_now
         self._calls_now = self._retries_now = 0
         self._bucket_end += passed
 

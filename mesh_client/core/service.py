@@ -100,6 +100,19 @@ class Service:
         self._next_tick = NEVER
         self._slow_start_end: float | None = None
         self._blamed: Node | None = None
+        self._calls_before = 0
+        """Calls that earlier budgets counted, as ``_retries_before``."""
+        self._retries_before = 0
+
+    @property
+    def calls(self) -> int:
+        """Calls since the start that the concurrency limit and the breaker let through."""
+        return self._calls_before + self.budget.calls
+
+    @property
+    def retries(self) -> int:
+        """Retries since the start that the budget granted."""
+        return self._retries_before + self.budget.retries
 
     @property
     def nodes(self) -> Collection[Node]:
@@ -211,6 +224,7 @@ class Service:
         self.policy, self.policy_version = new, resource.version
         self._settings.clear()
         if new.retry.budget != old.retry.budget:
+            self._calls_before, self._retries_before = self.calls, self.retries
             self.budget = RetryBudget(new.retry.budget, now)
         if new.circuit_breaker != old.circuit_breaker:
             self.breaker = ServiceBreaker(new.circuit_breaker, now, self._on_transition)

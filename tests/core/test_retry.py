@@ -188,3 +188,11 @@ def test_no_pushback_leaves_the_retry_to_the_client() -> None:
     assert NO_PUSHBACK.allowed
     assert NO_PUSHBACK.delay is None
     assert not DO_NOT_RETRY.allowed
+
+
+def test_calls_and_retries_are_counted_beyond_the_window() -> None:
+    tested = budget(1.0)
+    deposit(tested, 3, 0.5)
+    assert tested.withdraw(0.5)
+    deposit(tested, 4, 100.0)
+    assert (tested.calls, tested.retries) == (7, 1)

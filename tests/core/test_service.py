@@ -235,3 +235,25 @@ def test_transitions_of_the_breaker_are_told() -> None:
 
 def test_a_policy_is_the_default_before_any_is_known() -> None:
     assert Service("orders", zone="", rng=Random(1), now=0.0).policy == ServicePolicy(service="orders")
+
+
+def test_calls_and_retries_are_counted_from_the_start_whatever_the_policy_becomes() -> None:
+    world = service("a", "b")
+    for now in (0.0, 30.0, 30.5):
+        made = Call(world, METHOD)
+        made.begin(now)
+        assert not isinstance(made.failed(AttemptFailure(StatusCode.UNAVAILABLE), now), Failed)
+        made.resumed(now)
+        made.succeeded(now)
+    assert (world.calls, world.retries) == (3, 3)
+    activate(world, endpoint("a"), endpoint("b"), now=31.0, retry={"budget": {"ratio": 0.5}})
+    assert (world.calls, world.retries) == (3, 3)
+    picked(world, now=31.0, count=2)
+    assert (world.calls, world.retries) == (5, 3)
+
+
+def test_calls_that_are_refused_are_not_counted() -> None:
+    world = service("a", concurrency_limit={"max_in_flight": 1})
+    Call(world, METHOD).begin(0.0)
+    assert isinstance(Call(world, METHOD).begin(0.0), Failed)
+    assert world.calls == 1

@@ -22,9 +22,10 @@ class EchoService(grpc.GenericRpcHandler):
         self.calls: Counter[str] = Counter()
         self.metadata: list[dict[str, str | bytes]] = []
         self.time_remaining: list[float | None] = []
-        self.started = asyncio.Event()
+        self.asleep = asyncio.Event()
+        """A call sleeps. Before that, cancelling it may reach the server ahead of its request."""
         self.ended = asyncio.Event()
-        """The last call that slept is over."""
+        """A call that slept is over."""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the service."""
@@ -46,10 +47,10 @@ class EchoService(grpc.GenericRpcHandler):
         self.time_remaining.append(context.time_remaining())
         context.set_trailing_metadata((("told", "last"),))
         await context.send_initial_metadata((("told", "first"),))
-        self.started.set()
 
     async def _act(self, request: bytes, context: Any) -> None:
         if request == b"sleep":
+            self.asleep.set()
             try:
                 await asyncio.Event().wait()
             finally:

@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 from grpc.aio import UsageError
 
+from mesh_client.context import PREVIOUS_ATTEMPTS_KEY
 from tests.integration.channels import KINDS, Reached, reach
 from tests.integration.echo_service import EchoService
 
@@ -177,8 +178,9 @@ async def test_calls_end_at_their_deadline(echo: Echo, kind: str) -> None:
     assert call.time_remaining() == 0
     assert not call.cancelled()
     assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    async with asyncio.timeout(PATIENCE):
-        await echo.service.ended.wait()
+    if echo.service.asleep.is_set():  # On a busy machine the deadline can pass before the server hears of the call.
+        async with asyncio.timeout(PATIENCE):
+            await echo.service.ended.wait()
 
 
 # -- cancelling
@@ -195,7 +197,7 @@ async def test_cancelling_at_once_cancels(echo: Echo, kind: str) -> None:
 @pytest.mark.parametrize("kind", METHODS)
 async def test_cancelling_in_flight_reaches_the_server(echo: Echo, kind: str) -> None:
     call = echo.call(kind, b"sleep")
-    await echo.service.started.wait()
+    await echo.service.asleep.wait()
     assert call.cancel()
     await _assert_cancelled(call)
     async with asyncio.timeout(PATIENCE):
@@ -205,8 +207,9 @@ async def test_cancelling_in_flight_reaches_the_server(echo: Echo, kind: str) ->
 @pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
 async def test_cancelling_the_task_that_awaits_cancels_the_call(echo: Echo, kind: str) -> None:
     call = echo.call(kind, b"sleep")
+    await echo.service.asleep.wait()
     task = asyncio.create_task(_await(call))
-    await echo.service.started.wait()
+    await asyncio.sleep(0)
     await _cancel(task)
     await _assert_cancelled(call)
     async with asyncio.timeout(PATIENCE):
@@ -219,6 +222,7 @@ async def test_cancelling_the_task_that_reads_cancels_the_call(echo: Echo, kind:
     call = echo.method(kind)([b"0", b"sleep"] if kind == "StreamStream" else b"1 sleep")
     # Before its first response a raw stream can miss the cancellation.
     assert await (call.read() if reading else anext(aiter(call))) == b"0"
+    await echo.service.asleep.wait()
     task = asyncio.create_task(call.read() if reading else anext(aiter(call)))
     await asyncio.sleep(0)
     await _cancel(task)
@@ -245,8 +249,9 @@ async def _assert_cancelled(call: Any) -> None:
 
 async def test_a_task_that_waits_sees_the_cancellation_of_its_call(echo: Echo) -> None:
     call = echo.call("UnaryUnary", b"sleep")
+    await echo.service.asleep.wait()
     task = asyncio.create_task(_await(call))
-    await echo.service.started.wait()
+    await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -472,7 +477,7 @@ async def test_metadata_arrives_whatever_holds_it(echo: Echo, kind: str, make: C
     (received,) = echo.service.metadata
     assert received["key"] == "value"
     assert received["key-bin"] == b"\0\1"
-    assert "grpc-previous-rpc-attempts" not in received
+    assert PREVIOUS_ATTEMPTS_KEY not in received
 
 
 async def test_bad_metadata_is_refused(echo: Echo) -> None:

@@ -149,7 +149,7 @@ async def test_failures_pass_through(echo: Echo, kind: str) -> None:
 
 async def test_a_call_is_cancelled_through_its_interceptors(echo: Echo) -> None:
     call = echo.call("UnaryUnary", b"sleep")
-    await echo.service.started.wait()
+    await echo.service.asleep.wait()
     assert call.cancel()
     assert await call.code() is grpc.StatusCode.CANCELLED
     await echo.service.ended.wait()

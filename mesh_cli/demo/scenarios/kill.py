@@ -21,6 +21,7 @@ class KilledInstances:
         system, customers, between = stage.system, stage.customers, stage.profile.orders_between
         victims = [system.of("orders")[0], system.of("inventory")[0]]
         ejected = math.inf
+        retries = stage.service("orders").retries
         async with customers.watched() as tally:
             await customers.finish(between // 2)
             for victim in victims:
@@ -30,6 +31,7 @@ class KilledInstances:
                 if victim.service == "orders":
                     ejected = await stage.until(partial(stage.avoids, victim.service, victim.name), _AVOIDED_WITHIN)
                 await customers.finish(between)
+        retries = stage.service("orders").retries - retries
         for victim in victims:
             stage.view.tell(f"start a replacement of {victim.name}")
             replacement = await system.start(victim.service, victim.number)
@@ -41,7 +43,7 @@ class KilledInstances:
                 tally.failed,
                 0,
                 f"of {tally.sent}",
-                tally.explain() or f"99% of the orders within {tally.slowest_percent() * 1000:.0f} ms",
+                tally.explain() or _saved(retries, tally.slowest_percent()),
             ),
             at_most(
                 "kill.avoided",
@@ -52,3 +54,9 @@ class KilledInstances:
                 "the policy ejects after three failures in a row",
             ),
         ]
+
+
+def _saved(retries: int, slowest_percent: float) -> str:
+    """What it took. Retries of orders' own calls are counted in its processes, not here."""
+    repeated = "1 retry saved a call" if retries == 1 else f"{retries} retries saved calls"
+    return f"{repeated} of the customers; 99% of the orders within {slowest_percent * 1000:.0f} ms"
