@@ -11,10 +11,10 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import admin_pb2, discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
-from control_plane.snapshot import EndpointsDelta, EndpointsResource, Kind, PolicyResource, Resource
+from control_plane.snapshot import EndpointsDelta, EndpointsResource, PolicyResource, Resource
 from control_plane.subscription import Change, ClientNode, ProtocolError, Rejection, Request, Response
 from mesh_client.core.errors import FieldError, InvalidValueError
-from mesh_client.core.model import Endpoint, Health, Locality
+from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 
 _HEALTH_TO_PROTO: dict[Health, endpoint_pb2.HealthStatus.ValueType] = {
@@ -26,11 +26,11 @@ _HEALTH_FROM_PROTO: dict[int, Health] = {
     **{number: health for health, number in _HEALTH_TO_PROTO.items()},
     endpoint_pb2.HEALTH_STATUS_UNSPECIFIED: Health.HEALTHY,
 }
-_KIND_TO_PROTO: dict[Kind, resource_pb2.ResourceType.ValueType] = {
-    Kind.POLICY: resource_pb2.RESOURCE_TYPE_SERVICE_POLICY,
-    Kind.ENDPOINTS: resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS,
+_KIND_TO_PROTO: dict[ResourceKind, resource_pb2.ResourceType.ValueType] = {
+    ResourceKind.POLICY: resource_pb2.RESOURCE_TYPE_SERVICE_POLICY,
+    ResourceKind.ENDPOINTS: resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS,
 }
-_KIND_FROM_PROTO: dict[int, Kind] = {number: kind for kind, number in _KIND_TO_PROTO.items()}
+_KIND_FROM_PROTO: dict[int, ResourceKind] = {number: kind for kind, number in _KIND_TO_PROTO.items()}
 
 
 def locality_from_proto(message: endpoint_pb2.Locality) -> Locality:
@@ -100,7 +100,7 @@ def field_errors_to_proto(errors: Iterable[FieldError]) -> list[admin_pb2.FieldE
     return [admin_pb2.FieldError(path=error.path, message=error.message) for error in errors]
 
 
-def kind_to_proto(kind: Kind) -> resource_pb2.ResourceType.ValueType:
+def kind_to_proto(kind: ResourceKind) -> resource_pb2.ResourceType.ValueType:
     """The resource type."""
     return _KIND_TO_PROTO[kind]
 

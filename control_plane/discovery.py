@@ -16,7 +16,7 @@ from mesh.v1 import discovery_pb2
 from control_plane.convert import ResponseEncoder, request_from_proto
 from control_plane.events import EndpointDrained
 from control_plane.publisher import Publisher
-from control_plane.snapshot import DeltaCache, Kind, Snapshot
+from control_plane.snapshot import DeltaCache, Snapshot
 from control_plane.subscription import (
     MAX_SUBSCRIPTIONS,
     ClientNode,
@@ -25,7 +25,7 @@ from control_plane.subscription import (
     Subscriptions,
     SubscriptionState,
 )
-from mesh_client.core.model import StatusCode
+from mesh_client.core.model import ResourceKind, StatusCode
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class StreamHub:
         self._encoder = ResponseEncoder(control_plane)
         self._delta = DeltaCache()
         self._streams: dict[_Stream, None] = {}
-        self._subscribers: dict[tuple[Kind, str], dict[_Stream, None]] = {}
+        self._subscribers: dict[tuple[ResourceKind, str], dict[_Stream, None]] = {}
         self._drains: list[_DrainWait] = []
         publisher.listen(self._published)
 
@@ -169,7 +169,7 @@ class StreamHub:
 
     def subscriber_count(self, service: str) -> int:
         """How many streams subscribe to a service's endpoints."""
-        return len(self._subscribers.get((Kind.ENDPOINTS, service), ()))
+        return len(self._subscribers.get((ResourceKind.ENDPOINTS, service), ()))
 
     def drain(self, service: str, endpoint_id: str) -> None:
         """Takes an endpoint out of what is published, at once."""
@@ -186,7 +186,7 @@ class StreamHub:
             endpoint_id: its id.
             timeout: seconds; then it returns with those who are still pending.
         """
-        drain = _DrainWait(service, endpoint_id, list(self._subscribers.get((Kind.ENDPOINTS, service), ())))
+        drain = _DrainWait(service, endpoint_id, list(self._subscribers.get((ResourceKind.ENDPOINTS, service), ())))
         self._drains.append(drain)
         try:
             async with asyncio.timeout(timeout):
@@ -202,7 +202,7 @@ class StreamHub:
         for stream in self._streams:
             stream.end(grpc.StatusCode.UNAVAILABLE, "this control plane is stopping; use another")
 
-    def _published(self, snapshot: Snapshot, changed: frozenset[tuple[Kind, str]]) -> None:
+    def _published(self, snapshot: Snapshot, changed: frozenset[tuple[ResourceKind, str]]) -> None:
         for kind, name in changed:
             for stream in self._subscribers.get((kind, name), ()):
                 stream.subscriptions.touch(kind, name)
@@ -261,13 +261,13 @@ class StreamHub:
             for response in responses:
                 await context.write(self._encoder.encode(response))
 
-    def _index(self, stream: _Stream, kind: Kind, effect: Effect) -> None:
+    def _index(self, stream: _Stream, kind: ResourceKind, effect: Effect) -> None:
         for name in effect.unsubscribed:
             self._unindex(stream, kind, name)
         for name in effect.subscribed:
             self._subscribers.setdefault((kind, name), {})[stream] = None
 
-    def _unindex(self, stream: _Stream, kind: Kind, name: str) -> None:
+    def _unindex(self, stream: _Stream, kind: ResourceKind, name: str) -> None:
         subscribers = self._subscribers[kind, name]
         del subscribers[stream]
         if not subscribers:

@@ -13,12 +13,12 @@ from typing import Protocol
 from control_plane.snapshot import (
     EMPTY,
     InconsistentSnapshotError,
-    Kind,
     Snapshot,
     changes,
     check_consistency,
 )
 from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.model import ResourceKind
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Compile(Protocol):
         """The snapshot, with the resources of ``previous`` where equal, and the next deadline or None."""
 
 
-Listener = Callable[[Snapshot, frozenset[tuple[Kind, str]]], None]
+Listener = Callable[[Snapshot, frozenset[tuple[ResourceKind, str]]], None]
 """Gets each new snapshot with the resources that changed. Called in the event loop; never blocks."""
 
 

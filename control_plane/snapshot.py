@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import itertools
 import json
@@ -12,7 +11,7 @@ from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 from mesh_client.core.errors import MeshError
-from mesh_client.core.model import Endpoint
+from mesh_client.core.model import Endpoint, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 
 UNKNOWN_VERSION = ""
@@ -21,13 +20,6 @@ UNKNOWN_VERSION = ""
 
 class InconsistentSnapshotError(MeshError):
     """A snapshot must not be published: it breaks a rule that clients rely on. A defect of the control plane."""
-
-
-class Kind(enum.Enum):
-    """Kinds of resources; the order is that in which a new service is announced."""
-
-    POLICY = "policy"
-    ENDPOINTS = "endpoints"
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -79,9 +71,9 @@ class Snapshot:
     policies: Mapping[str, PolicyResource]
     endpoints: Mapping[str, EndpointsResource]
 
-    def get(self, kind: Kind, name: str) -> Resource | None:
+    def get(self, kind: ResourceKind, name: str) -> Resource | None:
         """One resource; None for a service that is not known."""
-        return self.policies.get(name) if kind is Kind.POLICY else self.endpoints.get(name)
+        return self.policies.get(name) if kind is ResourceKind.POLICY else self.endpoints.get(name)
 
 
 EMPTY = Snapshot(MappingProxyType({}), MappingProxyType({}))
@@ -137,11 +129,11 @@ def check_consistency(snapshot: Snapshot, previous: Snapshot = EMPTY) -> None:
                 raise InconsistentSnapshotError(f"{name}: endpoint ids are not in order and unique")
 
 
-def changes(before: Snapshot, after: Snapshot) -> Iterator[tuple[Kind, str]]:
+def changes(before: Snapshot, after: Snapshot) -> Iterator[tuple[ResourceKind, str]]:
     """Kind and name of every resource that is new, gone or another object."""
     for kind, old, new in (
-        (Kind.POLICY, before.policies, after.policies),
-        (Kind.ENDPOINTS, before.endpoints, after.endpoints),
+        (ResourceKind.POLICY, before.policies, after.policies),
+        (ResourceKind.ENDPOINTS, before.endpoints, after.endpoints),
     ):
         if old is new:
             continue

@@ -13,13 +13,12 @@ from control_plane.snapshot import (
     UNKNOWN_VERSION,
     EndpointsDelta,
     EndpointsResource,
-    Kind,
     Resource,
     Snapshot,
     endpoints_delta,
 )
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
-from mesh_client.core.model import Locality, StatusCode, check_service_name
+from mesh_client.core.model import Locality, ResourceKind, StatusCode, check_service_name
 
 MAX_SUBSCRIPTIONS = 10_000
 """On one stream, both types together."""
@@ -66,7 +65,7 @@ class Rejection:
 class Request:
     """One request of a client, about one kind of resources."""
 
-    kind: Kind
+    kind: ResourceKind
     node: ClientNode | None = None
     subscribe: tuple[str, ...] = ()
     unsubscribe: tuple[str, ...] = ()
@@ -98,7 +97,7 @@ class Change:
 class Response:
     """One response to send."""
 
-    kind: Kind
+    kind: ResourceKind
     nonce: str
     changes: tuple[Change, ...]
     removed: tuple[str, ...]
@@ -108,7 +107,7 @@ class Response:
 class SubscriptionState:
     """One subscription as operators see it."""
 
-    kind: Kind
+    kind: ResourceKind
     service: str
     acknowledged_version: str
     """Empty when nothing, or that the service is unknown, was acknowledged."""
@@ -175,7 +174,7 @@ class Subscriptions:
     def __init__(self, delta: DeltaFunction = endpoints_delta, max_subscriptions: int = MAX_SUBSCRIPTIONS) -> None:
         self._delta = delta
         self._max_subscriptions = max_subscriptions
-        self._lanes = {kind: _Lane() for kind in Kind}
+        self._lanes = {kind: _Lane() for kind in ResourceKind}
         self._nonce = 0
         self.node: ClientNode | None = None
         """None until the first request."""
@@ -200,7 +199,7 @@ class Subscriptions:
             self._resync(lane, name)
         return Effect(subscribed, unsubscribed, answered)
 
-    def touch(self, kind: Kind, name: str) -> None:
+    def touch(self, kind: ResourceKind, name: str) -> None:
         """The published resource changed. Harmless for a name that is not subscribed to."""
         lane = self._lanes[kind]
         if name in lane.subscriptions:
@@ -217,7 +216,7 @@ class Subscriptions:
         """
         responses = []
         # A third turn: policies whose withdrawal waited for that of the endpoints.
-        for kind in (Kind.POLICY, Kind.ENDPOINTS, Kind.POLICY):
+        for kind in (ResourceKind.POLICY, ResourceKind.ENDPOINTS, ResourceKind.POLICY):
             lane = self._lanes[kind]
             if lane.pending and (response := self._respond(kind, lane, snapshot)) is not None:
                 responses.append(response)
@@ -225,7 +224,7 @@ class Subscriptions:
 
     def may_hold_endpoint(self, service: str, endpoint_id: str) -> bool:
         """Whether the client may have an endpoint: acknowledged, under way, or unknown because it held it before."""
-        lane = self._lanes[Kind.ENDPOINTS]
+        lane = self._lanes[ResourceKind.ENDPOINTS]
         subscription = lane.subscriptions.get(service)
         if subscription is None:
             return False
@@ -360,7 +359,7 @@ class Subscriptions:
         if lane.flight is not None:
             lane.flight.resources.pop(name, None)
 
-    def _respond(self, kind: Kind, lane: _Lane, snapshot: Snapshot) -> Response | None:
+    def _respond(self, kind: ResourceKind, lane: _Lane, snapshot: Snapshot) -> Response | None:
         changes: list[Change] = []
         removed: list[str] = []
         flight: dict[str, Resource | None] = {}
@@ -400,11 +399,13 @@ class Subscriptions:
         lane.flight = _Flight(str(self._nonce), flight)
         return Response(kind, lane.flight.nonce, tuple(changes), tuple(removed))
 
-    def _is_turn(self, kind: Kind, name: str, present: bool) -> bool:
+    def _is_turn(self, kind: ResourceKind, name: str, present: bool) -> bool:
         """Whether the other kind does not have to go first, where the client subscribes to both."""
-        if present == (kind is Kind.POLICY):
+        if present == (kind is ResourceKind.POLICY):
             return True
-        other = self._lanes[Kind.ENDPOINTS if kind is Kind.POLICY else Kind.POLICY].subscriptions.get(name)
+        other = self._lanes[
+            ResourceKind.ENDPOINTS if kind is ResourceKind.POLICY else ResourceKind.POLICY
+        ].subscriptions.get(name)
         return other is None or bool(other.sent) == present
 
     def _change(self, subscription: _Subscription, resource: Resource) -> Change:

@@ -8,7 +8,7 @@ from google.protobuf import json_format
 from mesh.v1 import discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
-from mesh_client.core.model import Endpoint, Health, Locality, check_service_name, sorted_endpoints
+from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind, check_service_name, sorted_endpoints
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.store import (
     Acknowledge,
@@ -16,7 +16,6 @@ from mesh_client.core.store import (
     EndpointsResource,
     PolicyResource,
     Resource,
-    ResourceKind,
     Subscribe,
     Update,
 )

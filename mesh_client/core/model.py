@@ -22,6 +22,16 @@ _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(?:\.(?!-)[A-Za-z0-9-]{1,
 _PLACE = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
+class ResourceKind(enum.Enum):
+    """Types of what control planes send, each with its own subscriptions and versions.
+
+    The order is that in which a new service is announced.
+    """
+
+    POLICY = "policy"
+    ENDPOINTS = "endpoints"
+
+
 class Health(enum.Enum):
     """Whether an endpoint should receive calls, as the control plane knows it."""
 

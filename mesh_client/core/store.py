@@ -11,15 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
-from mesh_client.core.model import Endpoint, check_service_name, sorted_endpoints
+from mesh_client.core.model import Endpoint, ResourceKind, check_service_name, sorted_endpoints
 from mesh_client.core.policy import ServicePolicy
-
-
-class ResourceKind(enum.Enum):
-    """Resource types, each with its own subscriptions and versions."""
-
-    POLICY = "policy"
-    ENDPOINTS = "endpoints"
 
 
 @dataclass(frozen=True, slots=True)

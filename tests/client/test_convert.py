@@ -17,14 +17,13 @@ from mesh_client.convert import (
     update_from_proto,
 )
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
-from mesh_client.core.model import Endpoint, Health, Locality
+from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.store import (
     Acknowledge,
     EndpointsDelta,
     EndpointsResource,
     PolicyResource,
-    ResourceKind,
     Subscribe,
 )
 

@@ -21,7 +21,6 @@ from control_plane.snapshot import (
     EMPTY,
     DeltaCache,
     EndpointsResource,
-    Kind,
     Resource,
     build_snapshot,
     changes,
@@ -30,12 +29,11 @@ from control_plane.snapshot import (
 from control_plane.subscription import Subscriptions
 from mesh_client import convert
 from mesh_client.core import store as client
-from mesh_client.core.model import Endpoint, Health
+from mesh_client.core.model import Endpoint, Health, ResourceKind
 
 SERVICES = ["orders", "payments", "stock"]
 IDS = [f"endpoint-{number:02}" for number in range(12)]
 NODE = discovery_pb2.Node(id="client-1", service="web")
-LANES = {client.ResourceKind.POLICY: Kind.POLICY, client.ResourceKind.ENDPOINTS: Kind.ENDPOINTS}
 
 
 class Damage(enum.Enum):
@@ -126,17 +124,17 @@ class ConvergenceModel(RuleBasedStateMachine):
         if service not in self.store.services:
             self.foreign.add(service)
             self.was_foreign.add(service)
-            self.send(*(convert.subscribe_to_proto(client.Subscribe(kind, (service,))) for kind in client.ResourceKind))
+            self.send(*(convert.subscribe_to_proto(client.Subscribe(kind, (service,))) for kind in ResourceKind))
 
     @rule(service=st.sampled_from(SERVICES))
     def unsubscribe(self, service: str) -> None:
         if service in self.foreign:
             self.foreign.remove(service)
-            requests = (client.Subscribe(kind, (), unsubscribe=(service,)) for kind in client.ResourceKind)
+            requests = (client.Subscribe(kind, (), unsubscribe=(service,)) for kind in ResourceKind)
             self.send(*map(convert.subscribe_to_proto, requests))
 
-    @rule(service=st.sampled_from(SERVICES), kind=st.sampled_from(client.ResourceKind))
-    def ask_for_the_whole_again(self, service: str, kind: client.ResourceKind) -> None:
+    @rule(service=st.sampled_from(SERVICES), kind=st.sampled_from(ResourceKind))
+    def ask_for_the_whole_again(self, service: str, kind: ResourceKind) -> None:
         if service in self.store.services:
             self.send(convert.acknowledge_to_proto(client.Acknowledge(kind, "", {}, (service,))))
 
@@ -162,9 +160,9 @@ class ConvergenceModel(RuleBasedStateMachine):
         self.server = Subscriptions(DeltaCache())
         self.to_client: deque[tuple[bytes, frozenset[str]]] = deque()
         self.to_server: deque[bytes] = deque()
-        self.heard: set[client.ResourceKind] = set()
-        self.subscribed: dict[Kind, set[str]] = {kind: set() for kind in Kind}
-        self.rejected: dict[tuple[Kind, str], str] = {}
+        self.heard: set[ResourceKind] = set()
+        self.subscribed: dict[ResourceKind, set[str]] = {kind: set() for kind in ResourceKind}
+        self.rejected: dict[tuple[ResourceKind, str], str] = {}
         self.foreign: set[str] = set()
         self.was_foreign: set[str] = set()
         """Of these the store may take what was sent to an earlier subscription: no order holds across two of them."""
@@ -186,7 +184,9 @@ class ConvergenceModel(RuleBasedStateMachine):
 
     @rule()
     def server_writes(self) -> None:
-        both = frozenset(self.subscribed[Kind.POLICY] & self.subscribed[Kind.ENDPOINTS] - self.was_foreign)
+        both = frozenset(
+            self.subscribed[ResourceKind.POLICY] & self.subscribed[ResourceKind.ENDPOINTS] - self.was_foreign
+        )
         for response in self.server.next_responses(self.snapshot):
             self.to_client.append((self.encoder.encode(response), both))
 
@@ -206,15 +206,15 @@ class ConvergenceModel(RuleBasedStateMachine):
         answer, _ = self.store.apply(update)
         for name in answer.rejected:
             version = next(resource.version for resource in message.resources if resource.name == name)
-            self.rejected[LANES[update.kind], name] = version
+            self.rejected[update.kind, name] = version
         self.heard.add(update.kind)
         self.send(convert.acknowledge_to_proto(answer))
 
     def order_holds(self, update: client.Update, both: frozenset[str]) -> None:
         """A service comes with its policy first and goes with its endpoints first, where both are subscribed to."""
-        if update.kind is client.ResourceKind.ENDPOINTS:
+        if update.kind is ResourceKind.ENDPOINTS:
             for resource in update.resources:
-                if resource.service in both and (Kind.POLICY, resource.service) not in self.rejected:
+                if resource.service in both and (ResourceKind.POLICY, resource.service) not in self.rejected:
                     assert self.store.policy(resource.service) is not None, "endpoints came before their policy"
         else:
             for name in both.intersection(update.removed):
@@ -235,13 +235,15 @@ class ConvergenceModel(RuleBasedStateMachine):
         assert self.store.in_sync
         for name in self.store.services:
             policy, endpoints = self.store.policy(name), self.store.endpoints(name)
-            self.converged(Kind.POLICY, name, policy)
-            self.converged(Kind.ENDPOINTS, name, endpoints)
-            if not {(kind, name) for kind in Kind} & self.rejected.keys():
+            self.converged(ResourceKind.POLICY, name, policy)
+            self.converged(ResourceKind.ENDPOINTS, name, endpoints)
+            if not {(kind, name) for kind in ResourceKind} & self.rejected.keys():
                 known = client.Resolution.ACTIVE if name in self.services else client.Resolution.UNKNOWN
                 assert self.store.resolution(name) is known
 
-    def converged(self, kind: Kind, name: str, held: client.PolicyResource | client.EndpointsResource | None) -> None:
+    def converged(
+        self, kind: ResourceKind, name: str, held: client.PolicyResource | client.EndpointsResource | None
+    ) -> None:
         published = self.snapshot.get(kind, name)
         if published is None:
             assert held is None
@@ -252,12 +254,12 @@ class ConvergenceModel(RuleBasedStateMachine):
 
     @invariant()
     def it_is_in_sync_once_both_kinds_were_answered(self) -> None:
-        assert self.store.in_sync == (len(self.heard) == len(client.ResourceKind))
+        assert self.store.in_sync == (len(self.heard) == len(ResourceKind))
 
     @invariant()
     def who_holds_an_endpoint_is_known(self) -> None:
         """What a drain relies on: the server never believes of an endpoint wrongly that no client can call it."""
-        for name in self.subscribed[Kind.ENDPOINTS].intersection(self.store.services) - self.leaving():
+        for name in self.subscribed[ResourceKind.ENDPOINTS].intersection(self.store.services) - self.leaving():
             held = self.store.endpoints(name)
             for member in held.endpoints if held is not None else ():
                 assert self.server.may_hold_endpoint(name, member.id)

@@ -17,10 +17,10 @@ from control_plane.convert import (
     resource_to_proto,
 )
 from control_plane.policies import PolicyBook
-from control_plane.snapshot import EndpointsDelta, Kind, build_snapshot
+from control_plane.snapshot import EndpointsDelta, build_snapshot
 from control_plane.subscription import Change, ClientNode, ProtocolError, Rejection, Request, Response
 from mesh_client.core.errors import FieldError, InvalidPolicyError, InvalidValueError
-from mesh_client.core.model import Endpoint, Health, Locality
+from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 
 ENDPOINT = Endpoint(
@@ -104,7 +104,7 @@ class TestRequests:
             error=discovery_pb2.Rejection(message="no", resources={"a": "bad"}),
         )
         assert request_from_proto(message) == Request(
-            Kind.ENDPOINTS,
+            ResourceKind.ENDPOINTS,
             ClientNode("id", "web", Locality("r", "z"), "a/1"),
             ("a", "b"),
             ("c",),
@@ -130,7 +130,7 @@ class TestResponses:
     def test_an_encoded_response_is_the_message(self) -> None:
         orders, empty = SNAPSHOT.endpoints["orders"], SNAPSHOT.endpoints["empty"]
         response = Response(
-            Kind.ENDPOINTS, "17", (Change(orders), Change(empty), Change(orders, self.DELTA)), ("gone", "lost")
+            ResourceKind.ENDPOINTS, "17", (Change(orders), Change(empty), Change(orders, self.DELTA)), ("gone", "lost")
         )
         message = discovery_pb2.DeltaResourcesResponse.FromString(ResponseEncoder("cp-1").encode(response))
         assert message == discovery_pb2.DeltaResourcesResponse(
@@ -159,10 +159,10 @@ class TestResponses:
     def test_a_resource_is_serialised_once_for_all_streams(self) -> None:
         encoder = ResponseEncoder("cp")
         resource = SNAPSHOT.endpoints["orders"]
-        first = encoder.encode(Response(Kind.ENDPOINTS, "1", (Change(resource),), ()))
+        first = encoder.encode(Response(ResourceKind.ENDPOINTS, "1", (Change(resource),), ()))
         # Not what an encoder does to its input: it shows that the second response is not made from it again.
         object.__setattr__(resource, "endpoints", ())
-        second = encoder.encode(Response(Kind.ENDPOINTS, "1", (Change(resource),), ()))
+        second = encoder.encode(Response(ResourceKind.ENDPOINTS, "1", (Change(resource),), ()))
         object.__setattr__(resource, "endpoints", (Endpoint("0", "127.0.0.1", 1), ENDPOINT))
         assert first == second
 

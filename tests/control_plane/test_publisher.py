@@ -11,8 +11,9 @@ import pytest
 
 from control_plane.policies import PolicyBook
 from control_plane.publisher import Debounce, Publisher
-from control_plane.snapshot import EMPTY, Kind, Snapshot, build_snapshot
+from control_plane.snapshot import EMPTY, Snapshot, build_snapshot
 from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.model import ResourceKind
 
 
 class TestDebounce:
@@ -61,7 +62,7 @@ class World:
         self.services: set[str] = set()
         self.deadline: float | None = None
         self.compiled = 0
-        self.published: asyncio.Queue[tuple[Snapshot, frozenset[tuple[Kind, str]]]] = asyncio.Queue()
+        self.published: asyncio.Queue[tuple[Snapshot, frozenset[tuple[ResourceKind, str]]]] = asyncio.Queue()
         self.book = PolicyBook()
         self.publisher = Publisher(self.compile, Debounce(quiet, maximum))
         self.publisher.listen(lambda snapshot, changed: self.published.put_nowait((snapshot, changed)))
@@ -75,7 +76,7 @@ class World:
         self.services.add(name)
         self.publisher.notify()
 
-    async def next(self) -> tuple[Snapshot, frozenset[tuple[Kind, str]]]:
+    async def next(self) -> tuple[Snapshot, frozenset[tuple[ResourceKind, str]]]:
         async with asyncio.timeout(5.0):
             return await self.published.get()
 
@@ -92,7 +93,7 @@ class TestPublisher:
     async def test_a_change_is_published_with_what_changed(self, world: World) -> None:
         world.add("orders")
         snapshot, changed = await world.next()
-        assert changed == {(Kind.POLICY, "orders"), (Kind.ENDPOINTS, "orders")}
+        assert changed == {(ResourceKind.POLICY, "orders"), (ResourceKind.ENDPOINTS, "orders")}
         assert world.publisher.snapshot is snapshot
 
     async def test_changes_that_come_together_are_published_together(self) -> None:

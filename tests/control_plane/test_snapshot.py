@@ -17,7 +17,6 @@ from control_plane.snapshot import (
     DeltaCache,
     EndpointsResource,
     InconsistentSnapshotError,
-    Kind,
     PolicyResource,
     Snapshot,
     build_snapshot,
@@ -25,7 +24,7 @@ from control_plane.snapshot import (
     check_consistency,
     endpoints_delta,
 )
-from mesh_client.core.model import Endpoint, Health, Locality
+from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
 
 
 def endpoints(*ids: str, port: int = 1000) -> tuple[Endpoint, ...]:
@@ -84,20 +83,20 @@ class TestBuilding:
         after = build_snapshot({"orders": endpoints("1"), "payments": endpoints("2", "3")}, book.policy, before)
         assert after.endpoints["orders"] is before.endpoints["orders"]
         assert after.policies["payments"] is before.policies["payments"]
-        assert set(changes(before, after)) == {(Kind.POLICY, "orders"), (Kind.ENDPOINTS, "payments")}
+        assert set(changes(before, after)) == {(ResourceKind.POLICY, "orders"), (ResourceKind.ENDPOINTS, "payments")}
 
     def test_new_and_gone_services_are_changes_of_both_kinds(self) -> None:
         book = PolicyBook()
         before = build_snapshot({"old": ()}, book.policy)
         after = build_snapshot({"new": ()}, book.policy, before)
-        assert set(changes(before, after)) == {(kind, name) for kind in Kind for name in ("old", "new")}
+        assert set(changes(before, after)) == {(kind, name) for kind in ResourceKind for name in ("old", "new")}
         assert not list(changes(after, after))
 
     def test_resources_are_found_by_kind_and_name(self) -> None:
         snapshot = build_snapshot({"orders": ()}, PolicyBook().policy)
-        assert snapshot.get(Kind.POLICY, "orders") is snapshot.policies["orders"]
-        assert snapshot.get(Kind.ENDPOINTS, "orders") is snapshot.endpoints["orders"]
-        assert snapshot.get(Kind.ENDPOINTS, "payments") is None
+        assert snapshot.get(ResourceKind.POLICY, "orders") is snapshot.policies["orders"]
+        assert snapshot.get(ResourceKind.ENDPOINTS, "orders") is snapshot.endpoints["orders"]
+        assert snapshot.get(ResourceKind.ENDPOINTS, "payments") is None
 
 
 class TestConsistency:

@@ -8,7 +8,7 @@ import pytest
 
 from control_plane.events import PolicyStored
 from control_plane.policies import PolicyBook
-from control_plane.snapshot import EMPTY, Kind, Snapshot, build_snapshot
+from control_plane.snapshot import EMPTY, Snapshot, build_snapshot
 from control_plane.subscription import (
     MAX_REJECTION_LENGTH,
     MAX_RESPONSE_SIZE,
@@ -20,10 +20,10 @@ from control_plane.subscription import (
     Subscriptions,
     SubscriptionState,
 )
-from mesh_client.core.model import Endpoint, StatusCode
+from mesh_client.core.model import Endpoint, ResourceKind, StatusCode
 
 NODE = ClientNode("client-1", "web")
-POLICY, ENDPOINTS = Kind.POLICY, Kind.ENDPOINTS
+POLICY, ENDPOINTS = ResourceKind.POLICY, ResourceKind.ENDPOINTS
 
 
 class Stream:
@@ -52,11 +52,11 @@ class Stream:
 
     def republish(self, service: str) -> Snapshot:
         self.snapshot = build_snapshot(self.services, self.book.policy, self.snapshot)
-        for kind in Kind:
+        for kind in ResourceKind:
             self.machine.touch(kind, service)
         return self.snapshot
 
-    def request(self, kind: Kind, *subscribe: str, **fields: object) -> list[Response]:
+    def request(self, kind: ResourceKind, *subscribe: str, **fields: object) -> list[Response]:
         node = NODE if self.machine.node is None else None
         request = dataclasses.replace(Request(kind, node, subscribe), **fields)  # type: ignore[arg-type] # any field
         self.machine.receive(request, self.now)
@@ -79,7 +79,7 @@ class Stream:
     def sent(self) -> list[Response]:
         return self.machine.next_responses(self.snapshot)
 
-    def state(self, kind: Kind, service: str) -> SubscriptionState:
+    def state(self, kind: ResourceKind, service: str) -> SubscriptionState:
         return next(state for state in self.machine.states() if (state.kind, state.service) == (kind, service))
 
 

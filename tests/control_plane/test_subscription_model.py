@@ -14,14 +14,13 @@ from control_plane.snapshot import (
     EMPTY,
     DeltaCache,
     EndpointsResource,
-    Kind,
     PolicyResource,
     build_snapshot,
     changes,
     check_consistency,
 )
 from control_plane.subscription import Change, ClientNode, Rejection, Request, Response, Subscriptions
-from mesh_client.core.model import Endpoint
+from mesh_client.core.model import Endpoint, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 
 SERVICES = ["orders", "payments", "stock"]
@@ -38,23 +37,23 @@ class Client:
     """The client's side of the protocol, by the comments of discovery.proto."""
 
     def __init__(self) -> None:
-        self.held: dict[Kind, dict[str, tuple[str, Content]]] = {kind: {} for kind in Kind}
+        self.held: dict[ResourceKind, dict[str, tuple[str, Content]]] = {kind: {} for kind in ResourceKind}
         self.wanted: set[str] = set()
         self.outbox: deque[Request] = deque()
 
     def connect(self) -> None:
         self.outbox.clear()
-        for kind in Kind:
+        for kind in ResourceKind:
             held = {name: version for name, (version, _) in self.held[kind].items()}
             self.outbox.append(Request(kind, ClientNode("client"), tuple(sorted(self.wanted)), held_versions=held))
 
     def subscribe(self, name: str) -> None:
         self.wanted.add(name)
-        self.outbox.extend(Request(kind, subscribe=(name,)) for kind in Kind)
+        self.outbox.extend(Request(kind, subscribe=(name,)) for kind in ResourceKind)
 
     def unsubscribe(self, name: str) -> None:
         self.wanted.discard(name)
-        for kind in Kind:
+        for kind in ResourceKind:
             self.held[kind].pop(name, None)
             self.outbox.append(Request(kind, unsubscribe=(name,)))
 
@@ -149,8 +148,8 @@ class ProtocolModel(RuleBasedStateMachine):
     def unsubscribe(self, service: str) -> None:
         self.client.unsubscribe(service)
 
-    @rule(service=st.sampled_from(SERVICES), kind=st.sampled_from(list(Kind)))
-    def lose_what_is_held(self, service: str, kind: Kind) -> None:
+    @rule(service=st.sampled_from(SERVICES), kind=st.sampled_from(list(ResourceKind)))
+    def lose_what_is_held(self, service: str, kind: ResourceKind) -> None:
         if self.client.held[kind].pop(service, None) is not None:
             self.client.outbox.append(Request(kind, resync=(service,)))
 
@@ -158,10 +157,12 @@ class ProtocolModel(RuleBasedStateMachine):
     def reconnect(self) -> None:
         self.machine = Subscriptions(DeltaCache())
         self.inbox: deque[Response] = deque()
-        self.unanswered = dict.fromkeys(Kind, 0)
-        self.known: dict[Kind, dict[str, bool]] = {kind: dict.fromkeys(self.client.held[kind], True) for kind in Kind}
-        self.known_before: dict[Kind, dict[str, bool]] = {}
-        self.subscribed: dict[Kind, set[str]] = {kind: set() for kind in Kind}
+        self.unanswered = dict.fromkeys(ResourceKind, 0)
+        self.known: dict[ResourceKind, dict[str, bool]] = {
+            kind: dict.fromkeys(self.client.held[kind], True) for kind in ResourceKind
+        }
+        self.known_before: dict[ResourceKind, dict[str, bool]] = {}
+        self.subscribed: dict[ResourceKind, set[str]] = {kind: set() for kind in ResourceKind}
         self.client.connect()
 
     @rule()
@@ -183,16 +184,16 @@ class ProtocolModel(RuleBasedStateMachine):
         for response in self.machine.next_responses(self.snapshot):
             self.unanswered[response.kind] += 1
             assert self.unanswered[response.kind] == 1, "a second response of a type before the first was answered"
-            other = Kind.ENDPOINTS if response.kind is Kind.POLICY else Kind.POLICY
+            other = ResourceKind.ENDPOINTS if response.kind is ResourceKind.POLICY else ResourceKind.POLICY
             known = self.known[response.kind]
             self.known_before[response.kind] = known.copy()
             for change in response.changes:
                 name = change.resource.name
-                if response.kind is Kind.ENDPOINTS and name in self.subscribed[other]:
+                if response.kind is ResourceKind.ENDPOINTS and name in self.subscribed[other]:
                     assert self.known[other].get(name), "endpoints before their policy"
                 known[name] = True
             for name in response.removed:
-                if response.kind is Kind.POLICY and name in self.subscribed[other]:
+                if response.kind is ResourceKind.POLICY and name in self.subscribed[other]:
                     assert not self.known[other].get(name), "policy withdrawn before its endpoints"
                 known[name] = False
             self.inbox.append(response)
@@ -214,13 +215,13 @@ class ProtocolModel(RuleBasedStateMachine):
                 self.client_reads()
         else:
             raise AssertionError("the two sides talk without end")
-        for kind in Kind:
+        for kind in ResourceKind:
             held = self.client.held[kind]
             assert held.keys() <= self.client.wanted
             for name in self.client.wanted:
                 self.converged(kind, name, held.get(name))
 
-    def converged(self, kind: Kind, name: str, held: tuple[str, Content] | None) -> None:
+    def converged(self, kind: ResourceKind, name: str, held: tuple[str, Content] | None) -> None:
         resource = self.snapshot.get(kind, name)
         if resource is None:
             assert held is None
@@ -238,8 +239,8 @@ class ProtocolModel(RuleBasedStateMachine):
     @invariant()
     def who_holds_an_endpoint_is_known(self) -> None:
         """What a drain relies on: no client calls an endpoint that the server believes it does not have."""
-        for name in self.subscribed[Kind.ENDPOINTS]:
-            held = self.client.held[Kind.ENDPOINTS].get(name)
+        for name in self.subscribed[ResourceKind.ENDPOINTS]:
+            held = self.client.held[ResourceKind.ENDPOINTS].get(name)
             if held is None or any(name in request.unsubscribe for request in self.client.outbox):
                 continue
             assert isinstance(held[1], dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
-from mesh_client.core.model import Endpoint
+from mesh_client.core.model import Endpoint, ResourceKind
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.store import (
     Acknowledge,
@@ -13,7 +13,6 @@ from mesh_client.core.store import (
     EndpointsResource,
     PolicyResource,
     Resolution,
-    ResourceKind,
     Store,
     Subscribe,
     Update,
