@@ -7,6 +7,8 @@
 
 from typing import TYPE_CHECKING
 
+from mesh_client.context import current_caller
+from mesh_client.core.caller import Caller
 from mesh_client.errors import MeshError, MeshErrorDetail, MeshRpcError, Reason
 from mesh_client.mesh import Mesh, MeshState, connect
 from mesh_client.server import server
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from mesh_client.mesh_server import MeshServer as MeshServer
 
 __all__ = [
+    "Caller",
     "Mesh",
     "MeshError",
     "MeshErrorDetail",
@@ -27,6 +30,7 @@ __all__ = [
     "Reason",
     "ServerStatus",
     "connect",
+    "current_caller",
     "hash_key",
     "server",
 ]

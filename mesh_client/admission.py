@@ -1,4 +1,4 @@
-"""What a server does with each call before its handler runs: context for outbound calls, load shedding, rate limits.
+"""What a server does with each call before its handler runs: who may call, how many, and what outbound calls inherit.
 
 Handlers are wrapped once, when they are registered: unlike an interceptor this costs a call no further await.
 """
@@ -12,7 +12,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -20,9 +19,12 @@ import grpc
 import grpc.aio
 
 from mesh_client.context import CALLER_METADATA_KEY, InboundCall, inbound, parse_peer_ip
+from mesh_client.core.authorization import HEALTH_SERVICE
+from mesh_client.core.caller import Caller
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
 from mesh_client.core.retry import PUSHBACK_KEY
+from mesh_client.guard import Guard, Refusal
 
 if TYPE_CHECKING:
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
@@ -31,6 +33,7 @@ SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
 
 _MAX_WRAPPED_METHODS = 1000
+_HEALTH_METHODS = f"/{HEALTH_SERVICE}/"
 
 
 class CallContext(Protocol):
@@ -38,6 +41,9 @@ class CallContext(Protocol):
 
     def peer(self) -> str:
         """Address of the caller."""
+
+    def auth_context(self) -> Mapping[str, Any]:
+        """What the handshake established."""
 
     def time_remaining(self) -> float | None:
         """Seconds to the deadline."""
@@ -49,24 +55,19 @@ class CallContext(Protocol):
         """What the status will carry."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a call is not admitted, and when it would be."""
-
-    details: str
-    retry_after: float
-    """Seconds."""
-
-
 class Admission:
-    """Admits calls to one server, as its service's policy says. Without limits in the policy it admits every call.
+    """Admits calls to one server, as its service's policy says: by who calls, then by how many calls there are.
+
+    The health service is open to everybody who can connect, so that nobody takes a refusal for an illness.
 
     Args:
         rng: draws pushback times of shed calls.
+        guard: knows who may call.
     """
 
-    def __init__(self, rng: Random) -> None:
+    def __init__(self, rng: Random, guard: Guard) -> None:
         self._rng = rng
+        self._guard = guard
         # Handlers that are plain functions run in grpc's threads.
         self._lock = threading.Lock()
         self._gate = ConcurrencyGate(None)
@@ -86,6 +87,7 @@ class Admission:
                 self._limiter = RateLimiter(policy.rate_limits, time.monotonic()) if policy.rate_limits else None
             self._gate.limit = policy.server_concurrency_limit.max_in_flight
             self._policy = policy
+            self._guard.apply(policy)
 
     def wrap_generic(self, handler: grpc.GenericRpcHandler) -> grpc.GenericRpcHandler:
         """A handler that admits the calls of every method that ``handler`` finds."""
@@ -116,10 +118,10 @@ class Admission:
 
     def _wrap_coroutine(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            call = _begin(context)
-            refusal = self._enter(method, context)
-            if refusal is not None:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = self._enter(method, context)
+            if isinstance(call, Refusal):
+                await context.abort(call.code, call.details)
+            inbound.set(call)
             try:
                 return await behavior(request, context)
             except asyncio.CancelledError:
@@ -134,10 +136,10 @@ class Admission:
         self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            call = _begin(context)
-            refusal = self._enter(method, context)
-            if refusal is not None:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = self._enter(method, context)
+            if isinstance(call, Refusal):
+                await context.abort(call.code, call.details)
+            inbound.set(call)
             try:
                 async with contextlib.aclosing(behavior(request, context)) as responses:
                     async for response in responses:
@@ -153,11 +155,11 @@ class Admission:
 
     def _wrap_plain(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Any]:
         def admit(request: Any, context: grpc.ServicerContext) -> Any:
-            refusal = self._enter(method, context)
-            if refusal is not None:
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = self._enter(method, context)
+            if isinstance(call, Refusal):
+                context.abort(call.code, call.details)
+            inbound.set(call)
             try:
-                _begin(context)
                 return behavior(request, context)
             finally:
                 inbound.set(None)  # the thread and its context outlive the call
@@ -167,11 +169,11 @@ class Admission:
 
     def _wrap_plain_stream(self, method: str, behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            refusal = self._enter(method, context)
-            if refusal is not None:
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, refusal.details)
+            call = self._enter(method, context)
+            if isinstance(call, Refusal):
+                context.abort(call.code, call.details)
+            inbound.set(call)
             try:
-                _begin(context)
                 yield from behavior(request, context)
             finally:
                 inbound.set(None)
@@ -179,22 +181,29 @@ class Admission:
 
         return admit
 
-    def _enter(self, method: str, context: CallContext) -> Refusal | None:
+    def _enter(self, method: str, context: CallContext) -> InboundCall | Refusal:
         """Counts the call in, or says why it is refused."""
+        caller = self._guard.caller(context)
+        if not method.startswith(_HEALTH_METHODS):
+            denial = self._guard.refusal(caller, method, context)
+            if denial is not None:
+                return denial
         refusal = None
         with self._lock:
             if not self._gate.enter():
                 refusal = Refusal(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{self._gate.in_flight} calls are in flight, which is all that this instance admits; "
                     "call another one, or later",
                     self._rng.uniform(*SHED_PUSHBACK),
                 )
             elif self._limiter is not None:
-                refusal = self._limit_rate(self._limiter, method, context)
+                refusal = self._limit_rate(self._limiter, caller, method, context)
                 if refusal is not None:
                     self._gate.leave()
-        if refusal is not None:
-            context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
+        if refusal is None:
+            return _inbound_call(context, caller)
+        context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
         return refusal
 
     def _leave(self) -> None:
@@ -202,13 +211,14 @@ class Admission:
             self._gate.leave()
 
     @staticmethod
-    def _limit_rate(limiter: RateLimiter, method: str, context: CallContext) -> Refusal | None:
-        caller = _caller(context)
-        verdict = limiter.take(caller, method, time.monotonic())
+    def _limit_rate(limiter: RateLimiter, caller: Caller | None, method: str, context: CallContext) -> Refusal | None:
+        name = _claimed_name(context) if caller is None else caller.name
+        verdict = limiter.take(name, method, time.monotonic())
         if verdict.limit is None:
             return None
         return Refusal(
-            f"{caller} exceeds {verdict.limit.requests_per_second:g} calls a second to {verdict.limit.method} of this "
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"{name} exceeds {verdict.limit.requests_per_second:g} calls a second to {verdict.limit.method} of this "
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
@@ -251,17 +261,14 @@ def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]
     return make, cast("Callable[..., Any]", behavior)
 
 
-def _begin(context: CallContext) -> InboundCall:
-    """Makes the call the one that the running context serves."""
+def _inbound_call(context: CallContext, caller: Caller | None) -> InboundCall:
     remaining = context.time_remaining()
     deadline = None if remaining is None else time.monotonic() + remaining
-    call = InboundCall(deadline, parse_peer_ip(context.peer()))
-    inbound.set(call)
-    return call
+    return InboundCall(deadline, parse_peer_ip(context.peer()), caller)
 
 
-def _caller(context: CallContext) -> str:
-    """Whose bucket a call draws from: the service that the caller names, else the address that it calls from."""
+def _claimed_name(context: CallContext) -> str:
+    """Whose bucket a call without an identity draws from: the service that the caller names, else its address."""
     for key, value in context.invocation_metadata():
         if key == CALLER_METADATA_KEY and isinstance(value, str):
             return value[:64]

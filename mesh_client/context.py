@@ -9,9 +9,11 @@ from contextvars import ContextVar
 from typing import Protocol
 from urllib.parse import unquote
 
+from mesh_client.core.caller import Caller
+
 CALLER_METADATA_KEY = "mesh-caller"
-"""Metadata by which a client says which service it belongs to. Unproven until there is identity: good for sharing out
-load among callers, never for authorization."""
+"""Metadata by which a client says which service it belongs to. Unproven: in plaintext it is good for sharing out load
+among callers, with identity it means nothing."""
 
 PREVIOUS_ATTEMPTS_KEY = "mesh-previous-attempts"
 """Metadata of a retry: how many attempts of the call came before. gRPC strips its own ``grpc-previous-rpc-attempts``
@@ -31,14 +33,16 @@ class InboundCall:
     Attributes:
         deadline: when its caller stops waiting, in seconds of `time.monotonic`, the event loop's clock; None for never.
         peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
+        caller: who made it, as their certificate proves; None in plaintext.
         scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
     """
 
-    __slots__ = ("deadline", "peer_ip", "scope")
+    __slots__ = ("caller", "deadline", "peer_ip", "scope")
 
-    def __init__(self, deadline: float | None = None, peer_ip: str = "") -> None:
+    def __init__(self, deadline: float | None = None, peer_ip: str = "", caller: Caller | None = None) -> None:
         self.deadline = deadline
         self.peer_ip = peer_ip
+        self.caller = caller
         self.scope: set[Cancellable] = set()
 
     def cancel(self) -> None:
@@ -49,6 +53,16 @@ class InboundCall:
 
 inbound: ContextVar[InboundCall | None] = ContextVar("mesh_inbound", default=None)
 """The call that the running task serves; None outside of handlers."""
+
+
+def current_caller() -> Caller | None:
+    """Who made the call that the running handler serves, as their certificate proves.
+
+    Works in handlers of every kind, and in tasks that they start. None outside of handlers, and on plaintext servers,
+    where nobody has an identity.
+    """
+    call = inbound.get()
+    return None if call is None else call.caller
 
 
 def parse_peer_ip(peer: str) -> str:

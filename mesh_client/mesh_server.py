@@ -18,6 +18,7 @@ from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, InvalidTransitionError, MeshError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationState, Verdict
+from mesh_client.guard import Guard
 from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
 from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.policy_watch import PolicyWatch
@@ -60,7 +61,8 @@ class MeshServer(grpc.aio.Server):
         self._settings = settings
         self._inner = inner
         self._rng = random.Random()
-        self._admission = Admission(self._rng)
+        self._guard = Guard(settings.service, None)
+        self._admission = Admission(self._rng, self._guard)
         self._policy = policy
         self._policies = PolicyWatch(settings, mesh, self._admission.apply)
         self._service_names: list[str] = []
@@ -201,6 +203,7 @@ class MeshServer(grpc.aio.Server):
             health=self._verdict(),
             registration=self._registrar.status(),
             in_flight=self._admission.in_flight,
+            denied=self._guard.denied,
         )
 
     def _verdict(self) -> Verdict:

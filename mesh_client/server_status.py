@@ -36,3 +36,5 @@ class ServerStatus:
     registration: RegistrationStatus
     in_flight: int
     """Calls being served."""
+    denied: int
+    """Calls refused because of who called: no identity of the mesh, revoked, or allowed by no authorization rule."""

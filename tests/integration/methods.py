@@ -35,14 +35,21 @@ def add_methods(
 
 
 @asynccontextmanager
-async def serving(*methods: tuple[str, grpc.RpcMethodHandler[Any, Any]], wrap: Any = None) -> AsyncIterator[str]:
+async def serving(
+    *methods: tuple[str, grpc.RpcMethodHandler[Any, Any]],
+    wrap: Any = None,
+    credentials: grpc.ServerCredentials | None = None,
+) -> AsyncIterator[str]:
     """A plain grpc server with these methods, each wrapped if asked; its target."""
     server = grpc.aio.server()
     wrapped = dict(methods)
     if wrap is not None:
         wrapped = wrap.wrap_methods(SERVICE, wrapped)
     server.add_registered_method_handlers(SERVICE, wrapped)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
     await server.start()
     try:
         yield f"127.0.0.1:{port}"

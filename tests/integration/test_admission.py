@@ -15,6 +15,7 @@ from mesh_client.admission import Admission
 from mesh_client.context import InboundCall, inbound, parse_peer_ip
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.retry import PUSHBACK_KEY, parse_pushback
+from mesh_client.guard import Guard
 from mesh_client.transport import open_channel
 from tests.integration import methods
 from tests.integration.methods import (
@@ -38,7 +39,7 @@ def limited(**settings: Any) -> ServicePolicy:
 
 
 def admission(policy: ServicePolicy = UNLIMITED) -> Admission:
-    result = Admission(Random(1))
+    result = Admission(Random(1), Guard("orders", None))
     result.apply(policy)
     return result
 

@@ -1,0 +1,173 @@
+"""Who may call a server: identities, revocation and authorization, decided before anything else of a call."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol
+
+import grpc
+
+from mesh_client.core.authorization import Authorizer
+from mesh_client.core.caller import Caller, CallerCache
+from mesh_client.core.policy import ServicePolicy
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL = 1.0
+"""Seconds; refusals of one caller and method are logged at most this often, with how many there were."""
+
+MAX_LOGGED = 1000
+"""Callers and methods whose refusals are told apart in the log within `LOG_INTERVAL`; those beyond share a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a call is not admitted, and when it would be."""
+
+    code: grpc.StatusCode
+    details: str
+    retry_after: float = 0.0
+    """Seconds; for those that are refused for their number."""
+
+
+class Connection(Protocol):
+    """What the asynchronous and the synchronous servicer context know of the other side."""
+
+    def peer(self) -> str:
+        """Address of the caller."""
+
+    def auth_context(self) -> Mapping[str, Any]:
+        """What the handshake established."""
+
+
+class Guard:
+    """Decides whether a caller may call a method at all.
+
+    A secure server serves nobody without an identity of its own trust domain, and nobody before its policy is known:
+    what it would refuse must not pass because it could not be asked for. On a plaintext server nobody has an identity:
+    it serves everybody, unless its policy has authorization rules, which nobody can meet then.
+
+    Args:
+        service: whose server it is; for messages.
+        trust_domain: whose identities count; None for plaintext.
+        clock: seconds, monotonic; for the log alone.
+    """
+
+    def __init__(self, service: str, trust_domain: str | None, clock: Callable[[], float] = monotonic) -> None:
+        self._service = service
+        self._trust_domain = trust_domain
+        self._authorizer: Authorizer | None = None
+        self._callers = CallerCache()
+        self._log = _RefusalLog(service, clock)
+        self.revoked: frozenset[str] = frozenset()
+        """Ids of workloads that are not served."""
+
+    @property
+    def denied(self) -> int:
+        """Calls refused because of who called."""
+        return self._log.count
+
+    @property
+    def waits(self) -> bool:
+        """Whether calls are refused because the policy is not known yet."""
+        return self._trust_domain is not None and self._authorizer is None
+
+    def apply(self, policy: ServicePolicy) -> None:
+        """Obeys the authorization rules of a policy from the next call on."""
+        self._authorizer = Authorizer(policy.authorization, policy.version)
+
+    def caller(self, connection: Connection) -> Caller | None:
+        """Who is on the other side; None for nobody of a mesh, and always in plaintext."""
+        return None if self._trust_domain is None else self._callers.caller(connection.auth_context())
+
+    def refusal(self, caller: Caller | None, method: str, connection: Connection) -> Refusal | None:
+        """Why the call is refused, which is then counted and logged; None when it may go on.
+
+        Args:
+            caller: as `caller` found it.
+            method: full name, with its leading slash.
+            connection: where the call came from.
+        """
+        authorizer = self._authorizer
+        if self._trust_domain is None:
+            if authorizer is None or (why := authorizer.check("", method)) is None:
+                return None
+            why += "; this server speaks plaintext (insecure), where nobody has an identity"
+        else:
+            nobody = self._unacceptable(caller)
+            if nobody is not None:
+                why = f"{nobody}, so it may not call {method.removeprefix('/')}"
+            elif authorizer is None:
+                return Refusal(
+                    grpc.StatusCode.UNAVAILABLE,
+                    f"this instance of {self._service} does not know yet whom its policy allows to call it: "
+                    "no control plane has told it",
+                )
+            elif (reason := authorizer.check("" if caller is None else caller.name, method)) is not None:
+                why = reason
+            else:
+                return None
+        self._log.note(caller, method, connection, why)
+        return Refusal(grpc.StatusCode.PERMISSION_DENIED, why)
+
+    def _unacceptable(self, caller: Caller | None) -> str | None:
+        """What is wrong with the caller's identity; None when nothing is."""
+        if caller is None:
+            return "the caller's certificate names nobody of this mesh"
+        if caller.principal.trust_domain != self._trust_domain:
+            return f"{caller.spiffe_id} is of another trust domain than {self._trust_domain}"
+        if caller.workload_id in self.revoked:
+            return f"{caller.name} calls from workload {caller.workload_id}, which has been revoked"
+        return None
+
+
+class _RefusalLog:
+    """Counts refusals, and logs them so that one caller who does not give up does not fill the log."""
+
+    def __init__(self, service: str, clock: Callable[[], float]) -> None:
+        self._service = service
+        self._clock = clock
+        self._lock = threading.Lock()  # plain handlers run in threads
+        self._lines: dict[tuple[str, str], _Line] = {}
+        self.count = 0
+
+    def note(self, caller: Caller | None, method: str, connection: Connection, why: str) -> None:
+        now = self._clock()
+        with self._lock:
+            self.count += 1
+            line = self._line(("" if caller is None else str(caller), method), now)
+            line.unsaid += 1
+            if now < line.next_at:
+                return
+            more, line.unsaid, line.next_at = line.unsaid - 1, 0, now + LOG_INTERVAL
+        logger.warning(
+            "%s refused a call from %s, %s: %s%s",
+            self._service,
+            connection.peer(),
+            caller or "nobody of this mesh",
+            why,
+            f" ({more} more since the last such line)" if more else "",
+        )
+
+    def _line(self, key: tuple[str, str], now: float) -> _Line:
+        line = self._lines.get(key)
+        if line is None:
+            if len(self._lines) >= MAX_LOGGED:
+                self._lines = {each: line for each, line in self._lines.items() if now < line.next_at}
+            if len(self._lines) >= MAX_LOGGED:
+                key = ("", "")
+            line = self._lines.setdefault(key, _Line())
+        return line
+
+
+@dataclass(slots=True)
+class _Line:
+    """Refusals of one caller and method."""
+
+    next_at: float = -math.inf
+    unsaid: int = 0
