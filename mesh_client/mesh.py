@@ -186,6 +186,23 @@ def connect(
     if service:
         check_service_name(service)
     locality = Locality(_env("REGION", "") if region is None else region, _env("ZONE", "") if zone is None else zone)
+    return make_mesh(
+        addresses, service, locality, PlaintextTransport(), cache_dir=cache_dir, node_id=node_id, rng=rng, clock=clock
+    )
+
+
+def make_mesh(
+    addresses: Sequence[str],
+    service: str,
+    locality: Locality,
+    transport: Transport,
+    *,
+    cache_dir: str | Path | None = None,
+    node_id: str | None = None,
+    rng: Random | None = None,
+    clock: Callable[[], float] = monotonic,
+) -> Mesh:
+    """A client over a transport that is there already; everything else as for `connect`, and validated."""
     if cache_dir is None:
         cache_dir = os.environ.get("MESH_CACHE_DIR", default_directory())
     cache = DiskCache.for_control_planes(Path(cache_dir), addresses, service) if str(cache_dir) else None
@@ -196,7 +213,7 @@ def connect(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
-    resolver = Resolver(addresses, node, locality, cache, rng or Random(), clock, PlaintextTransport())
+    resolver = Resolver(addresses, node, locality, cache, rng or Random(), clock, transport)
     return Mesh(resolver, node_id, service, clock)
 
 
