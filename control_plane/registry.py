@@ -69,14 +69,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> AsyncIterator[registry_pb2.RegisterResponse]:
         """Holds an endpoint's lease while the stream is open."""
         leases = self._leases
+        requests = aiter(request_iterator)
+        # Also before a refusal: one that crosses the client's first write reaches it as "INTERNAL: Internal error from
+        # Core", without the reason (grpc.aio).
+        first = await anext(requests, None)
         if leases is None:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this control plane's registry is {self._registry}: register there, "
                 "or start the control plane with --registry embedded",
             )
-        requests = aiter(request_iterator)
-        first = await anext(requests, None)
         if first is None:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the first request must state the service and the endpoint"

@@ -130,6 +130,7 @@ class TestRegistries:
             ]
             call = world.registry.Register()
             async with asyncio.timeout(BOUND):
+                await call.write(registry_pb2.RegisterRequest(service="orders"))
                 assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
         await plane.stop()
         logging.getLogger("control_plane.sources").setLevel(logging.NOTSET)
