@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
 
@@ -11,6 +12,7 @@ import hypothesis
 import pytest
 
 from tests import leaks
+from tests.ports import held_address
 
 pytest_plugins = ["pytester"]
 
@@ -32,6 +34,18 @@ def pytest_configure() -> None:
     os.environ["MESH_INSECURE"] = "1"
     leaks.adopt_orphans()
     leaks.remember_channels()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            # As in what a shell starts with "&" or nohup. Processes that tests start would inherit it, and not end when
+            # tests ask them to; in place of a handler they get the default.
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address that refuses connections for as long as the test runs."""
+    with held_address() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

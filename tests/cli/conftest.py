@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,11 +55,3 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert stripped == path.read_text(encoding="utf-8")
 
     return compare
-
-
-@pytest.fixture
-def nobody() -> Iterator[str]:
-    """An address that refuses connections for as long as the test runs: it is bound, and nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{taken.getsockname()[1]}"

@@ -217,9 +217,7 @@ async def test_an_agent_that_does_not_answer_in_time_is_unreachable(consul: Scri
     assert failed.value.failure is Failure.UNREACHABLE
 
 
-async def test_an_agent_that_hangs_is_left_and_what_waits_for_it_is_broken_off(
-    consul: ScriptedConsul, unused_tcp_port: int
-) -> None:
+async def test_an_agent_that_hangs_is_left_and_what_waits_for_it_is_broken_off(consul: ScriptedConsul) -> None:
     async with scripted_consul() as other:
         other.answer("/v1/status/leader", "127.0.0.1:1")
         other.answer("/v1/x", [1])

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from control_plane.sources import StoreUnavailableError
-from control_plane.sources.consul_http import ConsulAddress, ConsulToken
+from control_plane.sources.consul_http import ConsulAddress, ConsulToken, parse_registry
 from control_plane.sources.consul_policies import ConsulPolicyStore
 from tests.control_plane.recording import Recording, recorded
 from tests.control_plane.scripted_consul import ScriptedConsul, scripted_consul
@@ -109,9 +109,9 @@ async def test_a_write_with_a_token_that_the_agent_does_not_know_yet_is_repeated
 
 
 async def test_reads_and_writes_go_to_the_next_agent_when_the_first_is_not_there(
-    consul: ScriptedConsul, unused_tcp_port: int
+    consul: ScriptedConsul, nobody: str
 ) -> None:
-    absent = ConsulAddress("127.0.0.1", unused_tcp_port)
+    (absent,) = parse_registry(f"consul://{nobody}")
     consul.answer("/v1/txn", {"Results": [{"KV": {"ModifyIndex": 9}}]})
     consul.answer(KEYS, [KEY])
     store = ConsulPolicyStore([absent, consul.address], ConsulToken())
@@ -120,11 +120,11 @@ async def test_reads_and_writes_go_to_the_next_agent_when_the_first_is_not_there
     consul.answer(KEYS, b"gone", status=500)
     with pytest.raises(StoreUnavailableError, match="gone"):
         await store.list()
-    nobody = ConsulPolicyStore([absent, absent], ConsulToken())
+    unreachable = ConsulPolicyStore([absent, absent], ConsulToken())
     with pytest.raises(StoreUnavailableError, match="cannot be reached"):
-        await nobody.put("orders", b"1", None)
+        await unreachable.put("orders", b"1", None)
     with pytest.raises(StoreUnavailableError, match="cannot be reached"):
-        await nobody.list()
+        await unreachable.list()
 
 
 async def test_a_connection_that_breaks_after_a_write_was_sent_is_not_tried_elsewhere(consul: ScriptedConsul) -> None:

@@ -5,7 +5,7 @@
         consul.agents[0].kill()
         await consul.agents[0].restart()
 
-The agents listen on 127.0.0.1, on ports asked from the system, and die with the process that started them.
+The agents listen on 127.0.0.1, on ports that are theirs over restarts, and die with the process that started them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+
+from tests.ports import hold_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READY_TIMEOUT = 30.0
@@ -72,7 +73,8 @@ class ConsulAgent:
         self.directory = directory
         self.configuration = dict(configuration)
         self.dev = dev
-        self.http_port, self.server_port, self.serf_port = _free_ports(3)
+        self._held = contextlib.ExitStack()
+        self.http_port, self.server_port, self.serf_port = hold_ports(self._held, 3)
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -127,6 +129,10 @@ class ConsulAgent:
         """Deletes its state: it begins anew, and its index at 1."""
         assert self.process is None, f"{self.name} still runs"
         shutil.rmtree(self.data)
+
+    def give_back(self) -> None:
+        """Gives its ports back; it must not be started again."""
+        self._held.close()
 
     def log(self) -> str:
         """Its last words."""
@@ -230,9 +236,10 @@ class ConsulCluster:
         await self.stop()
 
     async def stop(self) -> None:
-        """Ends every agent."""
+        """Ends every agent, for good."""
         for agent in self.agents:
             agent.kill()
+            agent.give_back()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -381,19 +388,3 @@ class ConsulCluster:
         except (aiohttp.ClientError, OSError, ConsulError):
             return False
         return "consul" in services
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free for TCP and UDP; all are held until all are found, so that they differ."""
-    with contextlib.ExitStack() as sockets:
-        return [port for port, _ in zip(_held_ports(sockets), range(count), strict=False)]
-
-
-def _held_ports(sockets: contextlib.ExitStack) -> Iterator[int]:
-    while True:
-        stream = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-        stream.bind(("127.0.0.1", 0))
-        datagram = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        with contextlib.suppress(OSError):
-            datagram.bind(("127.0.0.1", stream.getsockname()[1]))
-            yield stream.getsockname()[1]

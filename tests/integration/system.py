@@ -37,6 +37,7 @@ from mesh_client.core.model import Health
 from mesh_client.mesh import Mesh, ServiceState
 from mesh_client.transport import open_channel
 from tests.integration.consul_cluster import REPOSITORY, ConsulCluster
+from tests.ports import held_address
 
 PATIENCE = 25.0
 """Seconds that a condition may take to come true on a machine under load."""
@@ -175,15 +176,15 @@ class ControlPlaneProcess:
         address: ``host:port`` where it listens; a restarted one listens there again.
     """
 
-    def __init__(self, start: Callable[[str], Awaitable[Process]]) -> None:
+    def __init__(self, start: Callable[[str], Awaitable[Process]], address: str) -> None:
         self._start = start
         self._process: Process | None = None
-        self.address = ""
+        self.address = address
 
     async def start(self) -> None:
         """Starts it, or starts it again; returns when it listens."""
-        self._process = await self._start(self.address or "127.0.0.1:0")
-        self.address = (await self._process.wait_ready())[1]
+        self._process = await self._start(self.address)
+        await self._process.wait_ready()
 
     async def kill(self) -> None:
         """``kill -9``."""
@@ -232,7 +233,7 @@ class System:
             command = [sys.executable, "-m", "mesh_cli", "control-plane", *options, *arguments]
             return await self._supervisor.start(name, command, self._environment(name), _READY)
 
-        plane = ControlPlaneProcess(start)
+        plane = ControlPlaneProcess(start, self._stack.enter_context(held_address()))
         await plane.start()
         return plane
 

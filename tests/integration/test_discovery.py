@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
@@ -22,22 +21,16 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.store import Resolution
 from mesh_client.mesh import Mesh
 from mesh_client.testing import InMemoryControlPlane
+from tests.ports import held_address
 
 A = Endpoint("a", "127.0.0.1", 1)
 
 
 @pytest.fixture
 async def control_plane() -> AsyncIterator[InMemoryControlPlane]:
-    async with InMemoryControlPlane() as made:
-        yield made
-
-
-@pytest.fixture
-def nobody() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    with held_address() as address:  # a test stops it and starts it again
+        async with InMemoryControlPlane(address) as made:
+            yield made
 
 
 async def until(mesh: Mesh, condition: Callable[[], bool]) -> None:

@@ -40,6 +40,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsulAgent]:
     shared.start()
     yield shared
     shared.kill()
+    shared.give_back()
 
 
 @pytest.fixture

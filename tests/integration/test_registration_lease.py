@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -81,6 +80,7 @@ async def drops_as_cancelled(requests: Requests, context: Context) -> AsyncItera
 
 
 async def refuses(requests: Requests, context: Context) -> AsyncIterator[registry_pb2.RegisterResponse]:
+    await anext(requests)  # before, the abort could cross the client's write, which would then fail with INTERNAL
     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "endpoint.port: 0 is not allowed")
     yield
 
@@ -124,12 +124,6 @@ async def until_true(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def nowhere() -> str:
-    """An address that refuses connections."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        return f"127.0.0.1:{closed.getsockname()[1]}"
-
-
 async def test_a_lease_is_held_and_given_back() -> None:
     async with control_plane() as plane:
         async with registering(plane.address) as registrar:
@@ -149,9 +143,9 @@ async def until_published(address: str, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_control_plane_that_restarts_gets_its_lease_back(tmp_path: Path) -> None:
-    async with control_plane(data_dir=tmp_path) as plane:
-        address = plane.address
+async def test_a_control_plane_that_restarts_gets_its_lease_back(tmp_path: Path, nobody: str) -> None:
+    address = nobody
+    async with control_plane(data_dir=tmp_path, address=address):
         registrar = LeaseRegistrar("orders", ENDPOINT, [address], Random(1))
         registrar.start()
         await until(registrar, is_registered)
@@ -164,8 +158,8 @@ async def test_a_control_plane_that_restarts_gets_its_lease_back(tmp_path: Path)
         await registrar.deregister()
 
 
-async def test_the_next_control_plane_is_tried_when_one_is_gone() -> None:
-    async with control_plane() as plane, registering(nowhere(), plane.address) as registrar:
+async def test_the_next_control_plane_is_tried_when_one_is_gone(nobody: str) -> None:
+    async with control_plane() as plane, registering(nobody, plane.address) as registrar:
         status = await until(registrar, is_registered)
         assert status.registry == plane.address
 
@@ -284,7 +278,7 @@ async def test_a_control_plane_that_does_not_end_the_stream_is_not_waited_for_lo
         await registrar.deregister()
 
 
-async def test_a_drain_asks_every_control_plane_and_adds_up_what_they_say() -> None:
+async def test_a_drain_asks_every_control_plane_and_adds_up_what_they_say(nobody: str) -> None:
     async def complete(_: Context) -> registry_pb2.DrainResponse:
         return registry_pb2.DrainResponse(complete=True, acknowledged=3)
 
@@ -292,11 +286,10 @@ async def test_a_drain_asks_every_control_plane_and_adds_up_what_they_say() -> N
         return registry_pb2.DrainResponse(acknowledged=1, pending=["gateway-1"])
 
     first, second = Registry(holds, drain=complete), Registry(holds, drain=pending)
-    gone = nowhere()
     async with serving(first) as one, serving(second) as two:
-        report = await drain_everywhere([one, gone, two], "orders", "orders-1", 1.5)
+        report = await drain_everywhere([one, nobody, two], "orders", "orders-1", 1.5)
     assert (report.answered, report.acknowledged, report.pending) == (2, 4, ("gateway-1",))
-    assert [failure.startswith(f"{gone}: UNAVAILABLE") for failure in report.failures] == [True]
+    assert [failure.startswith(f"{nobody}: UNAVAILABLE") for failure in report.failures] == [True]
     (request,) = first.drains
     assert (request.service, request.endpoint_id) == ("orders", "orders-1")
     assert request.timeout.ToMilliseconds() == 1500

@@ -22,7 +22,7 @@ from mesh_client.core.errors import ConfigError, InvalidTransitionError, Invalid
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.health_check import HealthReporter, SelfCheck
-from mesh_client.mesh_server import LINGER, MeshServer
+from mesh_client.mesh_server import MeshServer
 from mesh_client.server import server
 from mesh_client.server_status import Phase
 from mesh_client.transport import add_port, open_channel
@@ -73,9 +73,10 @@ async def test_a_generated_servicer_is_served_checked_and_reflected() -> None:
 
 async def test_reflection_can_be_left_out() -> None:
     async with running(registry="none", reflection=False) as made:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await listed_services(made.endpoint.target)
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        async with open_channel(made.endpoint.target) as channel:
+            # Without a request: its write could cross the refusal, and the call would then fail with INTERNAL.
+            refused = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+            assert await refused.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 @pytest.mark.parametrize("generated", [True, False], ids=["registered methods", "generic handlers"])
@@ -368,11 +369,9 @@ async def test_a_watch_of_the_health_ends_with_its_client() -> None:
             watch.cancel()
 
 
-async def test_a_port_that_does_not_answer_is_reported_at_the_second_check() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        target = f"127.0.0.1:{closed.getsockname()[1]}"
+async def test_a_port_that_does_not_answer_is_reported_at_the_second_check(nobody: str) -> None:
     reported: asyncio.Queue[Verdict] = asyncio.Queue()
-    check = SelfCheck(target, 0.01, reported.put_nowait)
+    check = SelfCheck(nobody, 0.01, reported.put_nowait)
     running_checks = asyncio.create_task(check.run())
     verdict = await asyncio.wait_for(reported.get(), 5.0)
     assert not verdict.healthy
@@ -515,22 +514,18 @@ async def test_clients_that_did_not_acknowledge_are_named(caplog: pytest.LogCapt
     await registry.stop(None)
 
 
-async def test_a_drain_that_reaches_nobody_is_short() -> None:
+async def test_a_drain_that_reaches_nobody_is_short(nobody: str) -> None:
     clock = asyncio.get_running_loop().time
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
-    async with running(control_plane=nowhere, drain_timeout=0.3) as made:
+    async with running(control_plane=nobody, drain_timeout=0.3) as made:
         started = clock()
         await made.stop()
         assert 0.3 <= clock() - started < 3.0
 
 
-async def test_a_server_outside_of_the_mesh_stops_without_waiting() -> None:
-    clock = asyncio.get_running_loop().time
+async def test_a_server_outside_of_the_mesh_stops_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_client.mesh_server.LINGER", 600.0)
     async with running(registry="none") as made:
-        started = clock()
         await made.stop()
-        assert clock() - started < LINGER
 
 
 async def test_stopping_twice_at_once_is_stopping_once(plane: ControlPlane) -> None:
