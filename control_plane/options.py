@@ -25,7 +25,7 @@ class ControlPlaneOptions:
     registry: str = EMBEDDED
     """``embedded``, or ``consul://host:port`` with more hosts after commas."""
     data_dir: Path | None = None
-    """Where the embedded registry keeps its state. None: in memory, lost at the end."""
+    """For the embedded registry and the last good policies. None: in memory, lost at the end."""
     consul_token: str = field(default="", repr=False)
     """ACL token for Consul. Secret: never logged. Without it and a file: ``CONSUL_HTTP_TOKEN``, if set."""
     consul_token_file: Path | None = None

@@ -30,6 +30,7 @@ from control_plane.sources import PolicyStore, Source
 from control_plane.sources.database import Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
+from control_plane.sources.last_good import LastGoodPolicies
 from mesh_client.core.errors import InvalidValueError
 
 _log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class ControlPlane:
         self._registry = _open_registry(options)
         self._source = source or self._registry.source
         self._policies = policies or self._registry.policies
+        if options.data_dir is not None and policies is None:
+            self._policies = LastGoodPolicies(self._policies, options.data_dir)
         self._catalog = Catalog(options.catalog)
         self._book = PolicyBook()
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,23 @@ from mesh.v1 import (
 from shop.v1 import orders_pb2
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
+import mesh_client
 from control_plane.server import ControlPlane
 from mesh_client.core.breaker import BreakerState
+from mesh_client.core.policy import ServicePolicy
 from mesh_client.mesh import Mesh
-from tests.integration.system import PATIENCE, Load, System, Watch, follows, ids, orders_of, status_in_which
+from tests.integration.system import (
+    PATIENCE,
+    Load,
+    System,
+    Watch,
+    administration,
+    follows,
+    ids,
+    orders_of,
+    status_in_which,
+    until,
+)
 
 TWO = ids(1, 2)
 MEBIBYTE = 1024 * 1024
@@ -151,6 +165,43 @@ async def test_floods_of_subscriptions_and_streams_that_never_acknowledge_delay_
         await load.answered_only_by("orders-2", "orders-3")
         log = (system.directory / "orders-1.log").read_text()
         assert "drain of orders/orders-1: not acknowledged by sluggard-0, sluggard-1, sluggard-2" in log
+
+
+async def test_a_policy_that_is_bad_in_the_store_of_a_control_plane_that_restarts_changes_nothing(
+    system: System,
+) -> None:
+    plane = await system.start_control_plane()
+    await system.start_orders(*TWO, control_plane=plane.address)
+    payments = mesh_client.server("payments", control_plane=plane.address)
+    await payments.start()
+    mesh = await system.connect(plane.address)
+    await follows(mesh, *TWO)
+    async with administration(plane.address) as admin, Load(mesh) as load:
+        before = orders_of(mesh).policy_version
+        ring = "service: orders\nload_balancer: {algorithm: RING_HASH}"
+        await admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document=ring))
+        await until(mesh, lambda: orders_of(mesh).policy_version != before)
+        good = orders_of(mesh).policy_version
+        await load.goes_on(20)
+        (chosen,) = await load.goes_on()
+
+        await plane.kill()
+        with closing(sqlite3.connect(system.directory / "control-plane" / "registry.sqlite")) as database, database:
+            changed = database.execute("UPDATE policies SET document = 'retry: [' WHERE service = 'orders'")
+            assert changed.rowcount == 1
+        await plane.start()
+        status = await status_in_which(plane.address, lambda status: len(status.policy_problems) > 0)
+        assert [(each.service, each.obeyed_version) for each in status.policy_problems] == [("orders", good)]
+        await until(mesh, lambda: mesh.state().in_sync)
+        assert orders_of(mesh).policy_version == good
+        assert set(await load.goes_on()) == {chosen}
+
+        obeyed: list[ServicePolicy] = []
+        stop_watching = mesh.watch_policy("payments", obeyed.append)
+        await admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document="service: payments\ntimeout: 7s"))
+        await until(mesh, lambda: bool(obeyed) and obeyed[-1].timeout == 7.0)
+        stop_watching()
+    await payments.stop()
 
 
 async def test_messages_that_are_too_large_are_refused_alone(

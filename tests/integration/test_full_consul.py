@@ -11,8 +11,10 @@ import pytest
 from mesh.v1 import admin_pb2, registry_pb2, registry_pb2_grpc
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
+import mesh_client
 from control_plane.server import ControlPlane
 from mesh_client.core.model import Health
+from mesh_client.core.policy import ServicePolicy
 from mesh_client.mesh import Mesh
 from mesh_client.transport import open_channel
 from tests.integration.consul_cluster import ConsulCluster
@@ -149,6 +151,10 @@ async def test_a_drained_instance_that_registers_again_in_place_is_called_again(
 async def test_policies_take_effect_while_everything_runs_and_a_bad_one_does_not(
     system: System, consul: ConsulCluster, plane: ControlPlane, mesh: Mesh
 ) -> None:
+    payments = mesh_client.server("payments", registry=consul.registry, control_plane=plane.address)
+    await payments.start()
+    obeyed: list[ServicePolicy] = []
+    stop_watching = mesh.watch_policy("payments", obeyed.append)
     async with Load(mesh) as load:
         await obeys_another(mesh, consul, "service: orders\nload_balancer: {algorithm: RING_HASH}")
         good = orders_of(mesh).policy_version
@@ -171,6 +177,11 @@ async def test_policies_take_effect_while_everything_runs_and_a_bad_one_does_not
             assert [(each.service, each.obeyed_version) for each in status.policy_problems] == [("orders", good)]
             assert orders_of(mesh).policy_version == good
             assert set(await load.goes_on()) == {chosen}
+
+        await consul.put_key("mesh/policies/payments", b"service: payments\ntimeout: 7s")
+        await until(mesh, lambda: bool(obeyed) and obeyed[-1].timeout == 7.0)
+        stop_watching()
+        await payments.stop()
 
         await obeys_another(mesh, consul, "service: orders\nload_balancer: {algorithm: ROUND_ROBIN}")
         await status_in_which(plane.address, lambda status: not status.policy_problems)

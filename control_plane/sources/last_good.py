@@ -1,0 +1,147 @@
+"""The last good policies on disk, so that a restart while a bad one is stored does not mean the defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from control_plane.documents import parse_document
+from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument
+from mesh_client.core.errors import InvalidPolicyError
+
+_logger = logging.getLogger(__name__)
+
+FILE_NAME = "last-good-policies.json"
+
+
+class LastGoodPolicies:
+    """A policy store that says first which documents were good before, and then what is stored.
+
+    So the defaults, which authorize everybody and limit nobody, take the place of a policy only when it was deleted.
+    The file is a help, not a store: one that is lost or damaged, or cannot be written, is warned of and done without.
+
+    Args:
+        store: where policies are.
+        directory: for the file; made when it is first written.
+    """
+
+    def __init__(self, store: PolicyStore, directory: Path) -> None:
+        self._store = store
+        self._path = directory / FILE_NAME
+        self._good: dict[str, bytes] = {}
+        self._unconfirmed: set[str] = set()
+        """Known from the file alone."""
+        self._changed = asyncio.Event()
+
+    @property
+    def name(self) -> str:
+        """The store's."""
+        return self._store.name
+
+    async def run(self, emit: EmitPolicy) -> None:
+        """Emits the documents that were good, then every stored document and every change, until cancelled."""
+        self._good = await asyncio.to_thread(self._load)
+        self._unconfirmed = set(self._good)
+        for service, document in self._good.items():
+            emit(PolicyStored(service, document, ""))
+
+        def take(event: PolicyStoreEvent) -> None:
+            if isinstance(event, SourceConnected):
+                for service in sorted(self._unconfirmed):
+                    self._forget(service)
+                    emit(PolicyDeleted(service))
+                self._unconfirmed.clear()
+            elif isinstance(event, PolicyStored):
+                self._remember(event)
+            elif isinstance(event, PolicyDeleted):
+                self._forget(event.service)
+            emit(event)
+
+        saving = asyncio.create_task(self._save_changes(), name="last good policies")
+        try:
+            await self._store.run(take)
+        finally:
+            saving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await saving
+            if self._changed.is_set():
+                self._save(dict(self._good))
+
+    async def get(self, service: str) -> StoredDocument | None:
+        """As the store's."""
+        return await self._store.get(service)
+
+    async def list(self) -> Sequence[StoredDocument]:
+        """As the store's."""
+        return await self._store.list()
+
+    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+        """As the store's."""
+        return await self._store.put(service, document, if_version)
+
+    async def delete(self, service: str, if_version: str | None) -> None:
+        """As the store's."""
+        await self._store.delete(service, if_version)
+
+    def _remember(self, event: PolicyStored) -> None:
+        self._unconfirmed.discard(event.service)
+        if self._good.get(event.service) == event.document or not _is_good(event.service, event.document):
+            return
+        self._good[event.service] = event.document
+        self._changed.set()
+
+    def _forget(self, service: str) -> None:
+        if self._good.pop(service, None) is not None:
+            self._changed.set()
+
+    async def _save_changes(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            writing = asyncio.ensure_future(asyncio.to_thread(self._save, dict(self._good)))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait({writing})  # so that a later one is not overtaken
+                raise
+
+    def _load(self) -> dict[str, bytes]:
+        try:
+            documents = json.loads(self._path.read_bytes())
+            pairs = {service: str(document).encode() for service, document in dict(documents).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, TypeError, ValueError) as error:
+            _logger.warning("%s is ignored: %s", self._path, error)
+            return {}
+        return {service: document for service, document in pairs.items() if _is_good(service, document)}
+
+    def _save(self, documents: dict[str, bytes]) -> None:
+        text = json.dumps({service: document.decode() for service, document in sorted(documents.items())})
+        temporary: Path | None = None
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._path.parent, prefix=f".{FILE_NAME}.", encoding="utf-8", delete=False
+            ) as file:
+                temporary = Path(file.name)
+                file.write(text)
+            temporary.replace(self._path)
+        except OSError as error:
+            _logger.warning("the last good policies cannot be kept in %s: %s", self._path, error)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def _is_good(service: str, document: bytes) -> bool:
+    try:
+        parse_document(document, service)
+    except (InvalidPolicyError, ValueError):
+        return False
+    return True

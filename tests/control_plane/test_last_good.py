@@ -1,0 +1,111 @@
+"""Policies that were good outlive a restart of the control plane; files that were not are done without."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.sources.database import Database
+from control_plane.sources.embedded_policies import EmbeddedPolicyStore
+from control_plane.sources.last_good import FILE_NAME, LastGoodPolicies
+from tests.control_plane.recording import Recording, recorded
+
+GOOD = b"service: orders\ntimeout: 1s\n"
+BETTER = b"service: orders\ntimeout: 2s\n"
+BAD = b"service: orders\ntimeout: never\n"
+CONNECTED = SourceConnected("embedded-policies")
+
+
+@asynccontextmanager
+async def stored(**documents: bytes) -> AsyncIterator[EmbeddedPolicyStore]:
+    """A store that holds these, whatever it held before."""
+    database = Database(None)
+    await database.open()
+    try:
+        store = EmbeddedPolicyStore(database)
+        for service, document in documents.items():
+            await store.put(service, document, None)
+        yield store
+    finally:
+        await database.close()
+
+
+async def events(directory: Path, **documents: bytes) -> list[object]:
+    """What a control plane is told when it starts and these are stored."""
+    async with stored(**documents) as store, recorded(LastGoodPolicies(store, directory)) as recording:
+        await recording.until(lambda: recording.connected)
+        return list(recording.events)
+
+
+async def test_a_bad_policy_that_is_stored_at_the_start_follows_the_good_one_of_before(tmp_path: Path) -> None:
+    await events(tmp_path, orders=GOOD)
+    told = await events(tmp_path, orders=BAD)
+    assert told == [PolicyStored("orders", GOOD, ""), PolicyStored("orders", BAD, "1"), CONNECTED]
+    assert (await events(tmp_path, orders=BAD))[0] == PolicyStored("orders", GOOD, "")
+
+
+async def test_a_policy_that_was_deleted_meanwhile_is_deleted(tmp_path: Path) -> None:
+    await events(tmp_path, orders=GOOD, payments=b"service: payments")
+    told = await events(tmp_path, payments=b"service: payments")
+    assert told[-2:] == [PolicyDeleted("orders"), CONNECTED]
+    assert await events(tmp_path) == [
+        PolicyStored("payments", b"service: payments", ""),
+        PolicyDeleted("payments"),
+        CONNECTED,
+    ]
+    assert await events(tmp_path) == [CONNECTED]
+
+
+async def test_changes_are_kept_while_it_runs(tmp_path: Path) -> None:
+    async with stored(orders=GOOD) as store:
+        policies = LastGoodPolicies(store, tmp_path)
+        async with recorded(policies) as recording:
+            await recording.until(lambda: recording.connected)
+            for document in (BETTER, BAD):
+                await policies.put("orders", document, None)
+            await written(tmp_path, recording, "2s")
+            await policies.put("payments", b"service: payments", "")
+            await policies.delete("orders", None)
+            assert await policies.get("orders") is None
+            (left,) = await policies.list()
+            assert left.service == "payments"
+    assert (await events(tmp_path))[0] == PolicyStored("payments", b"service: payments", "")
+
+
+async def written(directory: Path, recording: Recording, text: str) -> None:
+    """Returns when the file says this."""
+    async with asyncio.timeout(20.0):
+        while text not in (directory / FILE_NAME).read_text():
+            await asyncio.sleep(0.005)
+    assert recording.connected
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"\xff", b"7", b'{"orders": "\\ud800"}'], ids=["empty", "list", "binary", "number", "text"]
+)
+async def test_a_damaged_file_is_done_without(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
+    assert await events(tmp_path, orders=GOOD) == [PolicyStored("orders", GOOD, "1"), CONNECTED]
+    assert f"{FILE_NAME} is ignored" in caplog.text
+    assert (await events(tmp_path))[0] == PolicyStored("orders", GOOD, "")
+
+
+async def test_what_is_not_good_any_more_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text('{"orders": "service: orders\\ntimeout: never", "No Name": "", "payments": 7}')
+    assert await events(tmp_path) == [CONNECTED]
+
+
+async def test_a_directory_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert await events(tmp_path / "file", orders=GOOD) == [PolicyStored("orders", GOOD, "1"), CONNECTED]
+    assert "cannot be kept" in caplog.text
+    (tmp_path / FILE_NAME).mkdir()
+    assert await events(tmp_path, orders=GOOD) == [PolicyStored("orders", GOOD, "1"), CONNECTED]
+    assert {path.name for path in tmp_path.iterdir()} == {"file", FILE_NAME}
