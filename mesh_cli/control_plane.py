@@ -41,7 +41,7 @@ def control_plane(
             "--data-dir",
             envvar="MESH_DATA_DIR",
             file_okay=False,
-            help="For the state of the embedded registry and the last good policies. Default: grpc-mesh in XDG_STATE_HOME.",
+            help="For the embedded registry and the last good policies. Default: grpc-mesh in XDG_STATE_HOME.",
             show_default=False,
         ),
     ] = None,
