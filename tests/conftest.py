@@ -33,7 +33,7 @@ def pytest_configure() -> None:
     """
     os.environ["MESH_INSECURE"] = "1"
     leaks.adopt_orphans()
-    leaks.remember_channels()
+    leaks.remember_channels_and_servers()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             # As in what a shell starts with "&" or nohup. Processes that tests start would inherit it, and not end when
@@ -60,7 +60,7 @@ def leaves_no_processes_or_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def leaves_no_tasks_or_channels(request: pytest.FixtureRequest, leaves_no_processes_or_threads: None) -> None:
-    """Fails the asynchronous test that leaves tasks or open gRPC channels in its loop."""
+    """Fails the asynchronous test that leaves tasks, open gRPC channels or running gRPC servers in its loop."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("watch_loop")
 
@@ -70,5 +70,5 @@ async def watch_loop() -> AsyncIterator[None]:
     """Set up before, and so torn down after, the test's other asynchronous fixtures."""
     channels = leaks.open_channels()
     yield
-    left = [*await leaks.leaked_tasks(), *leaks.leaked_channels(channels)]
+    left = [*await leaks.leaked_servers(), *await leaks.leaked_tasks(), *leaks.leaked_channels(channels)]
     assert not left, f"the test left behind: {', '.join(left)}"

@@ -1,4 +1,4 @@
-"""Finds what a test left running: processes, threads, asyncio tasks, gRPC channels.
+"""Finds what a test left running: processes, threads, asyncio tasks, gRPC channels and servers.
 
 After grpc-go's `grpctest.Tester`. What is already ending is waited for, at most `PATIENCE` seconds.
 """
@@ -28,6 +28,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _OF_THE_PROCESS = ("(_poll_wrapper)",)
 
 _channels: weakref.WeakSet[Any] = weakref.WeakSet()
+_servers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def adopt_orphans() -> None:
@@ -41,16 +42,20 @@ def adopt_orphans() -> None:
     Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
 
 
-def remember_channels() -> None:
-    """Notes each `grpc.aio` channel that is made from now on, for `open_channels`."""
-    channel_type: Any = importlib.import_module("grpc.aio._channel").Channel
-    initialise = channel_type.__init__
+def remember_channels_and_servers() -> None:
+    """Notes each `grpc.aio` channel and server that is made from now on, for the checks below."""
+    _note_each(importlib.import_module("grpc.aio._channel").Channel, _channels)
+    _note_each(importlib.import_module("grpc.aio._server").Server, _servers)
 
-    def noting(channel: Any, *arguments: Any, **options: Any) -> None:
-        initialise(channel, *arguments, **options)
-        _channels.add(channel)
 
-    channel_type.__init__ = noting
+def _note_each(kind: Any, made: weakref.WeakSet[Any]) -> None:
+    initialise = kind.__init__
+
+    def noting(self: Any, *arguments: Any, **options: Any) -> None:
+        initialise(self, *arguments, **options)
+        made.add(self)
+
+    kind.__init__ = noting
 
 
 def living_descendants() -> dict[int, str]:
@@ -58,13 +63,20 @@ def living_descendants() -> dict[int, str]:
     found: dict[int, str] = {}
     waiting = [os.getpid()]
     while waiting:
-        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+        for child in _children(waiting.pop()):
             with contextlib.suppress(OSError):  # it ended meanwhile
-                for child in map(int, children.read_text().split()):
-                    state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-                    if state not in "ZX":
-                        found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ").strip()
-                        waiting.append(child)
+                state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+                if state not in "ZX":
+                    found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ").strip()
+                    waiting.append(child)
+    return found
+
+
+def _children(process: int) -> list[int]:
+    found: list[int] = []
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread ended meanwhile
+            found += map(int, children.read_text().split())
     return found
 
 
@@ -128,3 +140,16 @@ def leaked_channels(before: Collection[Any]) -> list[str]:
     return [
         f"open channel to {channel._channel.target.decode()}" for channel in open_channels() if channel not in before
     ]
+
+
+async def leaked_servers() -> list[str]:
+    """`grpc.aio` servers of the running loop that still serve; they are stopped.
+
+    One that is collected while it serves, after its loop has closed, leaves a coroutine that was never awaited: a
+    warning that would hit whichever test runs then.
+    """
+    loop = asyncio.get_running_loop()
+    found = [server for server in list(_servers) if server._loop is loop and server._server.is_running()]
+    for server in found:
+        await server.stop(None)
+    return ["a grpc server that serves"] * len(found)

@@ -76,6 +76,15 @@ async def test_an_open_channel_is_found() -> None:
     assert leaks.leaked_channels(before) == []
 
 
+async def test_a_server_that_serves_is_found_and_stopped() -> None:
+    server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    assert await leaks.leaked_servers() == ["a grpc server that serves"]
+    assert await leaks.leaked_servers() == []
+    assert not await server.wait_for_termination(10.0)
+
+
 LEAKY = """
 import asyncio, subprocess, threading
 import grpc.aio, pytest
@@ -95,6 +104,10 @@ async def ends_task():
 async def test_task(): asyncio.create_task(asyncio.sleep(60), name="of-the-test")
 async def test_fixture(keeps_task): pass
 async def test_channel(request): request.config.channel = grpc.aio.insecure_channel("127.0.0.1:9")
+async def test_server(request):
+    server = request.config.server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
 def test_process(): subprocess.Popen(["sleep", "62"])
 async def test_clean(ends_task): await asyncio.sleep(0)
 """
@@ -107,12 +120,13 @@ def test_the_test_that_leaks_is_the_one_that_fails(pytester: pytest.Pytester, mo
     pytester.makepyfile(LEAKY)
     pytester.makeini("[pytest]\nasyncio_mode = auto\n")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:xdist")
-    result.assert_outcomes(passed=5, errors=4)
+    result.assert_outcomes(passed=6, errors=5)
     result.stdout.fnmatch_lines_random(
         [
             "*left behind: task of-the-test*",
             "*left behind: task of-the-fixture*",
             "*left behind: open channel to 127.0.0.1:9*",
+            "*left behind: a grpc server that serves*",
             "*left behind: process * (sleep 62)*",
         ]
     )
