@@ -1,0 +1,1 @@
+"""Who is who: the certificate authority, attestation, join tokens, rotation and revocation."""

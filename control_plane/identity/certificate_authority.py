@@ -1,0 +1,353 @@
+"""The certificate authority of one control plane: whom to trust, who signs, who is revoked, and its own certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import grpc
+import grpc.aio
+
+from control_plane.access import Access
+from control_plane.identity import ca
+from control_plane.identity.bundle import TrustBundle
+from control_plane.identity.files import (
+    data_directory,
+    lock_directory,
+    read_public,
+    remove_unfinished,
+    secret_directory,
+    write_atomically,
+)
+from control_plane.identity.issuance import CreatedToken, InForce, Issuance
+from control_plane.identity.options import IdentityOptions
+from control_plane.identity.own_authority import AuthorityState, OwnAuthority
+from control_plane.identity.own_identity import OwnIdentity
+from control_plane.identity.rotation import Dependent
+from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
+from control_plane.identity.token_key import load_token_key
+from mesh_client.core.errors import ConfigError, MeshError
+from mesh_client.core.identity import Kind, Principal
+
+ROOTS_FILE = "roots.pem"
+"""In the directory of the CA: the trusted roots, for clients to pin."""
+FORGET_EVERY = 3600.0
+"""Seconds between the times at which what ended long ago is forgotten."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityStatus:
+    """What operators are shown.
+
+    Attributes:
+        state: roots, issuer, and where a rotation stands.
+        kind: where certificates come from.
+        bundle: what workloads are told.
+        workloads: those whose certificates have not ended.
+        dependents: those of them that a rotation must not cut off.
+    """
+
+    state: AuthorityState
+    kind: str
+    bundle: TrustBundle
+    workloads: tuple[WorkloadRecord, ...]
+    dependents: tuple[Dependent, ...]
+
+
+class CertificateAuthority:
+    """Signs, remembers, revokes and rotates. Times are wall-clock times, for certificates end by the wall clock.
+
+    Args:
+        options: what the operator chose.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, options: IdentityOptions, clock: Callable[[], float] = time.time) -> None:
+        self.options = options
+        self.trust_domain = options.trust_domain
+        self._clock = clock
+        self._directory = None if options.data_dir is None else options.data_dir / "ca"
+        self._lock: IO[bytes] | None = None
+        self._authority = OwnAuthority(self._directory, options.trust_domain)
+        self._store = IdentityStore(options.data_dir)
+        self._own = OwnIdentity(options.trust_domain, options.leaf_lifetime)
+        self._issuance: Issuance | None = None
+        self._bundle: TrustBundle | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        self._changing = asyncio.Lock()
+        self._forgot_at = 0.0
+        self._maintenance: asyncio.Task[None] | None = None
+
+    # -- life
+
+    async def open(self) -> None:
+        """Reads or makes everything, and keeps it fresh from then on.
+
+        Raises:
+            ConfigError: files are unsafe, broken, in use by another control plane, or missing.
+        """
+        try:
+            if self.options.data_dir is not None and self._directory is not None:
+                data_directory(self.options.data_dir)
+                self._lock = lock_directory(self.options.data_dir)
+                secret_directory(self._directory)
+                remove_unfinished(self._directory)
+            now = self._clock()
+            if not self._authority.load():
+                self._authority.create(now)
+            key = load_token_key(self._directory)
+            await self._store.open()
+            self._issuance = Issuance(
+                self._store, key, self._in_force, self.trust_domain, self.options.leaf_lifetime, self._clock
+            )
+            await self._refresh(now)
+        except OSError as error:
+            await self.close()
+            raise ConfigError(f"{self._directory} cannot be used: {error}") from error
+        except ca.IssuerNotValidError as error:
+            await self.close()
+            raise ConfigError(f"{error}: is the clock right?") from None
+        except BaseException:
+            await self.close()
+            raise
+        self._maintenance = asyncio.create_task(self._maintain(), name="certificate authority")
+
+    async def close(self) -> None:
+        """Ends its work and lets other control planes have the data directory. Servers have been stopped before."""
+        maintenance, self._maintenance = self._maintenance, None
+        if maintenance is not None:
+            maintenance.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await maintenance
+        await self._store.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    async def maintain(self) -> None:
+        """What is done every few seconds: renews the issuer and the own certificate, drops what has ended.
+
+        Raises:
+            MeshError: something could not be done; everything else goes on as it is.
+            OSError: a file could not be written.
+        """
+        async with self._changing:
+            now = self._clock()
+            self._authority.tick(now, self._dependents(await self._store.workloads(now), now))
+            await self._refresh(now)
+            if abs(now - self._forgot_at) >= FORGET_EVERY:
+                self._forgot_at = now
+                await self._store.forget(now)
+
+    # -- trust
+
+    @property
+    def bundle(self) -> TrustBundle:
+        """Whom to trust, now."""
+        if self._bundle is None:
+            raise RuntimeError("the certificate authority is not open")
+        return self._bundle
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Has ``callback`` called after each change of the bundle; the returned function ends that."""
+        self._callbacks.append(callback)
+
+        def unsubscribe() -> None:
+            with contextlib.suppress(ValueError):
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    def is_revoked(self, workload_id: str) -> bool:
+        """Whether the workload has been revoked."""
+        return workload_id in self.bundle.revoked
+
+    @property
+    def roots_pem(self) -> bytes:
+        """The trusted roots, for clients to pin."""
+        return ca.pem(self._authority.state.trusted)
+
+    # -- servers
+
+    def enrolment_credentials(self) -> grpc.ServerCredentials:
+        """For the enrolment port: the server alone shows a certificate."""
+        return self._own.enrolment_credentials()
+
+    def mesh_credentials(self) -> grpc.ServerCredentials:
+        """For the mesh port: both sides show one."""
+        return self._own.mesh_credentials()
+
+    def add_enrolment_services(self, server: grpc.aio.Server) -> None:
+        """Adds what the enrolment port serves."""
+        from control_plane.identity.certificates import EnrolmentServicer, add_certificate_service
+
+        add_certificate_service(EnrolmentServicer(self), server)
+
+    def add_mesh_services(self, server: grpc.aio.Server, access: Access) -> None:
+        """Adds what the mesh port serves: renewal, the trust bundle, and the operators' API."""
+        from control_plane.identity.authority import AuthorityServicer, add_authority_service
+        from control_plane.identity.certificates import RenewalServicer, add_certificate_service
+
+        add_certificate_service(RenewalServicer(self, access), server)
+        add_authority_service(AuthorityServicer(self, access), server)
+
+    # -- certificates and join tokens
+
+    @property
+    def issuance(self) -> Issuance:
+        """What signs certificates of others."""
+        if self._issuance is None:
+            raise RuntimeError("the certificate authority is not open")
+        return self._issuance
+
+    async def create_token(self, service: str, ttl: float, uses: int, created_by: str) -> CreatedToken:
+        """Makes a join token; see `Issuance.create_token`."""
+        return await self.issuance.create_token(service, ttl, uses, created_by)
+
+    async def tokens(self) -> list[TokenRecord]:
+        """Join tokens that have neither ended nor been revoked.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        return await self._store.tokens(self._clock())
+
+    async def revoke_token(self, token_id: str) -> bool:
+        """Makes a join token worthless; False for an unknown one.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        return await self._store.revoke_token(token_id)
+
+    async def confirm(self, workload_id: str, bundle: TrustBundle) -> None:
+        """Remembers that a workload has the bundle in force.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        await self._store.confirm(workload_id, bundle.version, bundle.fingerprints)
+
+    # -- operators
+
+    async def status(self) -> AuthorityStatus:
+        """What operators are shown.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        now = self._clock()
+        workloads = await self._store.workloads(now)
+        return AuthorityStatus(
+            self._authority.state,
+            self._authority.kind,
+            self.bundle,
+            tuple(workloads),
+            tuple(self._dependents(workloads, now)),
+        )
+
+    async def add_root(self) -> None:
+        """Makes a next root and has everybody trust it.
+
+        Raises:
+            RotationRefusedError: a rotation is under way.
+            OSError: it cannot be stored.
+        """
+        async with self._changing:
+            now = self._clock()
+            self._authority.add(now)
+            await self._refresh(now)
+
+    async def overlap(self, *, force: bool = False) -> None:
+        """Signs by the next root.
+
+        Raises:
+            RotationRefusedError: there is none, or workloads would be cut off.
+            StoreUnavailableError: the store failed.
+            OSError: it cannot be stored.
+        """
+        async with self._changing:
+            now = self._clock()
+            self._authority.overlap(now, self._dependents(await self._store.workloads(now), now), force=force)
+            await self._refresh(now)
+
+    async def retire(self, *, force: bool = False) -> None:
+        """Trusts the signing root alone.
+
+        Raises:
+            RotationRefusedError: there is no other one, or workloads would be cut off.
+            StoreUnavailableError: the store failed.
+            OSError: it cannot be stored.
+        """
+        async with self._changing:
+            now = self._clock()
+            self._authority.retire(self._dependents(await self._store.workloads(now), now), force=force)
+            await self._refresh(now)
+
+    async def revoke(self, *, workload_id: str = "", service: str = "") -> list[str]:
+        """Revokes one workload, or all of a service that exist now; their ids.
+
+        Raises:
+            InvalidValueError: the service's name is none.
+            StoreUnavailableError: the store failed.
+        """
+        async with self._changing:
+            now = self._clock()
+            if service:
+                spiffe_id = Principal.service(self.trust_domain, service).spiffe_id
+                found = await self._store.revoke("spiffe_id", spiffe_id, now)
+            else:
+                found = await self._store.revoke("id", workload_id, now)
+            await self._refresh(now)
+        return found
+
+    # -- within
+
+    def _in_force(self) -> InForce:
+        return InForce(self._authority.state.issuer, self.bundle)
+
+    def _dependents(self, workloads: list[WorkloadRecord], now: float) -> list[Dependent]:
+        """Operators are left out: who has the CA's files makes their credentials anew, and nothing stands still."""
+        return [
+            Dependent(each.id, each.spiffe_id, each.root, each.trusted)
+            for each in workloads
+            if not each.revoked and each.expires > now and Principal.parse(each.spiffe_id).kind is not Kind.OPERATOR
+        ]
+
+    async def _refresh(self, now: float) -> None:
+        """Has bundle, own certificate and files follow what is in force, and tells whoever listens."""
+        revoked = await self._store.revoked(now)
+        state = self._authority.state
+        trusted = state.trusted
+        if self._directory is not None:
+            self._write_roots(self._directory / ROOTS_FILE, ca.pem(trusted))
+        bundle = TrustBundle.of(self.trust_domain, map(ca.der, trusted), state.rotation.signing, revoked)
+        changed = self._bundle != bundle
+        self._bundle = bundle
+        try:
+            self._own.refresh(state.issuer, trusted, now)
+        finally:
+            if changed:
+                for callback in list(self._callbacks):
+                    callback()
+
+    def _write_roots(self, path: Path, content: bytes) -> None:
+        if not path.exists() or read_public(path) != content:
+            write_atomically(path, content, 0o644)
+
+    async def _maintain(self) -> None:
+        interval = min(30.0, max(0.1, self.options.leaf_lifetime / 20))
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                await self.maintain()
+            except (MeshError, OSError) as error:
+                _log.error("the certificate authority cannot do its work: %s", error)

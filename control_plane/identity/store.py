@@ -1,0 +1,421 @@
+"""The SQLite file of join tokens and workloads. Everything that counts is decided within one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from control_plane.identity.tokens import InvalidTokenError
+from mesh_client.core.errors import ConfigError, MeshError
+
+FILE_NAME = "identity.sqlite"
+SCHEMA_VERSION = 1
+MAX_TOKENS = 10_000
+"""Join tokens that may be good at once."""
+KEEP = 7 * 86_400.0
+"""Seconds for which ended tokens and workloads are remembered."""
+KEEP_REVOKED = 400 * 86_400.0
+"""The same for revoked workloads: a clock that is set forward and back again must not bring them back."""
+
+_SCHEMA = """
+CREATE TABLE join_tokens (
+    id TEXT PRIMARY KEY,
+    service TEXT NOT NULL,
+    expires INTEGER NOT NULL,
+    uses INTEGER NOT NULL,
+    uses_left INTEGER NOT NULL CHECK (uses_left BETWEEN 0 AND uses),
+    created_by TEXT NOT NULL,
+    revoked INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE workloads (
+    id TEXT PRIMARY KEY,
+    spiffe_id TEXT NOT NULL,
+    serial TEXT NOT NULL,
+    expires REAL NOT NULL,
+    last_expiry REAL NOT NULL,
+    root TEXT NOT NULL,
+    bundle_version TEXT NOT NULL DEFAULT '',
+    trusted TEXT NOT NULL DEFAULT '',
+    attested_by TEXT NOT NULL,
+    revoked INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
+PRAGMA user_version = 1;
+"""
+
+_T = TypeVar("_T")
+
+
+class StoreUnavailableError(MeshError):
+    """The file cannot be used now, such as for a full disk or a damaged file."""
+
+
+class RevokedError(MeshError):
+    """The workload has been revoked."""
+
+
+class TooManyTokensError(MeshError):
+    """There are too many join tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A join token without what makes it one."""
+
+    id: str
+    service: str
+    expires: int
+    uses: int
+    uses_left: int
+    created_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadRecord:
+    """A workload with its newest certificate.
+
+    Attributes:
+        id: constant through renewals.
+        spiffe_id: whose.
+        serial: of the certificate, lower-case hex.
+        expires: when it ends, seconds since the epoch.
+        root: fingerprint of the root that it leads up to.
+        attested_by: how it was attested first.
+        bundle_version: that the workload has confirmed; empty for none.
+        trusted: fingerprints of the roots in it.
+        revoked: whether it has been revoked.
+    """
+
+    id: str
+    spiffe_id: str
+    serial: str
+    expires: float
+    root: str
+    attested_by: str
+    bundle_version: str = ""
+    trusted: frozenset[str] = frozenset()
+    revoked: bool = False
+
+
+class IdentityStore:
+    """Runs each operation in one transaction, in a thread of its own.
+
+    A damaged file is refused, not begun afresh: that would forget who was revoked.
+
+    Args:
+        directory: the data directory, which is checked and locked already. None keeps everything in memory.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._path = None if directory is None else directory / FILE_NAME
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mesh-identity")
+
+    async def open(self) -> None:
+        """Opens the file.
+
+        Raises:
+            ConfigError: it is damaged, others can read it, or a newer version wrote it.
+        """
+        await self._in_thread(self._open)
+
+    async def close(self) -> None:
+        """Finishes what was asked before, and closes the file."""
+        await self._in_thread(self._close)
+        self._thread.shutdown(wait=False)
+
+    async def add_token(self, record: TokenRecord, now: float) -> None:
+        """Remembers a new join token.
+
+        Raises:
+            TooManyTokensError: there are as many as there may be.
+            StoreUnavailableError: SQLite failed.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            (count,) = connection.execute(
+                "SELECT COUNT(*) FROM join_tokens WHERE expires > ? AND revoked = 0", (now,)
+            ).fetchone()
+            if count >= MAX_TOKENS:
+                raise TooManyTokensError(f"there are {count} join tokens: revoke some")
+            connection.execute(
+                "INSERT INTO join_tokens (id, service, expires, uses, uses_left, created_by) VALUES (?, ?, ?, ?, ?, ?)",
+                (record.id, record.service, record.expires, record.uses, record.uses_left, record.created_by),
+            )
+
+        await self._run(work)
+
+    async def tokens(self, now: float) -> list[TokenRecord]:
+        """Join tokens that have neither ended nor been revoked, by their end.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: [
+                TokenRecord(*row)
+                for row in connection.execute(
+                    "SELECT id, service, expires, uses, uses_left, created_by FROM join_tokens "
+                    "WHERE expires > ? AND revoked = 0 ORDER BY expires, id",
+                    (now,),
+                )
+            ]
+        )
+
+    async def revoke_token(self, token_id: str) -> bool:
+        """Makes a join token worthless; whether there was one that was not so already.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: (
+                connection.execute(
+                    "UPDATE join_tokens SET revoked = 1 WHERE id = ? AND revoked = 0", (token_id,)
+                ).rowcount
+                > 0
+            )
+        )
+
+    async def join(self, workload: WorkloadRecord, token_id: str, service: str, now: float) -> None:
+        """Spends one use of a join token on a new workload.
+
+        Raises:
+            InvalidTokenError: the token is unknown, revoked, ended, spent or for another service.
+            StoreUnavailableError: SQLite failed.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            spent = connection.execute(
+                "UPDATE join_tokens SET uses_left = uses_left - 1 "
+                "WHERE id = ? AND service = ? AND uses_left > 0 AND revoked = 0 AND expires > ?",
+                (token_id, service, now),
+            )
+            if spent.rowcount != 1:
+                raise InvalidTokenError(f"token {token_id} is unknown, revoked, ended or spent")
+            _insert(connection, workload)
+
+        await self._run(work)
+
+    async def add_workload(self, workload: WorkloadRecord) -> None:
+        """Remembers a new workload.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        await self._run(partial(_insert, workload=workload))
+
+    async def renew(self, workload: WorkloadRecord) -> None:
+        """Remembers the newest certificate of a workload, be it known or not.
+
+        What an unknown one was attested by is taken from the record, what a known one has confirmed stays.
+
+        Raises:
+            RevokedError: the workload has been revoked.
+            StoreUnavailableError: SQLite failed.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            done = connection.execute(
+                "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET serial = excluded.serial, "
+                "expires = excluded.expires, last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root "
+                "WHERE revoked = 0 AND spiffe_id = excluded.spiffe_id",
+                _row(workload),
+            )
+            if done.rowcount != 1:
+                raise RevokedError(f"workload {workload.id} has been revoked")
+
+        await self._run(work)
+
+    async def confirm(self, workload_id: str, bundle_version: str, trusted: Iterable[str]) -> None:
+        """Remembers which trust bundle a workload has in force. Unknown ones are ignored.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        await self._run(
+            lambda connection: connection.execute(
+                "UPDATE workloads SET bundle_version = ?, trusted = ? WHERE id = ?",
+                (bundle_version, " ".join(trusted), workload_id),
+            )
+        )
+
+    async def workloads(self, now: float) -> list[WorkloadRecord]:
+        """Workloads whose certificates have not ended, by SPIFFE ID.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: [
+                WorkloadRecord(
+                    id=row[0],
+                    spiffe_id=row[1],
+                    serial=row[2],
+                    expires=row[3],
+                    root=row[4],
+                    attested_by=row[5],
+                    bundle_version=row[6],
+                    trusted=frozenset(row[7].split()),
+                    revoked=bool(row[8]),
+                )
+                for row in connection.execute(
+                    "SELECT id, spiffe_id, serial, expires, root, attested_by, bundle_version, trusted, revoked "
+                    "FROM workloads WHERE expires > ? ORDER BY spiffe_id, id",
+                    (now,),
+                )
+            ]
+        )
+
+    async def revoke(self, column: str, value: str, now: float) -> list[str]:
+        """Revokes workloads whose certificates have not ended; the ids of those that match, also those revoked before.
+
+        Args:
+            column: ``id`` or ``spiffe_id``.
+            value: of that column.
+            now: seconds since the epoch.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        which = {"id": "id = ?", "spiffe_id": "spiffe_id = ?"}[column]
+
+        def work(connection: sqlite3.Connection) -> list[str]:
+            rows = connection.execute(
+                f"UPDATE workloads SET revoked = 1 WHERE {which} AND last_expiry > ? RETURNING id",  # noqa: S608 one of two constants
+                (value, now),
+            )
+            return sorted(row[0] for row in rows.fetchall())
+
+        return await self._run(work, durable=True)
+
+    async def revoked(self, now: float) -> frozenset[str]:
+        """Ids of revoked workloads some certificate of which has not ended.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: frozenset(
+                row[0]
+                for row in connection.execute("SELECT id FROM workloads WHERE revoked = 1 AND last_expiry > ?", (now,))
+            )
+        )
+
+    async def forget(self, now: float) -> None:
+        """Forgets what ended long ago.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+
+        def work(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM join_tokens WHERE expires <= ?", (now - KEEP,))
+            connection.execute("DELETE FROM workloads WHERE revoked = 0 AND last_expiry <= ?", (now - KEEP,))
+            connection.execute("DELETE FROM workloads WHERE last_expiry <= ?", (now - KEEP_REVOKED,))
+
+        await self._run(work)
+
+    async def _in_thread(self, work: Callable[[], _T]) -> _T:
+        # What was begun is finished even when nobody waits for it any more.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
+
+    async def _run(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = False) -> _T:
+        return await self._in_thread(partial(self._transaction, work, durable))
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], _T], durable: bool) -> _T:
+        connection = self._connection
+        if connection is None:
+            raise StoreUnavailableError("the identity store is closed")
+        try:
+            # FULL has the transaction on the disk, and with it all before it.
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                return work(connection)
+        except sqlite3.Error as error:
+            raise StoreUnavailableError(f"{self._path or 'the identity store'}: {error}") from error
+
+    def _open(self) -> None:
+        if self._path is not None:
+            _check_file(self._path)
+        try:
+            self._connection = _connect(self._path)
+        except sqlite3.Error as error:
+            raise ConfigError(
+                f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
+                "away, which makes every join token worthless and forgets revocations"
+            ) from None
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _row(workload: WorkloadRecord) -> tuple[object, ...]:
+    return (
+        workload.id,
+        workload.spiffe_id,
+        workload.serial,
+        workload.expires,
+        workload.expires,
+        workload.root,
+        workload.attested_by,
+    )
+
+
+def _insert(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
+    connection.execute(
+        "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        _row(workload),
+    )
+
+
+def _check_file(path: Path) -> None:
+    """Makes the file with mode 0600, or checks one that is there; SQLite gives its other files the same mode."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        for part in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            with contextlib.suppress(FileNotFoundError):
+                found = part.lstat()
+                if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
+                    raise ConfigError(f"{part} is not a file of this user")
+                if found.st_mode & 0o077:
+                    raise ConfigError(f"others may read or write {part}: chmod 600 {part}")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be used: {error.strerror}") from None
+
+
+def _connect(path: Path | None) -> sqlite3.Connection:
+    # Only the store's thread uses it; transactions are begun by hand.
+    connection = sqlite3.connect(path or ":memory:", timeout=2.0, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        # In WAL mode NORMAL survives the death of the process. After a power cut the last transactions may be missing:
+        # a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(str(verdict))
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise ConfigError(f"{path} was written by a newer version of the control plane; upgrade this one")
+        if version == 0:
+            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
