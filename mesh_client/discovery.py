@@ -20,21 +20,13 @@ from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
-from mesh_client.transport import CONTROL_PLANE, Transport
+from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
 
 log = logging.getLogger(__name__)
 
 RECONNECT = Backoff(initial=0.2, max=10.0, multiplier=2.0)
-STREAM_OPTIONS: tuple[tuple[str, object], ...] = (
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.use_local_subchannel_pool", 1),
-)
-"""A control plane that hangs is noticed by keepalive. Its snapshots are trusted in size."""
 FIRST_RESPONSE_TIMEOUT = 5.0
 """Seconds that a control plane has to answer on a new stream before the next one is tried."""
 

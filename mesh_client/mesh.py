@@ -25,9 +25,11 @@ from mesh_client.core.service import Service
 from mesh_client.core.store import Resolution
 from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
+from mesh_client.identity_settings import identity_settings
 from mesh_client.interceptors import intercepted
 from mesh_client.resolver import Resolver
-from mesh_client.transport import PlaintextTransport, Transport
+from mesh_client.transport import Transport
+from mesh_client.transport_choice import make_transport
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 USER_AGENT = "grpc-mesh-python/0.1.0"
@@ -160,6 +162,14 @@ def connect(
     region: str | None = None,
     cache_dir: str | Path | None = None,
     node_id: str | None = None,
+    enrolment: str | Sequence[str] | None = None,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    trust_roots: str | Path | None = None,
+    trust_domain: str | None = None,
+    attestation: str | None = None,
+    identity_dir: str | Path | None = None,
+    insecure: bool | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -174,6 +184,18 @@ def connect(
         cache_dir: where the last snapshot is kept for a start without a control plane; by default MESH_CACHE_DIR, else
             ``$XDG_CACHE_HOME/grpc-mesh``. An empty string keeps nothing.
         node_id: unique name of this process for operators; by default made up.
+        enrolment: where it joins the mesh, as ``host:port``, a list or comma-separated; by default MESH_ENROLMENT, else
+            each control plane's host at the next port.
+        token: the join token by which it joins; by default MESH_TOKEN.
+        token_file: the file that holds one, read whenever it is needed; by default MESH_TOKEN_FILE.
+        trust_roots: PEM file of the roots to trust at joining; by default MESH_TRUST_ROOTS, else those whose hashes are
+            in the join token.
+        trust_domain: of the mesh; by default MESH_TRUST_DOMAIN, else the token's, else ``mesh.internal``.
+        attestation: ``consul`` to join by the ACL token in CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE instead, which
+            needs ``trust_roots``; by default MESH_ATTESTATION.
+        identity_dir: where key and certificate are kept for the next start, readable by this user alone and used by
+            this process alone; by default MESH_IDENTITY_DIR, else in memory only.
+        insecure: True for plaintext without any identity; by default MESH_INSECURE. Never a fallback.
         rng: drives every random choice; by default seeded by the system.
         clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
             real whatever it says.
@@ -186,8 +208,21 @@ def connect(
     if service:
         check_service_name(service)
     locality = Locality(_env("REGION", "") if region is None else region, _env("ZONE", "") if zone is None else zone)
+    settings = identity_settings(
+        service,
+        addresses,
+        enrolment=enrolment,
+        token=token,
+        token_file=token_file,
+        trust_roots=trust_roots,
+        trust_domain=trust_domain,
+        attestation=attestation,
+        identity_dir=identity_dir,
+        insecure=insecure,
+    )
+    transport = make_transport(settings)
     return make_mesh(
-        addresses, service, locality, PlaintextTransport(), cache_dir=cache_dir, node_id=node_id, rng=rng, clock=clock
+        addresses, service, locality, transport, cache_dir=cache_dir, node_id=node_id, rng=rng, clock=clock
     )
 
 

@@ -6,6 +6,7 @@ name, `MutualTls` otherwise. Neither ever falls back to the other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -16,6 +17,8 @@ from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Principal
 from mesh_client.identity import Identity
 
+log = logging.getLogger(__name__)
+
 CHANNEL_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 10_000),
@@ -23,6 +26,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 """A peer that hangs or vanishes without closing its connection is noticed within 15 s while a call is in flight."""
+
+STREAM_OPTIONS: tuple[tuple[str, object], ...] = (
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""Of long streams from a control plane. One that hangs is noticed by keepalive. Its snapshots are trusted in size."""
 
 SERVER_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.so_reuseport", 0),
@@ -115,7 +127,8 @@ class PlaintextTransport:
     generation = 0
 
     async def start(self) -> None:
-        """Nothing to do."""
+        """Warns."""
+        log.warning("insecure, as asked: calls of this process are in plaintext, and nobody proves who they are")
 
     async def stop(self) -> None:
         """Nothing to do."""
@@ -189,14 +202,9 @@ class MutualTls:
         Raises:
             IdentityError: there is no certificate yet.
         """
-        name = self._dns_name(server)
-        authenticating = (("grpc.ssl_target_name_override", name), ("grpc.default_authority", name))
-        return grpc.aio.secure_channel(
-            target,
-            self.identity.channel_credentials(),
-            # Last, so that nothing overrides them.
-            options=merge_options(merge_options(CHANNEL_OPTIONS, options), authenticating),
-        )
+        # The name is last, so that nothing overrides it.
+        merged = merge_options(merge_options(CHANNEL_OPTIONS, options), authenticating_options(self._dns_name(server)))
+        return grpc.aio.secure_channel(target, self.identity.channel_credentials(), options=merged)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Opens a port that speaks with nobody but holders of a certificate of the mesh.
@@ -243,6 +251,11 @@ def merge_options(
 ) -> list[tuple[str, object]]:
     """Channel arguments with each key once; an override wins over its default."""
     return list({**dict(defaults), **dict(overrides)}.items())
+
+
+def authenticating_options(dns_name: str) -> tuple[tuple[str, object], ...]:
+    """Channel arguments by which the other side's certificate must carry this DNS name, whatever its address is."""
+    return (("grpc.ssl_target_name_override", dns_name), ("grpc.default_authority", dns_name))
 
 
 def open_channel(target: str, options: Sequence[tuple[str, object]] = ()) -> grpc.aio.Channel:
