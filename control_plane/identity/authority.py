@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -14,12 +14,14 @@ from mesh.v1 import authority_pb2_grpc
 
 from control_plane.access import Access
 from control_plane.identity import ca
-from control_plane.identity.certificate_authority import AuthorityStatus, CertificateAuthority
 from control_plane.identity.issuance import DEFAULT_TTL
 from control_plane.identity.rotation import RotationRefusedError, unconfirmed
 from control_plane.identity.store import StoreUnavailableError, TokenRecord, TooManyTokensError
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, InvalidValueError
+
+if TYPE_CHECKING:
+    from control_plane.identity.certificate_authority import AuthorityStatus, CertificateAuthority
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")

@@ -16,7 +16,9 @@ import grpc.aio
 
 from control_plane.access import Access
 from control_plane.identity import ca
+from control_plane.identity.authority import AuthorityServicer, add_authority_service
 from control_plane.identity.bundle import TrustBundle
+from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
 from control_plane.identity.files import (
     data_directory,
     lock_directory,
@@ -187,15 +189,10 @@ class CertificateAuthority:
 
     def add_enrolment_services(self, server: grpc.aio.Server) -> None:
         """Adds what the enrolment port serves."""
-        from control_plane.identity.certificates import EnrolmentServicer, add_certificate_service
-
         add_certificate_service(EnrolmentServicer(self), server)
 
     def add_mesh_services(self, server: grpc.aio.Server, access: Access) -> None:
         """Adds what the mesh port serves: renewal, the trust bundle, and the operators' API."""
-        from control_plane.identity.authority import AuthorityServicer, add_authority_service
-        from control_plane.identity.certificates import RenewalServicer, add_certificate_service
-
         add_certificate_service(RenewalServicer(self, access), server)
         add_authority_service(AuthorityServicer(self, access), server)
 

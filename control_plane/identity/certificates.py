@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -15,13 +15,15 @@ from mesh.v1 import certificate_pb2 as pb
 from control_plane.access import Access
 from control_plane.identity import ca
 from control_plane.identity.bundle import TrustBundle
-from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.issuance import NotRenewableError, WrongServiceError
 from control_plane.identity.store import RevokedError, StoreUnavailableError
 from control_plane.identity.tokens import InvalidTokenError
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import check_service_name
+
+if TYPE_CHECKING:
+    from control_plane.identity.certificate_authority import CertificateAuthority
 
 _SignContext = grpc.aio.ServicerContext[pb.SignCertificateRequest, pb.SignCertificateResponse]
 _WatchContext = grpc.aio.ServicerContext[pb.WatchTrustBundleRequest, pb.WatchTrustBundleResponse]
