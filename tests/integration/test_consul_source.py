@@ -64,6 +64,29 @@ async def test_services_without_the_tag_are_none_of_the_meshs_business(
     assert set(recording.services) == {"orders"}
 
 
+async def test_registrations_that_make_no_sense_are_named_and_disturb_nobody(
+    consul: ConsulCluster, recording: Recording, caplog: pytest.LogCaptureFixture
+) -> None:
+    await consul.register("orders", "orders-1")
+    for instance, fields in (
+        ("no-port", {"port": 0}),
+        ("an-url", {"Address": "http://orders"}),
+        ("an id", {}),
+        ("x" * 300, {}),
+    ):
+        await consul.register("orders", instance, **fields)
+    for service in ("Or_ders", "x" * 64):
+        await consul.register(service, f"{service[:7]}-1")
+    await consul.register("orders", "odd", Meta={"k" * 128: "v" * 512, "mesh-zone": "no zone"})
+    await consul.register("payments", "payments-1")
+    await recording.until(lambda: recording.ids("payments") and "odd" in recording.ids("orders"))
+    assert recording.ids("orders") == {"orders-1", "odd"}
+    assert set(recording.services) == {"orders", "payments"}
+    assert recording.services["orders"]["odd"].locality == Locality()
+    for named in ("no-port", "an-url", "an id", "xxx", "Or_ders", "no zone", "kkk"):
+        assert named in caplog.text
+
+
 async def test_a_missed_ttl_makes_an_instance_unhealthy(consul: ConsulCluster, recording: Recording) -> None:
     await consul.register("orders", "orders-1", ttl="1s")
     await recording.until(lambda: recording.ids("orders"))
