@@ -54,18 +54,22 @@ class Guard:
 
     Args:
         service: whose server it is; for messages.
-        trust_domain: whose identities count; None for plaintext.
+        secure: whether callers have identities.
         clock: seconds, monotonic; for the log alone.
+
+    Attributes:
+        trust_domain: whose identities count; nobody's while it is empty.
+        revoked: ids of workloads that are not served.
     """
 
-    def __init__(self, service: str, trust_domain: str | None, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, service: str, *, secure: bool, clock: Callable[[], float] = monotonic) -> None:
+        self.trust_domain = ""
+        self.revoked: frozenset[str] = frozenset()
         self._service = service
-        self._trust_domain = trust_domain
+        self._secure = secure
         self._authorizer: Authorizer | None = None
         self._callers = CallerCache()
         self._log = _RefusalLog(service, clock)
-        self.revoked: frozenset[str] = frozenset()
-        """Ids of workloads that are not served."""
 
     @property
     def denied(self) -> int:
@@ -75,7 +79,7 @@ class Guard:
     @property
     def waits(self) -> bool:
         """Whether calls are refused because the policy is not known yet."""
-        return self._trust_domain is not None and self._authorizer is None
+        return self._secure and self._authorizer is None
 
     def apply(self, policy: ServicePolicy) -> None:
         """Obeys the authorization rules of a policy from the next call on."""
@@ -83,7 +87,7 @@ class Guard:
 
     def caller(self, connection: Connection) -> Caller | None:
         """Who is on the other side; None for nobody of a mesh, and always in plaintext."""
-        return None if self._trust_domain is None else self._callers.caller(connection.auth_context())
+        return self._callers.caller(connection.auth_context()) if self._secure else None
 
     def refusal(self, caller: Caller | None, method: str, connection: Connection) -> Refusal | None:
         """Why the call is refused, which is then counted and logged; None when it may go on.
@@ -94,7 +98,7 @@ class Guard:
             connection: where the call came from.
         """
         authorizer = self._authorizer
-        if self._trust_domain is None:
+        if not self._secure:
             if authorizer is None or (why := authorizer.check("", method)) is None:
                 return None
             why += "; this server speaks plaintext (insecure), where nobody has an identity"
@@ -119,8 +123,8 @@ class Guard:
         """What is wrong with the caller's identity; None when nothing is."""
         if caller is None:
             return "the caller's certificate names nobody of this mesh"
-        if caller.principal.trust_domain != self._trust_domain:
-            return f"{caller.spiffe_id} is of another trust domain than {self._trust_domain}"
+        if caller.principal.trust_domain != self.trust_domain:
+            return f"{caller.spiffe_id} is of another trust domain than {self.trust_domain}"
         if caller.workload_id in self.revoked:
             return f"{caller.name} calls from workload {caller.workload_id}, which has been revoked"
         return None

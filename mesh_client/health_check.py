@@ -14,7 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mesh_client.core.registration import SelfCheckRecord, Verdict
-from mesh_client.transport import open_channel
+from mesh_client.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -88,17 +88,30 @@ class SelfCheck:
     What it finds is what registries are told, so a server whose event loop hangs, whose port is gone or that says of
     itself that it is not serving stops being offered to callers.
 
+    It calls as every other caller does, so a certificate that callers would refuse shows here first.
+
     Args:
         target: the server's own address, as ``host:port``.
+        service: the server's service.
+        transport: opens its channel, and another one whenever credentials have changed.
         interval: seconds between checks.
         report: told of every verdict, in the event loop.
     """
 
-    def __init__(self, target: str, interval: float, report: Callable[[Verdict], None]) -> None:
+    def __init__(
+        self, target: str, service: str, transport: Transport, interval: float, report: Callable[[Verdict], None]
+    ) -> None:
+        self._target = target
+        self._service = service
+        self._transport = transport
         self._interval = interval
         self._report = report
         self._record = SelfCheckRecord()
-        self._channel = open_channel(target)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._generation = self._transport.generation
+        self._channel = self._transport.open_channel(self._target, self._service)
         self._stub = health_pb2_grpc.HealthStub(self._channel)
 
     @property
@@ -108,6 +121,9 @@ class SelfCheck:
 
     async def check(self) -> Verdict | None:
         """Checks once, within `CHECK_TIMEOUT`; None when the check got no answer and that decides nothing yet."""
+        if self._transport.generation != self._generation:
+            await self._channel.close()
+            self._connect()
         try:
             response = await self._stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT)
         except grpc.aio.AioRpcError as error:

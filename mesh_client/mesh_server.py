@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,30 +17,23 @@ from grpc_reflection.v1alpha import reflection
 
 from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
-from mesh_client.core.errors import ConfigError, InvalidTransitionError, MeshError
+from mesh_client.core.errors import ConfigError, IdentityError, InvalidTransitionError, MeshError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.guard import Guard
 from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
 from mesh_client.health_check import HealthReporter, SelfCheck
-from mesh_client.policy_watch import PolicyWatch
-from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
+from mesh_client.membership import Membership
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
-from mesh_client.transport import add_port
 
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.mesh import Mesh
     from mesh_client.server_settings import ServerSettings
+    from mesh_client.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-BLIND_DRAIN = 1.0
-"""Seconds to go on serving when no control plane could be told of the drain."""
-
-LINGER = 0.2
-"""Seconds to go on serving after the drain, for calls that were on the wire when their caller acknowledged it."""
 
 START_CHECKS = 3
 """Self-checks that may go unanswered before a start counts as failed."""
@@ -56,15 +51,21 @@ class MeshServer(grpc.aio.Server):
     """
 
     def __init__(
-        self, settings: ServerSettings, inner: grpc.aio.Server, mesh: Mesh | None, policy: ServicePolicy | None
+        self,
+        settings: ServerSettings,
+        inner: grpc.aio.Server,
+        transport: Transport,
+        mesh: Mesh | None,
+        policy: ServicePolicy | None,
     ) -> None:
         self._settings = settings
         self._inner = inner
-        self._rng = random.Random()
-        self._guard = Guard(settings.service, None)
-        self._admission = Admission(self._rng, self._guard)
-        self._policy = policy
-        self._policies = PolicyWatch(settings, mesh, self._admission.apply)
+        self._transport = transport
+        rng = random.Random()
+        self._guard = Guard(settings.service, secure=transport.secure)
+        self._admission = Admission(rng, self._guard)
+        self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng)
+        self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []
         self._phase = Phase.NEW
         self._stopping = asyncio.Event()
@@ -73,7 +74,6 @@ class MeshServer(grpc.aio.Server):
         self._health = HealthReporter()
         self._self_check: SelfCheck | None = None
         self._check_task: asyncio.Task[None] | None = None
-        self._registrar: Registrar = NoRegistrar("not started")
         self._shutdown: asyncio.Task[None] | None = None
         self._ended: asyncio.Task[bool] | None = None
 
@@ -96,7 +96,16 @@ class MeshServer(grpc.aio.Server):
         self._inner.add_registered_method_handlers(service_name, wrapped)
 
     def add_insecure_port(self, address: str) -> int:
-        """Opens one more port, beside the one that is registered with the mesh."""
+        """Opens one more port, beside the one that is registered with the mesh.
+
+        Raises:
+            ConfigError: the server is secure; whoever wants a port without identities asks for ``insecure``.
+        """
+        if self._transport.secure:
+            raise ConfigError(
+                f"add_insecure_port({address!r}): on a secure server nobody is served without an identity; "
+                "make it with insecure=True if that is meant"
+            )
         return self._inner.add_insecure_port(address)
 
     def add_secure_port(self, address: str, server_credentials: grpc.ServerCredentials) -> int:
@@ -106,8 +115,12 @@ class MeshServer(grpc.aio.Server):
     async def start(self) -> None:
         """Listens, checks that it answers on its own port, then registers, which goes on in the background.
 
+        A secure server waits for its certificate first.
+
         Raises:
-            ConfigError: the port cannot be bound, or it is not known which address to advertise.
+            ConfigError: the port cannot be bound, it is not known which address to advertise, or the identity's files
+                are not as they must be.
+            IdentityError: there was no certificate within a bound, or it is another service's; the message says why.
             MeshError: it does not answer on its own port.
             InvalidTransitionError: it was started before.
         """
@@ -201,9 +214,10 @@ class MeshServer(grpc.aio.Server):
             phase=self._phase,
             endpoint=self._endpoint,
             health=self._verdict(),
-            registration=self._registrar.status(),
+            registration=self._membership.status,
             in_flight=self._admission.in_flight,
             denied=self._guard.denied,
+            identity=None if self._transport.identity is None else self._transport.identity.state(time.time()),
         )
 
     def _verdict(self) -> Verdict:
@@ -213,12 +227,12 @@ class MeshServer(grpc.aio.Server):
 
     async def changed(self) -> None:
         """Returns at the next change of the registration."""
-        await self._registrar.changed()
+        await self._membership.changed()
 
     async def registered(self) -> None:
         """Returns once the registry holds the registration; never, for a server that does not register."""
-        while self._registrar.status().state is not RegistrationState.REGISTERED:
-            await self._registrar.changed()
+        while self._membership.status.state is not RegistrationState.REGISTERED:
+            await self._membership.changed()
 
     async def set_serving(self, serving: bool, service_name: str | None = None) -> None:
         """Says whether the application can serve: the health service shows it, and the mesh learns it by self-check.
@@ -270,7 +284,8 @@ class MeshServer(grpc.aio.Server):
 
     async def _start(self) -> None:
         settings = self._settings
-        self._port = add_port(self._inner, str(settings.bind))
+        await self._identify()
+        self._port = self._transport.add_port(self._inner, str(settings.bind))
         self._endpoint = replace(
             settings.endpoint,
             address=await self._advertised_host(),
@@ -280,20 +295,39 @@ class MeshServer(grpc.aio.Server):
             await self._health.add_to(self._inner, self._service_names)
         if settings.reflection and reflection.SERVICE_NAME not in self._service_names:
             names = {*self._service_names, HEALTH_SERVICE, reflection.SERVICE_NAME}
-            reflection.enable_server_reflection(sorted(names), self._inner)
+            reflection.enable_server_reflection(sorted(names), self)  # not the inner one: rules count for it too
         await self._inner.start()
+        target = str(HostPort(_loopback(settings.bind), self._port))
         self._self_check = SelfCheck(
-            str(HostPort(_loopback(settings.bind), self._port)), settings.check_interval, self._report
+            target, settings.service, self._transport, settings.check_interval, self._membership.report
         )
         await self._first_check(self._self_check)
-        if self._policy is not None:
-            self._admission.apply(self._policy)
-        else:
-            await self._policies.start()
-        self._registrar = self._make_registrar(self._endpoint)
-        self._registrar.report(self._self_check.verdict)
-        self._registrar.start()
+        await self._membership.join(self._endpoint, self._self_check.verdict)
         self._check_task = asyncio.create_task(self._self_check.run(), name=f"self-check of {self.instance_id}")
+
+    async def _identify(self) -> None:
+        """Gets the identity that callers and control planes will see."""
+        transport, service = self._transport, self._settings.service
+        await transport.start()
+        self._exits.push_async_callback(transport.stop)
+        identity = transport.identity
+        if identity is None:
+            logger.warning(
+                "%s/%s speaks plaintext (insecure): whoever reaches it can call it, and read and change its calls",
+                service,
+                self.instance_id,
+            )
+            return
+        await transport.ready()
+        if identity.principal.caller != service:
+            raise IdentityError(f"a server of {service} cannot serve as {identity.principal}: give it its own identity")
+        self._guard.trust_domain = identity.principal.trust_domain
+
+        def take_over() -> None:
+            self._guard.revoked = identity.revoked
+
+        take_over()
+        self._exits.callback(identity.on_change(take_over))
 
     async def _advertised_host(self) -> str:
         settings = self._settings
@@ -316,21 +350,6 @@ class MeshServer(grpc.aio.Server):
         detail = self_check.verdict.detail
         raise MeshError(f"the server does not answer well on its own port {self._port}: {detail}")
 
-    def _make_registrar(self, endpoint: Endpoint) -> Registrar:
-        settings = self._settings
-        if settings.registry.agent is not None:
-            from mesh_client.consul_registration import ConsulRegistrar
-
-            return ConsulRegistrar(
-                settings.service, endpoint, settings.registry.agent, settings.check_interval, self._rng
-            )
-        if settings.registry.kind == "control-plane":
-            return LeaseRegistrar(settings.service, endpoint, settings.control_planes, self._rng)
-        return NoRegistrar("by choice")
-
-    def _report(self, verdict: Verdict) -> None:
-        self._registrar.report(verdict)
-
     # -- stop
 
     async def _leave_and_stop(self, grace: float) -> None:
@@ -340,10 +359,7 @@ class MeshServer(grpc.aio.Server):
         )
         await self._health.enter_shutdown()
         await self._end_checks()
-        await self._drain()
-        await self._registrar.deregister()
-        if self._in_mesh:
-            await asyncio.sleep(LINGER)
+        await self._membership.leave()
         self._phase = Phase.STOPPING
         self._stopping.set()
         self._health.end_watches()
@@ -351,26 +367,6 @@ class MeshServer(grpc.aio.Server):
         self._phase = Phase.STOPPED
         await self._release()
         logger.info("%s/%s has stopped", settings.service, self.instance_id)
-
-    async def _drain(self) -> None:
-        settings = self._settings
-        report, _ = await asyncio.gather(
-            drain_everywhere(settings.control_planes, settings.service, self.instance_id, settings.drain_timeout),
-            asyncio.wait({asyncio.ensure_future(self._registrar.announce_drain())}, timeout=settings.drain_timeout),
-        )
-        name = f"{settings.service}/{self.instance_id}"
-        for failure in report.failures:
-            logger.warning("drain of %s: no answer from %s", name, failure)
-        if report.pending:
-            logger.warning("drain of %s: not acknowledged by %s", name, ", ".join(report.pending))
-        if report.answered:
-            logger.info("drain of %s: acknowledged by %d clients", name, report.acknowledged)
-        elif self._in_mesh:
-            await asyncio.sleep(min(BLIND_DRAIN, settings.drain_timeout))
-
-    @property
-    def _in_mesh(self) -> bool:
-        return self._settings.registry.kind != "none" or bool(self._settings.control_planes)
 
     async def _end_checks(self) -> None:
         if self._check_task is not None:
@@ -391,10 +387,10 @@ class MeshServer(grpc.aio.Server):
         self._stopping.set()
         await self._inner.stop(None)
         await self._end_checks()
-        await self._registrar.close()
-        await self._policies.stop()
+        await self._membership.close()
         if self._self_check is not None:
             await self._self_check.close()
+        await self._exits.aclose()
 
 
 def _loopback(bind: HostPort) -> str:

@@ -6,40 +6,76 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mesh_client.mesh import Mesh, connect
+from mesh_client.core.store import Resolution
+from mesh_client.mesh import Mesh, make_mesh
 
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.server_settings import ServerSettings
+    from mesh_client.transport import Transport
 
 
 class PolicyWatch:
-    """Obeys the service's own policy, through a mesh connection that is given or its own."""
+    """Obeys the service's own policy, through a mesh connection that is given or its own.
 
-    def __init__(self, settings: ServerSettings, mesh: Mesh | None, apply: Callable[[ServicePolicy], None]) -> None:
+    Args:
+        settings: of the server.
+        transport: opens a connection of its own to the control planes.
+        mesh: the connection to use; None for one of its own.
+        apply: obeys a policy.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        transport: Transport,
+        mesh: Mesh | None,
+        apply: Callable[[ServicePolicy], None],
+    ) -> None:
         self._settings = settings
+        self._transport = transport
         self._mesh = mesh
         self._apply = apply
+        self._known = False
         self._exits = contextlib.AsyncExitStack()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the policy has been obeyed once, or a control plane has said that it does not know the service."""
+        if self._known or self._mesh is None:
+            return self._known
+        return any(
+            state.service == self._settings.service and state.resolution is Resolution.UNKNOWN
+            for state in self._mesh.state().services
+        )
 
     async def start(self) -> None:
         """Begins to watch; the policy comes when the control plane has sent it."""
         settings = self._settings
-        mesh = self._mesh
-        if mesh is None:
+        if self._mesh is None:
             if not settings.control_planes:
                 return
-            mesh = await self._exits.enter_async_context(
-                connect(
+            self._mesh = await self._exits.enter_async_context(
+                make_mesh(
                     settings.control_planes,
-                    service=settings.service,
-                    zone=settings.endpoint.locality.zone,
-                    region=settings.endpoint.locality.region,
+                    settings.service,
+                    settings.endpoint.locality,
+                    self._transport,
                     node_id=settings.endpoint.id,
                 )
             )
-        self._exits.callback(mesh.watch_policy(settings.service, self._apply))
+        self._exits.callback(self._mesh.watch_policy(settings.service, self._obey))
+
+    async def until_settled(self) -> None:
+        """Returns once it is `settled`; only after `start`. At once where there is no control plane to wait for."""
+        mesh = self._mesh
+        while mesh is not None and not self.settled:
+            await mesh.changed()
 
     async def stop(self) -> None:
         """Ends watching, and its own connection."""
         await self._exits.aclose()
+
+    def _obey(self, policy: ServicePolicy) -> None:
+        self._apply(policy)
+        self._known = True

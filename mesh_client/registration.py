@@ -17,14 +17,18 @@ import grpc.aio
 from mesh.v1 import registry_pb2, registry_pb2_grpc
 
 from mesh_client.convert import endpoint_to_proto
+from mesh_client.core.errors import IdentityError
 from mesh_client.core.model import Endpoint, Health
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
-from mesh_client.transport import open_channel
+from mesh_client.transport import CONTROL_PLANE, Transport
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT = 5.0
 """Seconds for a registry to confirm; past that the next address is tried."""
+
+MAX_AGE_REACHED = "UNAVAILABLE: max connection age"
+"""How grpc says that a connection has ended because of its age."""
 
 _REFUSALS = frozenset(
     {
@@ -121,14 +125,18 @@ class LeaseRegistrar:
         endpoint: the endpoint as it is now.
         addresses: control planes, in the order of preference.
         rng: draws waits between attempts.
+        transport: opens channels; a new one for each attempt, with the credentials of that moment.
 
     Raises:
         ConfigError: there is no address.
     """
 
-    def __init__(self, service: str, endpoint: Endpoint, addresses: Sequence[str], rng: Random) -> None:
+    def __init__(
+        self, service: str, endpoint: Endpoint, addresses: Sequence[str], rng: Random, transport: Transport
+    ) -> None:
         self._service = service
         self._endpoint = endpoint
+        self._transport = transport
         self._machine = Registration(addresses, rng, time.monotonic())
         self._changes = Changes()
         self._token = ""
@@ -188,10 +196,12 @@ class LeaseRegistrar:
             address = self._machine.attempt(time.monotonic())
             self._changes.notify()
             try:
-                async with open_channel(address) as channel:
+                async with self._transport.open_channel(address, CONTROL_PLANE) as channel:
                     await self._hold(address, registry_pb2_grpc.RegistryServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 self._broken(address, f"{error.code().name}: {error.details()}", refused=error.code() in _REFUSALS)
+            except IdentityError as error:
+                self._broken(address, str(error))
             except TimeoutError:
                 self._broken(address, f"no answer within {ANSWER_TIMEOUT:g} s")
 
@@ -200,7 +210,9 @@ class LeaseRegistrar:
             return
         self._machine.failed(time.monotonic(), f"{address}: {detail}", refused=refused)
         self._changes.notify()
-        logger.warning("registration of %s/%s with %s: %s", self._service, self._endpoint.id, address, detail)
+        # A control plane ends connections that have become old, so that certificates are shown anew.
+        level = logging.INFO if detail.endswith(MAX_AGE_REACHED) else logging.WARNING
+        logger.log(level, "registration of %s/%s with %s: %s", self._service, self._endpoint.id, address, detail)
 
     async def _hold(self, address: str, stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> None:
         """One lease, from its first request to its end; every other end than the one we asked for raises."""
@@ -271,7 +283,9 @@ class DrainReport:
     failures: tuple[str, ...] = ()
 
 
-async def drain_everywhere(addresses: Sequence[str], service: str, endpoint_id: str, timeout: float) -> DrainReport:
+async def drain_everywhere(
+    addresses: Sequence[str], service: str, endpoint_id: str, timeout: float, transport: Transport
+) -> DrainReport:
     """Takes an endpoint out of what the clients of every control plane get, and waits until they have acknowledged.
 
     Args:
@@ -279,8 +293,12 @@ async def drain_everywhere(addresses: Sequence[str], service: str, endpoint_id: 
         service: the endpoint's service.
         endpoint_id: the endpoint.
         timeout: seconds, at most 300; clients that have not acknowledged by then are reported as pending.
+        transport: opens channels.
     """
-    results = await asyncio.gather(*(_drain(address, service, endpoint_id, timeout) for address in addresses))
+    request = registry_pb2.DrainRequest(service=service, endpoint_id=endpoint_id)
+    request.timeout.FromNanoseconds(round(timeout * 1e9))
+    # The control plane bounds the wait; the deadline is for one that hangs.
+    results = await asyncio.gather(*(_drain(address, request, timeout + 1.0, transport) for address in addresses))
     answers = [result for result in results if isinstance(result, registry_pb2.DrainResponse)]
     return DrainReport(
         answered=len(answers),
@@ -290,12 +308,13 @@ async def drain_everywhere(addresses: Sequence[str], service: str, endpoint_id: 
     )
 
 
-async def _drain(address: str, service: str, endpoint_id: str, timeout: float) -> registry_pb2.DrainResponse | str:
-    request = registry_pb2.DrainRequest(service=service, endpoint_id=endpoint_id)
-    request.timeout.FromNanoseconds(round(timeout * 1e9))
-    async with open_channel(address) as channel:
-        try:
-            # The control plane bounds the wait; the deadline is for one that hangs.
-            return await registry_pb2_grpc.RegistryServiceStub(channel).Drain(request, timeout=timeout + 1.0)
-        except grpc.aio.AioRpcError as error:
-            return f"{address}: {error.code().name} {error.details()}"
+async def _drain(
+    address: str, request: registry_pb2.DrainRequest, deadline: float, transport: Transport
+) -> registry_pb2.DrainResponse | str:
+    try:
+        async with transport.open_channel(address, CONTROL_PLANE) as channel:
+            return await registry_pb2_grpc.RegistryServiceStub(channel).Drain(request, timeout=deadline)
+    except grpc.aio.AioRpcError as error:
+        return f"{address}: {error.code().name} {error.details()}"
+    except IdentityError as error:
+        return f"{address}: {error}"

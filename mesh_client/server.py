@@ -18,7 +18,7 @@ from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
 from mesh_client.server_settings import ServerSettings
-from mesh_client.transport import SERVER_OPTIONS, merge_options
+from mesh_client.transport import SERVER_OPTIONS, PlaintextTransport, merge_options
 
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
@@ -47,6 +47,8 @@ def server(
     drain_timeout: float = 10.0,
     grace: float = 10.0,
     check_interval: float = 3.0,
+    max_connection_age: float = 600.0,
+    max_connection_age_grace: float = 300.0,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     options: Sequence[tuple[str, object]] = (),
     migration_thread_pool: Executor | None = None,
@@ -78,12 +80,17 @@ def server(
         drain_timeout: seconds to wait at most, when stopping, until every client knows; 0 to 300.
         grace: seconds that calls in flight have to finish, once no new ones come.
         check_interval: seconds between self-checks, 0.05 to 60. A TTL check with Consul lasts three times as long.
+        max_connection_age: seconds that a connection is used for new calls, 1 to 86400: callers then make another one
+            and show their certificate of that moment. No call fails.
+        max_connection_age_grace: seconds that calls on such a connection have then to finish, 0 to 86400. Streams that
+            go on for longer end with UNAVAILABLE.
         interceptors: as for `grpc.aio.server`.
         options: as for `grpc.aio.server`; they override those that the mesh sets.
         migration_thread_pool: as for `grpc.aio.server`.
         compression: as for `grpc.aio.server`.
         reflection: whether to serve gRPC reflection.
-        mesh: where to read the service's own policy; by default a connection of its own to the control plane.
+        mesh: where to read the service's own policy, and whose identity to share; by default a connection of its own
+            to the control plane.
         policy: a fixed policy in place of the control plane's.
 
     Raises:
@@ -114,16 +121,23 @@ def server(
         check_interval=_seconds("check_interval", check_interval, 0.05, 60.0),
         reflection=reflection,
     )
+    age = _seconds("max_connection_age", max_connection_age, 1.0, 86_400.0)
+    age_grace = _seconds("max_connection_age_grace", max_connection_age_grace, 0.0, 86_400.0)
+    ages = (
+        ("grpc.max_connection_age_ms", round(age * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(age_grace * 1000)),
+    )
+    transport = PlaintextTransport() if mesh is None else mesh.transport
     _require_extras(settings.registry)
     inner = grpc.aio.server(
         migration_thread_pool=migration_thread_pool,
         interceptors=interceptors,
-        options=merge_options(SERVER_OPTIONS, options),
+        options=merge_options([*SERVER_OPTIONS, *ages], options),
         compression=compression,
     )
     from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
 
-    return MeshServer(settings, inner, mesh, policy)
+    return MeshServer(settings, inner, transport, mesh, policy)
 
 
 def _parse_advertise(advertise: str | None) -> HostPort | None:

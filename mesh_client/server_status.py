@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationStatus, Verdict
+from mesh_client.identity import IdentityState
 
 
 class Phase(enum.Enum):
@@ -38,3 +39,5 @@ class ServerStatus:
     """Calls being served."""
     denied: int
     """Calls refused because of who called: no identity of the mesh, revoked, or allowed by no authorization rule."""
+    identity: IdentityState | None
+    """Who it is in the mesh; None in plaintext, where nobody is anybody."""

@@ -39,7 +39,7 @@ def limited(**settings: Any) -> ServicePolicy:
 
 
 def admission(policy: ServicePolicy = UNLIMITED) -> Admission:
-    result = Admission(Random(1), Guard("orders", None))
+    result = Admission(Random(1), Guard("orders", secure=False))
     result.apply(policy)
     return result
 

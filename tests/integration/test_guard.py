@@ -38,13 +38,18 @@ ONLY_BILLING = policy(("billing", f"{SERVICE}/*"), ("gateway", "other.v1.Service
 ONLY_GATEWAY = policy(("gateway", f"{SERVICE}/M"))
 
 
+def secure_guard(clock: FakeClock) -> Guard:
+    guard = Guard("orders", secure=True, clock=clock)
+    guard.trust_domain = DOMAIN
+    return guard
+
+
 class World:
     """A guarded server's parts, and a root that signs whatever a test wants."""
 
-    def __init__(self, trust_domain: str | None = DOMAIN) -> None:
+    def __init__(self) -> None:
         self.authority = TestAuthority()
-        self.clock = FakeClock()
-        self.guard = Guard("orders", trust_domain, self.clock)
+        self.guard = secure_guard(FakeClock())
         self.admission = Admission(Random(1), self.guard)
         self.certificate = self.authority.service("orders")
 
@@ -346,7 +351,7 @@ async def test_handlers_know_who_calls(kind: str, plain: bool, world: World) -> 
 
 
 def plaintext() -> Admission:
-    return Admission(Random(1), Guard("orders", None))
+    return Admission(Random(1), Guard("orders", secure=False))
 
 
 async def test_in_plaintext_nobody_is_anybody_and_any_rule_refuses_every_call() -> None:
@@ -385,7 +390,7 @@ def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_a_caller_who_does_not_give_up_is_one_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
     clock = FakeClock()
-    guard = Guard("orders", DOMAIN, clock)
+    guard = secure_guard(clock)
     guard.apply(ONLY_BILLING)
     caller = Caller(GATEWAY, "0" * 16)
     for _ in range(50):
@@ -402,7 +407,7 @@ def test_a_caller_who_does_not_give_up_is_one_line_a_second(caplog: pytest.LogCa
 
 def test_many_methods_do_not_fill_the_log_or_the_memory(caplog: pytest.LogCaptureFixture) -> None:
     clock = FakeClock()
-    guard = Guard("orders", DOMAIN, clock)
+    guard = secure_guard(clock)
     guard.apply(ONLY_BILLING)
     caller = Caller(GATEWAY, "0" * 16)
     for number in range(MAX_LOGGED + 500):

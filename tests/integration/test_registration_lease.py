@@ -16,6 +16,7 @@ import mesh_client.registration
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationState, RegistrationStatus, Verdict
 from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
+from mesh_client.transport import PlaintextTransport
 from tests.integration.orders import control_plane, published
 
 ENDPOINT = Endpoint(id="orders-1", address="127.0.0.1", port=4711)
@@ -99,7 +100,7 @@ async def serving(registry: Registry) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def registering(*addresses: str) -> AsyncIterator[LeaseRegistrar]:
-    registrar = LeaseRegistrar("orders", ENDPOINT, addresses, Random(1))
+    registrar = LeaseRegistrar("orders", ENDPOINT, addresses, Random(1), PlaintextTransport())
     registrar.start()
     try:
         yield registrar
@@ -146,7 +147,7 @@ async def until_published(address: str, count: int) -> None:
 async def test_a_control_plane_that_restarts_gets_its_lease_back(tmp_path: Path, nobody: str) -> None:
     address = nobody
     async with control_plane(data_dir=tmp_path, address=address):
-        registrar = LeaseRegistrar("orders", ENDPOINT, [address], Random(1))
+        registrar = LeaseRegistrar("orders", ENDPOINT, [address], Random(1), PlaintextTransport())
         registrar.start()
         await until(registrar, is_registered)
     await until(registrar, lambda status: not is_registered(status))
@@ -287,7 +288,7 @@ async def test_a_drain_asks_every_control_plane_and_adds_up_what_they_say(nobody
 
     first, second = Registry(holds, drain=complete), Registry(holds, drain=pending)
     async with serving(first) as one, serving(second) as two:
-        report = await drain_everywhere([one, nobody, two], "orders", "orders-1", 1.5)
+        report = await drain_everywhere([one, nobody, two], "orders", "orders-1", 1.5, PlaintextTransport())
     assert (report.answered, report.acknowledged, report.pending) == (2, 4, ("gateway-1",))
     assert [failure.startswith(f"{nobody}: UNAVAILABLE") for failure in report.failures] == [True]
     (request,) = first.drains
@@ -301,13 +302,13 @@ async def test_a_drain_is_bounded_though_the_control_plane_hangs() -> None:
         raise AssertionError
 
     async with serving(Registry(holds, drain=hang)) as address:
-        report = await drain_everywhere([address], "orders", "orders-1", 0.1)
+        report = await drain_everywhere([address], "orders", "orders-1", 0.1, PlaintextTransport())
     assert report.answered == 0
     assert "DEADLINE_EXCEEDED" in report.failures[0]
 
 
 async def test_closing_what_never_started_is_harmless() -> None:
-    registrar = LeaseRegistrar("orders", ENDPOINT, ["127.0.0.1:1"], Random(1))
+    registrar = LeaseRegistrar("orders", ENDPOINT, ["127.0.0.1:1"], Random(1), PlaintextTransport())
     await registrar.deregister()
     assert registrar.status().state is RegistrationState.GONE
 

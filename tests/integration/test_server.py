@@ -25,7 +25,7 @@ from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.mesh_server import MeshServer
 from mesh_client.server import server
 from mesh_client.server_status import Phase
-from mesh_client.transport import add_port, open_channel
+from mesh_client.transport import PlaintextTransport, add_port, open_channel
 from tests.integration.methods import EXPECTED, FORMS, REQUESTS, add_methods, call, echo_unary, handler
 from tests.integration.orders import ORDER, Orders, control_plane, get_order, make_server, published, running
 
@@ -371,7 +371,7 @@ async def test_a_watch_of_the_health_ends_with_its_client() -> None:
 
 async def test_a_port_that_does_not_answer_is_reported_at_the_second_check(nobody: str) -> None:
     reported: asyncio.Queue[Verdict] = asyncio.Queue()
-    check = SelfCheck(nobody, 0.01, reported.put_nowait)
+    check = SelfCheck(nobody, "orders", PlaintextTransport(), 0.01, reported.put_nowait)
     running_checks = asyncio.create_task(check.run())
     verdict = await asyncio.wait_for(reported.get(), 5.0)
     assert not verdict.healthy
@@ -523,7 +523,7 @@ async def test_a_drain_that_reaches_nobody_is_short(nobody: str) -> None:
 
 
 async def test_a_server_outside_of_the_mesh_stops_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh_client.mesh_server.LINGER", 600.0)
+    monkeypatch.setattr("mesh_client.membership.LINGER", 600.0)
     async with running(registry="none") as made:
         await made.stop()
 
