@@ -54,7 +54,9 @@ async def test_a_process_that_is_never_ready_is_given_up_on(supervisor: Supervis
 
 
 async def test_stopping_gives_the_process_time_to_leave(supervisor: Supervisor) -> None:
-    process = await start(supervisor, f"signal.signal(signal.SIGTERM, lambda *_: exit(7)); {SERVE}")
+    # A handler could run between printing and pausing, which would then be for ever.
+    await_it = "signal.pthread_sigmask(signal.SIG_BLOCK, [15]); print('ready now', flush=True); signal.sigwait([15])"
+    process = await start(supervisor, f"{await_it}; exit(7)")
     await process.wait_ready()
     assert await process.stop() == 7
     assert not process.running
