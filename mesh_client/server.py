@@ -8,7 +8,8 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -16,9 +17,11 @@ import grpc.aio
 from mesh_client.addresses import HostPort, Registry, parse_control_planes, parse_host_port, parse_registry
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
+from mesh_client.identity_settings import identity_settings
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
 from mesh_client.server_settings import ServerSettings
-from mesh_client.transport import SERVER_OPTIONS, PlaintextTransport, merge_options
+from mesh_client.transport import SERVER_OPTIONS, Transport, merge_options
+from mesh_client.transport_choice import make_transport
 
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
@@ -49,6 +52,14 @@ def server(
     check_interval: float = 3.0,
     max_connection_age: float = 600.0,
     max_connection_age_grace: float = 300.0,
+    enrolment: str | Sequence[str] | None = None,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    trust_roots: str | Path | None = None,
+    trust_domain: str | None = None,
+    attestation: str | None = None,
+    identity_dir: str | Path | None = None,
+    insecure: bool | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     options: Sequence[tuple[str, object]] = (),
     migration_thread_pool: Executor | None = None,
@@ -84,18 +95,27 @@ def server(
             and show their certificate of that moment. No call fails.
         max_connection_age_grace: seconds that calls on such a connection have then to finish, 0 to 86400. Streams that
             go on for longer end with UNAVAILABLE.
+        enrolment: as for `mesh_client.connect`, and so on to ``insecure``: how the server proves who it is.
+        token: likewise.
+        token_file: likewise.
+        trust_roots: likewise.
+        trust_domain: likewise.
+        attestation: likewise.
+        identity_dir: likewise.
+        insecure: likewise; a plaintext server knows none of its callers.
         interceptors: as for `grpc.aio.server`.
         options: as for `grpc.aio.server`; they override those that the mesh sets.
         migration_thread_pool: as for `grpc.aio.server`.
         compression: as for `grpc.aio.server`.
         reflection: whether to serve gRPC reflection.
-        mesh: where to read the service's own policy, and whose identity to share; by default a connection of its own
-            to the control plane.
+        mesh: a client of the same service, whose identity the server shares and through which it reads its policy; by
+            default it has its own.
         policy: a fixed policy in place of the control plane's.
 
     Raises:
         InvalidValueError: a name, label or weight is out of range.
-        ConfigError: an address, duration or choice of registry is not allowed, or an extra is not installed.
+        ConfigError: an address, duration, choice of registry or way to prove an identity is not allowed, or an extra is
+            not installed.
     """
     check_service_name(service)
     chosen_registry = parse_registry(registry)
@@ -127,7 +147,24 @@ def server(
         ("grpc.max_connection_age_ms", round(age * 1000)),
         ("grpc.max_connection_age_grace_ms", round(age_grace * 1000)),
     )
-    transport = PlaintextTransport() if mesh is None else mesh.transport
+    identity: dict[str, Any] = {
+        "enrolment": enrolment,
+        "token": token,
+        "token_file": token_file,
+        "trust_roots": trust_roots,
+        "trust_domain": trust_domain,
+        "attestation": attestation,
+        "identity_dir": identity_dir,
+        "insecure": insecure,
+    }
+    if mesh is None:
+        transport = make_transport(identity_settings(service, control_planes, **identity))
+    else:
+        transport = _shared_transport(mesh, service, [name for name, value in identity.items() if value is not None])
+    if transport.secure and policy is None and mesh is None and not control_planes:
+        raise ConfigError(
+            "policy: a secure server must know whom it may serve; give policy=, or a control plane to ask"
+        )
     _require_extras(settings.registry)
     inner = grpc.aio.server(
         migration_thread_pool=migration_thread_pool,
@@ -138,6 +175,18 @@ def server(
     from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
 
     return MeshServer(settings, inner, transport, mesh, policy)
+
+
+def _shared_transport(mesh: Mesh, service: str, given: Sequence[str]) -> Transport:
+    if given:
+        raise ConfigError(f"{given[0]}: the server shares the identity of its mesh=; give it to mesh_client.connect")
+    identity = mesh.transport.identity
+    if identity is not None and identity.principal.caller != service:
+        raise ConfigError(
+            f"mesh: it is {identity.principal.caller}'s, whose identity a server of {service} cannot share; "
+            f"make it with mesh_client.connect(service={service!r})"
+        )
+    return mesh.transport
 
 
 def _parse_advertise(advertise: str | None) -> HostPort | None:
