@@ -226,7 +226,7 @@ async def test_outbound_calls_see_deadline_and_address_of_the_inbound_call_and_a
         assert seen is not None
         assert seen.peer_ip == "127.0.0.1"
         assert seen.deadline is not None
-        assert earliest - 1.0 < seen.deadline <= time.monotonic() + 60.0
+        assert earliest - 1.0 < seen.deadline <= time.monotonic() + 61.0  # grpc rounds it up
         outbound = Outbound()
         seen.scope.add(outbound)
         rpc.cancel()
