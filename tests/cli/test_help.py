@@ -50,6 +50,7 @@ def test_the_version_is_shown(run: Run) -> None:
 def test_the_shell_completes_names_of_services(
     words: str, run: Run, admin: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mesh_cli.options._COMPLETION_TIMEOUT", 30.0)
     admin.answers["GetStatus"] = samples.healthy_status()
     assert _completions(words, admin.address, monkeypatch) == (
         ["inventory", "orders"] if words.endswith(" ") else ["orders"]
