@@ -75,14 +75,20 @@ def _rule(files: str, ours: str, libraries: str | None = None, *, pure: bool = F
     return Rule(files, frozenset(ours.split()), None if libraries is None else frozenset(libraries.split()), pure)
 
 
-_PURE_CONTROL_PLANE = " ".join(path.removesuffix(".py").replace("/", ".") for path in PURE if "*" not in path)
+_PURE_CONTROL_PLANE = " ".join(
+    [
+        *(path.removesuffix(".py").replace("/", ".") for path in PURE if "*" not in path),
+        "control_plane.sources.StoredDocument",  # a value; the package holds protocols too, and every source
+    ]
+)
+_PURE_LIBRARIES = {"control_plane/documents.py": "yaml"}
 
 RULES = (
     _rule("mesh_client/core/policy.py", "mesh_client.core", "pydantic", pure=True),
     _rule("mesh_client/core/breaker.py", "mesh_client.core", "pybreaker", pure=True),
     _rule("mesh_client/core/*", "mesh_client.core", "", pure=True),
     *(
-        _rule(path, f"{_PURE_CONTROL_PLANE} mesh_client.core", "", pure=True)
+        _rule(path, f"{_PURE_CONTROL_PLANE} mesh_client.core", _PURE_LIBRARIES.get(path, ""), pure=True)
         for path in PURE
         if path.startswith("control_plane/")
     ),

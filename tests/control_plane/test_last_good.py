@@ -61,6 +61,11 @@ async def test_a_policy_that_was_deleted_meanwhile_is_deleted(tmp_path: Path) ->
     assert await events(tmp_path) == [CONNECTED]
 
 
+async def test_it_goes_by_the_name_of_its_store(tmp_path: Path) -> None:
+    async with stored() as store:
+        assert LastGoodPolicies(store, tmp_path).name == "embedded-policies"
+
+
 async def test_changes_are_kept_while_it_runs(tmp_path: Path) -> None:
     async with stored(orders=GOOD) as store:
         policies = LastGoodPolicies(store, tmp_path)
@@ -80,7 +85,7 @@ async def test_changes_are_kept_while_it_runs(tmp_path: Path) -> None:
 async def written(directory: Path, recording: Recording, text: str) -> None:
     """Returns when the file says this."""
     async with asyncio.timeout(20.0):
-        while text not in (directory / FILE_NAME).read_text():
+        while not (directory / FILE_NAME).exists() or text not in (directory / FILE_NAME).read_text():
             await asyncio.sleep(0.005)
     assert recording.connected
 
