@@ -108,8 +108,8 @@ class Discovery:
         changed = asyncio.Event()
         unsubscribe = self._transport.on_change(changed.set)
         try:
-            while problem := self._transport.problem:
-                self.detail = f"not tried: {problem}"
+            while self._transport.problem:
+                self.detail = "not tried, for want of a certificate"
                 self._on_state()
                 changed.clear()
                 await changed.wait()

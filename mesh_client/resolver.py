@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from random import Random
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from mesh.v1 import discovery_pb2
 
 from mesh_client.core.breaker import BreakerState
-from mesh_client.core.errors import ConfigError
+from mesh_client.core.errors import ConfigError, Reason
 from mesh_client.core.model import Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RESOLUTION_TIMEOUT = 5.0
 """Seconds that calls wait for the first word of a service before they fail, unless they wait for ready."""
+NOT_ASKED = "not asked, for want of a certificate"
 CACHE_DELAY = 0.2
 """Seconds from a change to its being on disk; changes meanwhile are written together."""
 
@@ -179,7 +181,12 @@ class Resolver:
             on_transition=transition,
             snapshot_age=self.discovery.age,
             control_plane=lambda: self.discovery.detail,
+            identity=self._describe_identity,
         )
+
+    def _describe_identity(self) -> str:
+        identity = self.transport.identity
+        return "" if identity is None else identity.describe(time.time())
 
     def _services_changed(self, names: Iterable[str]) -> None:
         now = self._clock()
@@ -256,7 +263,9 @@ class Resolver:
 
     def _give_up(self, name: str) -> None:
         target = self._targets[name]
-        target.service.unreached = self.transport.problem or self.discovery.detail
+        service, problem = target.service, self.transport.problem
+        service.unreached = NOT_ASKED if problem else self.discovery.detail
+        service.unreached_reason = Reason.NO_IDENTITY if problem else Reason.CONTROL_PLANE_NEVER_REACHED
         target.changed(())
 
     def _notify(self) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from mesh_client.core.balancer import Node
 from mesh_client.core.errors import AttemptDetail, InvalidTransitionError, MeshErrorDetail, Reason
+from mesh_client.core.handshake import explain
 from mesh_client.core.model import Outcome, StatusCode
 from mesh_client.core.policy import FaultAbort
 from mesh_client.core.retry import Pushback, backoff_delay
@@ -36,6 +37,7 @@ _HINTS = {
     Reason.NO_ENDPOINTS: "its last instance has left or is draining; start one",
     Reason.NO_MATCHING_ENDPOINTS: "start an instance that carries the labels, or mend the route's split",
     Reason.CONTROL_PLANE_NEVER_REACHED: "check MESH_CONTROL_PLANE and that a control plane runs there",
+    Reason.NO_IDENTITY: "check MESH_ENROLMENT and the join token; `mesh token create` makes another",
     Reason.BREAKER_OPEN: "the service failed as a whole; its probes close the breaker when it answers again",
     Reason.CONCURRENCY_LIMIT: "raise concurrency_limit.max_in_flight in its policy, or call less at once",
 }
@@ -295,7 +297,7 @@ class Call:
             if service.resolution is Resolution.UNKNOWN:
                 return self._fail(StatusCode.UNAVAILABLE, Reason.UNKNOWN_SERVICE, now)
             if service.unreached:
-                return self._fail(StatusCode.UNAVAILABLE, Reason.CONTROL_PLANE_NEVER_REACHED, now)
+                return self._fail(StatusCode.UNAVAILABLE, service.unreached_reason, now)
         self._state = _WAITING
         return AwaitEndpoints(self.deadline)
 
@@ -362,6 +364,10 @@ class Call:
 
     def _detail(self, reason: Reason, now: float) -> MeshErrorDetail:
         service = self._service
+        identity = service.identity()
+        hint = _HINTS.get(reason, "")
+        if not hint and self._history:
+            hint = explain(self._history[-1].details, service.name, secure=identity != "")
         return MeshErrorDetail(
             service=service.name,
             method=self._method,
@@ -371,7 +377,8 @@ class Call:
             snapshot_version=service.endpoints_version,
             snapshot_age=service.snapshot_age(now),
             control_plane=service.unreached or service.control_plane(),
-            hint=_HINTS.get(reason, ""),
+            hint=hint,
+            identity=identity,
         )
 
 

@@ -70,6 +70,7 @@ class Reason(enum.Enum):
     NO_ENDPOINTS = "the service is known but has no endpoints"
     NO_MATCHING_ENDPOINTS = "no endpoint matches the route's labels"
     CONTROL_PLANE_NEVER_REACHED = "the control plane was never reached and nothing is cached"
+    NO_IDENTITY = "this process has no certificate of the mesh"
     BREAKER_OPEN = "the service breaker is open"
     CONCURRENCY_LIMIT = "too many calls to the service are in flight in this client"
     FAULT_INJECTED = "a fault was injected by policy"
@@ -107,6 +108,8 @@ class MeshErrorDetail:
     """State of the discovery stream, in words."""
     hint: str = ""
     """What to do next."""
+    identity: str = ""
+    """State of this process's certificate, in words; empty in plaintext."""
 
     def __str__(self) -> str:
         parts = [f"{self.service}: {self.reason.value}"]
@@ -122,6 +125,8 @@ class MeshErrorDetail:
             parts.append(f"endpoints version {self.snapshot_version} {age}")
         if self.control_plane:
             parts.append(f"control plane {self.control_plane}")
+        if self.identity:
+            parts.append(f"identity: {self.identity}")
         if self.hint:
             parts.append(self.hint)
         return "; ".join(parts)

@@ -62,6 +62,7 @@ class Service:
         on_transition: told of each change of the breaker's state.
         snapshot_age: seconds since the control plane last confirmed what is held, for explanations.
         control_plane: the state of the discovery stream in words, for explanations.
+        identity: the state of this process's certificate in words, for explanations; empty in plaintext.
     """
 
     def __init__(
@@ -74,14 +75,18 @@ class Service:
         on_transition: Callable[[BreakerState, BreakerState], None] | None = None,
         snapshot_age: Callable[[float], float | None] = lambda now: None,
         control_plane: Callable[[], str] = str,
+        identity: Callable[[], str] = str,
     ) -> None:
         self.name = name
         self.snapshot_age = snapshot_age
         self.control_plane = control_plane
+        self.identity = identity
         self.rng = rng
         self.resolution = Resolution.PENDING
         self.unreached: str = ""
         """Why nothing is known while the resolution is pending and waiting is pointless; empty while there is hope."""
+        self.unreached_reason = Reason.CONTROL_PLANE_NEVER_REACHED
+        """The same, for `Call`."""
         self.policy = ServicePolicy(service=name)
         self.policy_version = ""
         self.endpoints_version = ""

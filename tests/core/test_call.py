@@ -286,6 +286,24 @@ def test_an_unknown_service_and_an_empty_one_and_an_unreached_control_plane_are_
     assert failed(Call(world, METHOD).begin(0.0)).detail.reason is Reason.NO_ENDPOINTS
 
 
+def test_a_process_without_a_certificate_says_so_and_why() -> None:
+    world = Service("orders", zone="", rng=Random(1), now=0.0, identity=lambda: "the join token was refused")
+    world.unreached, world.unreached_reason = "not asked", Reason.NO_IDENTITY
+    detail = failed(Call(world, METHOD).begin(0.0)).detail
+    assert (detail.reason, detail.identity) == (Reason.NO_IDENTITY, "the join token was refused")
+    assert "MESH_ENROLMENT" in detail.hint
+
+
+def test_a_connection_that_was_refused_for_its_certificate_is_explained() -> None:
+    world = service("a", retry=NO_RETRY)
+    world.identity = lambda: "certificate valid for 23 h"
+    call = Call(world, METHOD)
+    attempt(call.begin(0.0))
+    why = "failed to connect to all addresses; last error: Hostname Verification Check failed."
+    detail = failed(call.failed(AttemptFailure(StatusCode.UNAVAILABLE, why), 0.1)).detail
+    assert "a certificate of somebody else than orders, and was refused" in detail.hint
+
+
 def test_calls_wait_for_the_first_word_of_a_service() -> None:
     world = Service("orders", zone="", rng=Random(1), now=0.0)
     call = Call(world, METHOD, deadline=3.0)

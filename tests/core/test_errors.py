@@ -62,11 +62,13 @@ def test_a_failed_call_explains_itself() -> None:
         snapshot_age=2.25,
         control_plane="connected to 127.0.0.1:7000",
         hint="look at orders-1",
+        identity="certificate valid for 23 h",
     )
     assert str(detail) == (
         "orders: every attempt failed; tried orders-1 at 10.0.0.1:50051 UNAVAILABLE after 1 ms, "
         "orders-2 at 10.0.0.2:50051 DEADLINE_EXCEEDED after 1500 ms; breaker half-open; "
-        "endpoints version 0123456789abcdef 2.2 s old; control plane connected to 127.0.0.1:7000; look at orders-1"
+        "endpoints version 0123456789abcdef 2.2 s old; control plane connected to 127.0.0.1:7000; "
+        "identity: certificate valid for 23 h; look at orders-1"
     )
 
 
