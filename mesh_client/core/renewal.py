@@ -13,6 +13,8 @@ from random import Random
 
 from mesh_client.core.errors import InvalidValueError
 
+BACKDATE = 60.0
+"""Seconds before its issuance from which a certificate is valid, so that clocks may differ a little."""
 LATEST = 2 / 3
 """Share of its life after which a certificate is renewed at the latest."""
 JITTER = 1 / 15
@@ -42,17 +44,23 @@ class Validity:
             raise InvalidValueError("certificate.not_after", self.not_after, "a time after not_before")
 
     @property
+    def issued(self) -> float:
+        """When it was issued."""
+        issued = self.not_before + BACKDATE
+        return issued if issued < self.not_after else self.not_before
+
+    @property
     def life(self) -> float:
-        """Seconds."""
-        return self.not_after - self.not_before
+        """Seconds from its issuance to its end."""
+        return self.not_after - self.issued
 
     def expired(self, now: float) -> bool:
         """Whether it has ended."""
         return now >= self.not_after
 
     def age(self, now: float) -> float:
-        """Share of its life that has passed: below 0 before it begins, above 1 once it has ended."""
-        return (now - self.not_before) / self.life
+        """Share of its life that has passed: below 0 before it was issued, above 1 once it has ended."""
+        return (now - self.issued) / self.life
 
 
 class Renewal:
@@ -70,7 +78,7 @@ class Renewal:
         share = LATEST - JITTER * rng.random()
         self._validity = validity
         self._rng = rng
-        self._due_now = validity.not_before + share * validity.life
+        self._due_now = validity.issued + share * validity.life
         self._due_tick = tick + share * validity.life if fresh else math.inf
 
     def hasten(self, tick: float) -> None:
@@ -131,9 +139,9 @@ def level(validity: Validity, now: float, *, failing: bool) -> Level:
     """
     if validity.expired(now):
         return Level.EXPIRED
-    age = validity.age(now)
-    if age < 0.0:
+    if now < validity.not_before:
         return Level.NOT_YET
+    age = validity.age(now)
     if failing:
         for share, reached in _LEVELS:
             if age >= share:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.renewal import (
+    BACKDATE,
     JITTER,
     LATEST,
     ROTATION_SPREAD,
@@ -22,7 +23,8 @@ from mesh_client.core.renewal import (
 )
 
 DAY = 86_400.0
-CERTIFICATE = Validity(1_000_000.0, 1_000_000.0 + DAY)
+ISSUED = 1_000_000.0
+CERTIFICATE = Validity(ISSUED - BACKDATE, ISSUED + DAY)
 seeds = st.integers(0, 2**32)
 
 
@@ -33,15 +35,19 @@ def test_a_certificate_that_ends_before_it_begins_is_none() -> None:
 
 @given(seeds, st.floats(10.0, 30 * DAY))
 def test_a_renewal_is_due_at_two_thirds_of_life_or_a_little_earlier(seed: int, life: float) -> None:
-    renewal = Renewal(Validity(500.0, 500.0 + life), 7.0, Random(seed), fresh=False)
+    renewal = Renewal(Validity(500.0 - BACKDATE, 500.0 + life), 7.0, Random(seed), fresh=False)
     wait = renewal.wait(500.0, 7.0)
     assert (LATEST - JITTER) * life - 1e-3 <= wait <= LATEST * life + 1e-3
     assert renewal.wait(500.0 + wait + 1e-3, 7.0) == 0.0
 
 
+def test_a_certificate_that_lives_shorter_than_it_is_dated_back_is_taken_as_it_is() -> None:
+    assert Validity(100.0, 130.0).life == 30.0
+
+
 def test_workloads_that_started_together_do_not_renew_together() -> None:
     rng = Random(1)
-    waits = {round(Renewal(CERTIFICATE, 0.0, rng, fresh=True).wait(CERTIFICATE.not_before, 0.0)) for _ in range(100)}
+    waits = {round(Renewal(CERTIFICATE, 0.0, rng, fresh=True).wait(ISSUED, 0.0)) for _ in range(100)}
     assert len(waits) > 90
     assert max(waits) - min(waits) > 0.9 * JITTER * DAY
 
@@ -49,26 +55,26 @@ def test_workloads_that_started_together_do_not_renew_together() -> None:
 @pytest.mark.parametrize("wrong", [-3.0 * DAY, 0.0])
 def test_a_fresh_certificate_is_renewed_in_time_though_the_clock_is_wrong_or_stands_still(wrong: float) -> None:
     renewal = Renewal(CERTIFICATE, 100.0, Random(2), fresh=True)
-    now = CERTIFICATE.not_before + wrong
+    now = ISSUED + wrong
     assert renewal.wait(now, 100.0) > 0.0
     assert renewal.wait(now, 100.0 + LATEST * DAY) == 0.0
 
 
 def test_of_a_stored_certificate_only_the_time_of_day_says_how_old_it_is() -> None:
     renewal = Renewal(CERTIFICATE, 100.0, Random(2), fresh=False)
-    assert renewal.wait(CERTIFICATE.not_before, 100.0 + 10 * DAY) > 0.0
+    assert renewal.wait(ISSUED, 100.0 + 10 * DAY) > 0.0
 
 
 @given(seeds)
 def test_when_another_root_signs_a_renewal_is_due_soon_at_a_random_time(seed: int) -> None:
     renewal = Renewal(CERTIFICATE, 0.0, Random(seed), fresh=True)
     renewal.hasten(50.0)
-    assert 0.0 <= renewal.wait(CERTIFICATE.not_before, 50.0) <= ROTATION_SPREAD
+    assert 0.0 <= renewal.wait(ISSUED, 50.0) <= ROTATION_SPREAD
 
 
 @given(seeds)
 def test_short_lives_leave_less_time_for_that(seed: int) -> None:
-    renewal = Renewal(Validity(0.0, 20.0), 0.0, Random(seed), fresh=True)
+    renewal = Renewal(Validity(-BACKDATE, 20.0), 0.0, Random(seed), fresh=True)
     renewal.hasten(1.0)
     assert renewal.wait(0.0, 1.0) <= 2.0
 
@@ -76,9 +82,9 @@ def test_short_lives_leave_less_time_for_that(seed: int) -> None:
 def test_hastening_never_delays() -> None:
     renewal = Renewal(CERTIFICATE, 0.0, Random(3), fresh=True)
     renewal.hasten(0.0)
-    soon = renewal.wait(CERTIFICATE.not_before, 0.0)
+    soon = renewal.wait(ISSUED, 0.0)
     renewal.hasten(1_000.0)
-    assert renewal.wait(CERTIFICATE.not_before, 0.0) == soon
+    assert renewal.wait(ISSUED, 0.0) == soon
 
 
 @given(st.integers(1, 1_000), st.booleans(), seeds)
@@ -97,8 +103,9 @@ def test_there_is_no_delay_without_a_failure() -> None:
 @pytest.mark.parametrize(
     ("age", "failing", "expected"),
     [
-        (-0.01, False, Level.NOT_YET),
-        (-0.01, True, Level.NOT_YET),
+        (-61 / DAY, False, Level.NOT_YET),
+        (-61 / DAY, True, Level.NOT_YET),
+        (-1 / DAY, True, Level.FINE),
         (0.0, True, Level.FINE),
         (0.49, True, Level.FINE),
         (0.5, True, Level.EARLY),
@@ -111,7 +118,7 @@ def test_there_is_no_delay_without_a_failure() -> None:
     ],
 )
 def test_warnings_grow_as_the_end_comes_near_and_nothing_renews(age: float, failing: bool, expected: Level) -> None:
-    assert level(CERTIFICATE, CERTIFICATE.not_before + age * DAY, failing=failing) is expected
+    assert level(CERTIFICATE, ISSUED + age * DAY, failing=failing) is expected
 
 
 @pytest.mark.parametrize(
