@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any, Self
 
 import grpc
 import grpc.aio
+from grpc.aio import UsageError
 
 from mesh_client.calls.requests import RequestLog
 from mesh_client.calls.stream import StreamStreamCall, UnaryStreamCall
 from mesh_client.calls.unary import StreamUnaryCall, UnaryUnaryCall
 from mesh_client.connection import Connection
-from mesh_client.multicallable import Deserializer, MultiCallable, Request, Response, Serializer
+from mesh_client.multicallable import CLOSED, Deserializer, MultiCallable, Request, Response, Serializer
 from mesh_client.target import Target
 
 _STATES = (
@@ -130,19 +132,34 @@ class MeshChannel(grpc.aio.Channel):
         """
         if self.closed:
             return grpc.ChannelConnectivity.SHUTDOWN
-        states = {connection.channel.get_state(try_to_connect) for connection in self._connections(try_to_connect)}
-        if not states:
+        return self._best(
+            connection.channel.get_state(try_to_connect) for connection in self._connections(try_to_connect)
+        )
+
+    def _best(self, states: Iterable[grpc.ChannelConnectivity]) -> grpc.ChannelConnectivity:
+        found = set(states)
+        if not found:
             idle = bool(self.target.service.nodes)
             return grpc.ChannelConnectivity.IDLE if idle else grpc.ChannelConnectivity.CONNECTING
-        return next((state for state in _STATES if state in states), grpc.ChannelConnectivity.IDLE)
+        return next((state for state in _STATES if state in found), grpc.ChannelConnectivity.IDLE)
 
     async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
-        """Returns when `get_state` would return another state."""
-        while self.get_state() is last_observed_state:
+        """Returns when `get_state` would return another state.
+
+        Raises:
+            UsageError: the channel has been closed.
+        """
+        while True:
+            if self.closed:
+                raise UsageError(CLOSED)
             with self.target.listening() as changed:
+                connections = self._connections(False)
+                # Each is read once: one that changed between two looks would be waited for to change again.
+                states = [connection.channel.get_state() for connection in connections]
+                if self._best(states) is not last_observed_state:
+                    return
                 waits = [asyncio.ensure_future(changed.wait())]
-                for connection in self._connections(False):
-                    state = connection.channel.get_state()
+                for connection, state in zip(connections, states, strict=True):
                     waits.append(asyncio.ensure_future(connection.channel.wait_for_state_change(state)))
                 try:
                     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

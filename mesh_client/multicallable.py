@@ -12,6 +12,7 @@ from mesh_client.target import Target
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+CLOSED = "Channel is closed."
 Serializer = Callable[[Request], bytes]
 Deserializer = Callable[[bytes], Response]
 
@@ -29,6 +30,8 @@ class MultiCallable(Generic[Request, Response]):
     Attributes:
         target: the service.
         name: full method name with leading slash.
+        serialise: gives the request as it is sent, once for all attempts. What it raises reaches the application; grpc
+            would send an empty message instead.
         key: finds this method among a connection's multicallables.
     """
 
@@ -46,30 +49,20 @@ class MultiCallable(Generic[Request, Response]):
         self.target = channel.target
         self.name = name
         self.request_serializer = request_serializer
+        self.serialise: Callable[[Request], Any] = _as_it_is if request_serializer is None else request_serializer
         self.response_deserializer = response_deserializer
         self.key: int = channel.target.method_key(self.kind, name, response_deserializer)
         self._registered = registered
-
-    def on(self, connection: Any) -> Any:
-        """Grpc's multicallable for this method on a connection."""
-        try:
-            return connection.multicallables[self.key]
-        except KeyError:
-            return connection.multicallable(self)
 
     def make(self, channel: grpc.aio.Channel) -> Any:
         """Makes grpc's multicallable on a channel."""
         make = getattr(channel, self.kind)
         return make(self.name, None, self.response_deserializer, _registered_method=self._registered)
 
-    def serialise(self, request: Request) -> Any:
-        """The request as it is sent, once for all attempts.
-
-        Raises:
-            Exception: what the serializer raises. Grpc would send an empty message instead.
-        """
-        return request if self.request_serializer is None else self.request_serializer(request)
-
     def refuse(self) -> NoReturn:
         """Raises `UsageError`, because the channel has been closed."""
-        raise UsageError("Channel is closed.")
+        raise UsageError(CLOSED)
+
+
+def _as_it_is(request: Request) -> Request:
+    return request

@@ -54,6 +54,7 @@ class MeshCall(Generic[Request, Response]):
     _connection: Any = None
     _code: grpc.StatusCode | None = None
     _error: BaseException | None = None
+    _streams_requests = False
     _waiting = False
     """Whether a timer or the target will resume the call."""
     _timer: asyncio.TimerHandle | None = None
@@ -112,7 +113,7 @@ class MeshCall(Generic[Request, Response]):
             self._finish(_OK, None)
             return
         details = at_once(call.details())
-        if code is None or (code is grpc.StatusCode.CANCELLED and details == LOCALLY_CANCELLED):
+        if code is grpc.StatusCode.CANCELLED and details == LOCALLY_CANCELLED:
             # Not by `cancel`, which sets the code first: the request iterator raised, or the channel was closed.
             self._machine.cancelled(self._clock())
             self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
@@ -123,8 +124,8 @@ class MeshCall(Generic[Request, Response]):
 
     def _attempt_failed(self, call: GrpcCall, code: grpc.StatusCode, details: str | None) -> None:
         debug = at_once(call.debug_error_string()) or ""
-        initial = at_once(call.initial_metadata()) or Metadata()
-        trailing = at_once(call.trailing_metadata()) or Metadata()
+        initial: Metadata = at_once(call.initial_metadata())
+        trailing: Metadata = at_once(call.trailing_metadata())
         pushback = trailing.get("grpc-retry-pushback-ms")
         received = details not in _UNANSWERED and (len(initial) > 0 or self._connection.channel.get_state() is _READY)
         action = self._machine.failed(
@@ -176,29 +177,27 @@ class MeshCall(Generic[Request, Response]):
     def _start(self, attempt: Attempt) -> None:
         method = self._method
         node = attempt.node
-        connection = node.connection
+        connection: Any = node.connection
         if connection is None:
             connection = method.target.connect(node)
         self._connection = connection
+        multicallable = connection.multicallables.get(method.key)
+        if multicallable is None:
+            multicallable = connection.multicallable(method)
         deadline = attempt.deadline
         metadata = self._metadata
         if attempt.number > 1:
             metadata = (*metadata, (PREVIOUS_ATTEMPTS_KEY, str(attempt.number - 1)))
-        call = self._call = self._invoke(
-            method.on(connection), None if deadline is None else deadline - attempt.started_at, metadata
-        )
-        call.add_done_callback(self.attempt_done)
-        if self._change is not None:
-            self._changed()
-
-    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
-        return method(
-            self._payload,
-            timeout=timeout,
+        call = self._call = multicallable(
+            self._payload.read(keep=self._machine.may_retry) if self._streams_requests else self._payload,
+            timeout=None if deadline is None else deadline - attempt.started_at,
             metadata=metadata,
             credentials=self._credentials,
             compression=self._compression,
         )
+        call.add_done_callback(self.attempt_done)
+        if self._change is not None:
+            self._wake(self._change)
 
     def _committed(self) -> bool:
         """Whether a response byte of the running attempt has reached the application."""
@@ -206,11 +205,12 @@ class MeshCall(Generic[Request, Response]):
 
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         self._code = code
-        self._error = error
+        if error is not None:
+            self._error = error
         if self._waiting or self._scope is not None:
             self._release()
         if self._change is not None:
-            self._changed()
+            self._wake(self._change)
         if self._done_callbacks is not None:
             callbacks, self._done_callbacks = self._done_callbacks, None
             for callback in callbacks:
@@ -232,10 +232,9 @@ class MeshCall(Generic[Request, Response]):
 
     # -- waiting for it
 
-    def _changed(self) -> None:
-        change, self._change = self._change, None
-        if change is not None and not change.done():
-            change.set_result(None)
+    def _wake(self, change: asyncio.Future[None]) -> None:
+        self._change = None
+        change.set_result(None)
 
     async def _next_change(self) -> None:
         """Returns when the next attempt has started or the call is over."""
@@ -255,9 +254,10 @@ class MeshCall(Generic[Request, Response]):
             await self._next_change()
         return self._call
 
-    async def _until_over(self) -> None:
-        while self._code is None:
+    async def _until_over(self) -> grpc.StatusCode:
+        while (code := self._code) is None:
             await self._next_change()
+        return code
 
     # -- grpc.aio.Call
 
@@ -318,11 +318,7 @@ class MeshCall(Generic[Request, Response]):
 
     async def code(self) -> grpc.StatusCode:
         """The call's status, when it is over."""
-        await self._until_over()
-        code = self._code
-        if code is None:
-            raise asyncio.InvalidStateError("the call is not over")
-        return code
+        return await self._until_over()
 
     async def details(self) -> str:
         """The call's message, when it is over."""
@@ -363,10 +359,13 @@ class MeshCall(Generic[Request, Response]):
         return f"<{type(self).__name__} {self._method.target.service.name}{self._method.name} {state}>"
 
 
-def at_once(coroutine: Coroutine[Any, Any, T]) -> T | None:
-    """What a coroutine returns that has nothing to wait for; None when it would wait.
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that has nothing to wait for.
 
     Grpc offers the status of a finished call by coroutines only, and a done-callback cannot wait.
+
+    Raises:
+        asyncio.InvalidStateError: it would wait.
     """
     try:
         coroutine.send(None)
@@ -374,4 +373,4 @@ def at_once(coroutine: Coroutine[Any, Any, T]) -> T | None:
         value: T = stop.value
         return value
     coroutine.close()
-    return None
+    raise asyncio.InvalidStateError(f"{coroutine!r} would wait")

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 from grpc.aio import UsageError
 
-from mesh_client.calls.base import GrpcCall, MeshCall
+from mesh_client.calls.base import MeshCall
 from mesh_client.multicallable import Request, Response
 
 REPLAY_BYTES = 256 * 1024
@@ -104,8 +104,10 @@ class RequestLog(Generic[Request]):
             self._change = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._change)
 
-    async def read(self) -> AsyncIterator[Any]:
-        """All requests from the first, for one attempt."""
+    async def read(self, *, keep: bool) -> AsyncIterator[Any]:
+        """All requests from the first, for one attempt; unless they are to be kept, for the last one."""
+        if not keep:
+            self.commit()
         number = self._first
         while True:
             while number >= self._first + len(self._messages):
@@ -146,6 +148,7 @@ class StreamingRequests(MeshCall[Request, Response]):
     """The request side of calls that stream requests."""
 
     _payload: RequestLog[Request]
+    _streams_requests = True
 
     @property
     def _done_writing_flag(self) -> bool:
@@ -158,17 +161,6 @@ class StreamingRequests(MeshCall[Request, Response]):
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         super()._finish(code, error)
         self._payload.close()
-
-    def _invoke(self, method: Any, timeout: float | None, metadata: Any) -> GrpcCall:
-        if not self._machine.may_retry:
-            self._payload.commit()
-        return method(
-            self._payload.read(),
-            timeout=timeout,
-            metadata=metadata,
-            credentials=self._credentials,
-            compression=self._compression,
-        )
 
     async def write(self, request: Request) -> None:
         """Sends one request; returns when grpc has taken it.

@@ -49,8 +49,9 @@ class StreamResponse(MeshCall[Request, Response]):
                     if not self._got_response:
                         self._got()
                     yield response
-            except AioRpcError as error:
-                self._raise_if_over(error)
+            except AioRpcError:
+                if self._error is not None:
+                    raise self._error from None
             except asyncio.CancelledError:
                 self.cancel()
                 raise
@@ -72,8 +73,9 @@ class StreamResponse(MeshCall[Request, Response]):
             call = await self._live_attempt(call)
             try:
                 response = await call.read()
-            except AioRpcError as error:
-                self._raise_if_over(error)
+            except AioRpcError:
+                if self._error is not None:
+                    raise self._error from None
             except asyncio.CancelledError:
                 self.cancel()
                 raise
@@ -94,12 +96,6 @@ class StreamResponse(MeshCall[Request, Response]):
         except asyncio.CancelledError:
             self.cancel()
             raise
-
-    def _raise_if_over(self, error: AioRpcError) -> None:
-        if self._error is not None:
-            raise self._error from None
-        if self._code is not None:
-            raise error
 
 
 class UnaryStreamCall(StreamResponse[Request, Response], grpc.aio.UnaryStreamCall[Request, Response]):

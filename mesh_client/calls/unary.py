@@ -38,8 +38,6 @@ class UnaryResponse(MeshCall[Request, Response]):
                 except AioRpcError:
                     if self._error is not None:
                         raise self._error from None
-                    if call is self._call:
-                        yield from self._next_change().__await__()
                 else:
                     return response
         except asyncio.CancelledError:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mesh_client.core.balancer import Node
+from mesh_client.core.breaker import ServiceBreaker
 from mesh_client.core.errors import AttemptDetail, InvalidTransitionError, MeshErrorDetail, Reason
 from mesh_client.core.handshake import explain
 from mesh_client.core.model import Outcome, StatusCode
@@ -158,6 +159,9 @@ class Call:
         "_wait_for_ready",
         "deadline",
     )
+    _breaker: ServiceBreaker
+    _token: int
+    """With ``_breaker`` set when the call is admitted."""
 
     def __init__(
         self,
@@ -178,8 +182,6 @@ class Call:
         self._settings: MethodSettings | None = None
         self._faulted = False
         self._admitted = False
-        self._breaker = service.breaker
-        self._token = 0
         self._attempts = 0
         self._retries = 0
         self._attempt: Attempt | None = None
@@ -282,7 +284,9 @@ class Call:
             return self._fail(StatusCode.UNAVAILABLE, service.why_no_pick(settings), now)
         self._state = _ATTEMPTING
         self._attempts += 1
-        if node not in self._tried:
+        if not self._tried:
+            self._tried = (node,)
+        elif node not in self._tried:
             self._tried += (node,)
         per_try = settings.retry.per_try_timeout
         if per_try is not None and (deadline is None or now + per_try < deadline):

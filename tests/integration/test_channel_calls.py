@@ -545,6 +545,8 @@ async def test_a_closed_channel_refuses_calls(echo: Echo) -> None:
     for method in methods:
         with pytest.raises(UsageError):
             method(b"x")
+    with pytest.raises(UsageError):
+        await channel.channel_ready()
     await channel.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import grpc.aio
 import pytest
 
 import mesh_client
+from mesh_client.calls.base import at_once
+from mesh_client.calls.requests import REPLAY_BYTES
 from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, InboundCall, inbound
 from mesh_client.errors import MeshRpcError, Reason
 from tests.integration.echo_service import EchoService
@@ -42,6 +45,22 @@ class FailingService(EchoService):
             context.set_trailing_metadata((("told", "unavailable"),))
             await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
         await super()._begin(kind, context)
+
+
+class HungryService(FailingService):
+    """Answers UNAVAILABLE when it has read so many bytes."""
+
+    def __init__(self, appetite: int) -> None:
+        super().__init__()
+        self.appetite = appetite
+
+    async def _stream_unary(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
+        self.calls["StreamUnary"] += 1
+        read = 0
+        while read < self.appetite:
+            read += len(await anext(requests))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "cannot eat more")
+        return b""
 
 
 @pytest.fixture
@@ -198,7 +217,66 @@ async def test_a_client_that_stops_cancels_calls_in_flight(rig: Rig) -> None:
     assert call.cancelled()
 
 
+@pytest.mark.parametrize(("sent", "attempts"), [(REPLAY_BYTES // 2, 3), (REPLAY_BYTES * 2, 1)])
+async def test_a_call_is_repeated_while_its_requests_fit_the_buffer(rig: Rig, sent: int, attempts: int) -> None:
+    service = HungryService(sent)
+    await rig.serve(SERVICE, "a", service.add_to)
+    channel = await rig.channel(await rig.mesh(), SERVICE, ["a"])
+    call = method_of(channel, "StreamUnary")(b"x" * 16384 for _ in range(sent // 16384))
+    with pytest.raises(MeshRpcError, match="cannot eat more"):
+        await call
+    assert service.calls["StreamUnary"] == attempts
+
+
+@pytest.mark.parametrize("kind", METHODS)
+async def test_a_policy_without_retries_has_none(rig: Rig, kind: str) -> None:
+    reached = await Reached.make(rig, failures=1, retry={"max_attempts": 1})
+    with pytest.raises(MeshRpcError, match="not now"):
+        await result(reached.call(kind))
+    assert reached.service.calls[kind] == 1
+    assert await result(reached.call(kind)) in (b"1", [b"1"], [b"0"])
+
+
+async def test_errors_can_be_passed_between_processes(rig: Rig) -> None:
+    reached = await Reached.make(rig, failures=3)
+    with pytest.raises(MeshRpcError) as caught:
+        await reached.call("UnaryUnary")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert copy.mesh == caught.value.mesh
+    assert copy.trailing_metadata() == caught.value.trailing_metadata()
+
+
 # -- waiting
+
+
+async def test_a_write_waits_with_its_call_and_fails_with_it(rig: Rig) -> None:
+    mesh = await rig.mesh()
+    call = method_of(mesh.channel(SERVICE), "StreamStream")(wait_for_ready=True, timeout=0.05)
+    with pytest.raises(MeshRpcError) as caught:
+        await call.write(b"1")
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_cancelling_the_task_that_writes_cancels_the_call(rig: Rig) -> None:
+    mesh = await rig.mesh()
+    call = method_of(mesh.channel(SERVICE), "StreamStream")(wait_for_ready=True)
+    task = asyncio.ensure_future(call.write(b"1"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert call.cancelled()
+
+
+async def test_calls_that_wait_may_cancel_each_other_as_they_end(rig: Rig) -> None:
+    mesh = await rig.mesh()
+    first, second = (method_of(mesh.channel("nobody"), "UnaryUnary")(b"1") for _ in range(2))
+    first.add_done_callback(lambda _: second.cancel())
+    second.add_done_callback(lambda _: first.cancel())
+    async with asyncio.timeout(PATIENCE):
+        codes = {await first.code(), await second.code()}
+    assert codes == {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -351,3 +429,15 @@ async def _keyed(method: Any, source: str, key: str) -> None:
         token = inbound.set(InboundCall(peer_ip=f"10.0.0.{sum(key.encode())}"))
         await method(b"1")
         inbound.reset(token)
+
+
+@pytest.mark.parametrize("source", ["EXPLICIT", "METADATA", "SOURCE_IP"])
+async def test_calls_without_a_key_are_made_all_the_same(rig: Rig, source: str) -> None:
+    key = {"source": source, **({"metadata_key": "user"} if source == "METADATA" else {})}
+    reached = await Reached.make(rig, load_balancer={"algorithm": "RING_HASH", "hash_key": key})
+    assert await reached.call("UnaryUnary") == b"1"
+
+
+async def test_what_would_wait_is_not_taken_for_done() -> None:
+    with pytest.raises(asyncio.InvalidStateError):
+        at_once(asyncio.sleep(1))
