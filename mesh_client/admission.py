@@ -118,6 +118,8 @@ class Admission:
 
     def _wrap_coroutine(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            if self._waits(method):
+                await self._guard.until_known()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 await context.abort(call.code, call.details)
@@ -136,6 +138,8 @@ class Admission:
         self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            if self._waits(method):
+                await self._guard.until_known()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 await context.abort(call.code, call.details)
@@ -155,6 +159,8 @@ class Admission:
 
     def _wrap_plain(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Any]:
         def admit(request: Any, context: grpc.ServicerContext) -> Any:
+            if self._waits(method):
+                self._guard.until_known_in_thread()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 context.abort(call.code, call.details)
@@ -169,6 +175,8 @@ class Admission:
 
     def _wrap_plain_stream(self, method: str, behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            if self._waits(method):
+                self._guard.until_known_in_thread()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 context.abort(call.code, call.details)
@@ -180,6 +188,10 @@ class Admission:
                 self._leave()
 
         return admit
+
+    def _waits(self, method: str) -> bool:
+        """Whether the call cannot be decided on yet."""
+        return self._guard.waits and not method.startswith(_HEALTH_METHODS)
 
     def _enter(self, method: str, context: CallContext) -> InboundCall | Refusal:
         """Counts the call in, or says why it is refused."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -20,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 1.0
 """Seconds; refusals of one caller and method are logged at most this often, with how many there were."""
+
+POLICY_PATIENCE = 1.0
+"""Seconds that a call waits for a policy that is not known yet before it is refused. A server is called the moment that
+it registers, and the policy of a service that was not known before comes in that moment too."""
 
 MAX_LOGGED = 1000
 """Callers and methods whose refusals are told apart in the log within `LOG_INTERVAL`; those beyond share a line."""
@@ -68,6 +74,8 @@ class Guard:
         self._service = service
         self._secure = secure
         self._authorizer: Authorizer | None = None
+        self._arrived = asyncio.Event()
+        self._arrived_for_threads = threading.Event()
         self._callers = CallerCache()
         self._log = _RefusalLog(service, clock)
 
@@ -82,8 +90,20 @@ class Guard:
         return self._secure and self._authorizer is None
 
     def apply(self, policy: ServicePolicy) -> None:
-        """Obeys the authorization rules of a policy from the next call on."""
+        """Obeys the authorization rules of a policy from the next call on. In the event loop."""
         self._authorizer = Authorizer(policy.authorization, policy.version)
+        self._arrived.set()
+        self._arrived_for_threads.set()
+
+    async def until_known(self) -> None:
+        """Returns once the policy is known, or after `POLICY_PATIENCE`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLICY_PATIENCE):
+                await self._arrived.wait()
+
+    def until_known_in_thread(self) -> None:
+        """As `until_known`, in a thread that is not the event loop's."""
+        self._arrived_for_threads.wait(POLICY_PATIENCE)
 
     def caller(self, connection: Connection) -> Caller | None:
         """Who is on the other side; None for nobody of a mesh, and always in plaintext."""

@@ -85,11 +85,13 @@ class InMemoryControlPlane:
 
     Args:
         address: where to listen; by default any free port.
+        credentials: for callers that have an identity; by default it speaks plaintext. Nobody's rights are checked.
     """
 
-    def __init__(self, address: str = "127.0.0.1:0") -> None:
+    def __init__(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self.address = address
         """``host:port``; the real port once it has started."""
+        self._credentials = credentials
         self._services: dict[str, _Service] = {}
         self._streams: set[_Stream] = set()
         self._versions = itertools.count(1)
@@ -114,7 +116,10 @@ class InMemoryControlPlane:
         self._server = grpc.aio.server(options=transport.SERVER_OPTIONS)
         discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(_Discovery(self), self._server)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), self._server)
-        port = transport.add_port(self._server, self.address)
+        if self._credentials is None:
+            port = transport.add_port(self._server, self.address)
+        else:
+            port = self._server.add_secure_port(self.address, self._credentials)
         self.address = f"{self.address.rpartition(':')[0]}:{port}"
         await self._server.start()
 

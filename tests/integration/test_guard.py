@@ -217,19 +217,52 @@ async def test_a_revoked_workload_is_refused_and_others_of_its_service_are_not(w
     )
 
 
-async def test_before_its_policy_is_known_a_secure_server_serves_nobody(world: World) -> None:
-    assert world.guard.waits
-    async with (
-        world.serving(("M", handler("unary_unary", methods.echo_unary))) as target,
-        world.channel(target) as channel,
-    ):
-        refused = await failure(channel, "unary_unary", "M")
-        assert refused.code is grpc.StatusCode.UNAVAILABLE
-        assert refused.details.startswith("this instance of orders does not know yet whom its policy allows to call it")
-        world.admission.apply(policy())
-        assert not world.guard.waits
-        await call(channel, "unary_unary", "M", [b""])
+@pytest.mark.parametrize("plain", [False, True], ids=["aio", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_before_its_policy_is_known_a_secure_server_serves_nobody(
+    kind: str, plain: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_client.guard.POLICY_PATIENCE", 0.01)
+    named = Named()
+    behavior = getattr(named, f"plain_{kind}" if plain else kind)
+    async with world.serving(("M", handler(kind, behavior))) as target, world.channel(target) as channel:
+        refused = await failure(channel, kind, "M")
+    assert refused.code is grpc.StatusCode.UNAVAILABLE
+    assert refused.details.startswith("this instance of orders does not know yet whom its policy allows to call it")
+    assert named.seen == []
     assert world.guard.denied == 0
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["aio", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_call_waits_a_moment_for_a_policy_that_is_on_its_way(
+    kind: str, plain: bool, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_client.guard.POLICY_PATIENCE", 20.0)
+    named = Named()
+    behavior = getattr(named, f"plain_{kind}" if plain else kind)
+    waiting = asyncio.Event()
+
+    class Interceptor(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+            asyncio.get_running_loop().call_later(0.01, waiting.set)
+            return await continuation(handler_call_details)
+
+    credentials = world.certificate.server_credentials(world.authority.roots)
+    server = grpc.aio.server(interceptors=[Interceptor()])
+    server.add_registered_method_handlers(
+        SERVICE, world.admission.wrap_methods(SERVICE, {"M": handler(kind, behavior)})
+    )
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    async with world.channel(f"127.0.0.1:{port}") as channel:
+        calling = asyncio.create_task(call(channel, kind, "M", REQUESTS))
+        await waiting.wait()
+        assert named.seen == []
+        world.admission.apply(ONLY_GATEWAY)
+        await calling
+    await server.stop(None)
+    assert named.seen
 
 
 async def test_a_refusal_takes_no_token_and_no_place(world: World) -> None:
