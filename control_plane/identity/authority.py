@@ -14,9 +14,15 @@ from mesh.v1 import authority_pb2_grpc
 
 from control_plane.access import Access
 from control_plane.identity import ca
+from control_plane.identity.errors import (
+    IssuerNotValidError,
+    RotationRefusedError,
+    StoreUnavailableError,
+    TooManyTokensError,
+)
 from control_plane.identity.issuance import DEFAULT_TTL
-from control_plane.identity.rotation import RotationRefusedError, unconfirmed
-from control_plane.identity.store import StoreUnavailableError, TokenRecord, TooManyTokensError
+from control_plane.identity.rotation import unconfirmed
+from control_plane.identity.store import TokenRecord
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, InvalidValueError
 
@@ -144,7 +150,7 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
                 found = await self._authority.revoke(service=request.service)
             else:
                 found = await self._authority.revoke(workload_id=request.workload_id)
-        except (InvalidValueError, StoreUnavailableError, ca.IssuerNotValidError, OSError) as error:
+        except (InvalidValueError, StoreUnavailableError, IssuerNotValidError, OSError) as error:
             await _abort(context, error)
         if not found:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such workload with a certificate that is good")
@@ -174,7 +180,7 @@ def _token(record: TokenRecord) -> pb.JoinToken:
 
 
 def _authority(status: AuthorityStatus) -> pb.GetCertificateAuthorityResponse:
-    rotation = status.state.rotation
+    state = status.state
     leaves = Counter(each.root for each in status.dependents)
     return pb.GetCertificateAuthorityResponse(
         trust_domain=status.bundle.trust_domain,
@@ -182,12 +188,12 @@ def _authority(status: AuthorityStatus) -> pb.GetCertificateAuthorityResponse:
         roots=[
             pb.TrustRoot(
                 fingerprint=name,
-                expires=_when(ca.expires(status.state.roots[name])),
-                signing=name == rotation.signing,
+                expires=_when(ca.expires(root)),
+                signing=name == state.signing,
                 workloads=leaves[name],
                 unconfirmed=len(unconfirmed(name, status.dependents)),
             )
-            for name in rotation.trusted
+            for name, root in ((ca.fingerprint(root), root) for root in state.trusted)
         ],
         workloads=[
             pb.Workload(

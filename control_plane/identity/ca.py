@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mesh_client.core.errors import ConfigError, MeshError
+from control_plane.identity.errors import IssuerNotValidError
+from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Kind, Principal
 
 ROOT_LIFETIME = 10 * 365 * 86_400.0
@@ -27,10 +28,6 @@ LEAF_SKEW = 60.0
 """Seconds before now at which a leaf begins: clocks of the mesh may be behind by this much."""
 AUTHORITY_SKEW = 3600.0
 """The same for roots and issuers."""
-
-
-class IssuerNotValidError(MeshError):
-    """Nothing can be signed now: the issuing certificate has ended, or has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +228,19 @@ def check_issuer(
             raise ConfigError(f"the CA certificate leads up to none of the roots: who signed {_subject(current)}?")
         above.append(parent)
         current = parent
+
+
+def root_of(chain: Sequence[x509.Certificate], roots: Iterable[x509.Certificate]) -> str:
+    """Fingerprint of the root that a leaf with the certificates it was sent with leads up to; empty when none is.
+
+    Whether the chain may be trusted was decided before.
+    """
+    trusted = tuple(roots)
+    for current in chain:
+        root = next((each for each in trusted if _signed_by(current, each)), None)
+        if root is not None:
+            return fingerprint(root)
+    return ""
 
 
 def check_roots(roots: Sequence[x509.Certificate], now: float) -> tuple[x509.Certificate, ...]:

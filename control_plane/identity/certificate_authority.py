@@ -13,12 +13,15 @@ from typing import IO
 
 import grpc
 import grpc.aio
+from cryptography import x509
 
 from control_plane.access import Access
 from control_plane.identity import ca
 from control_plane.identity.authority import AuthorityServicer, add_authority_service
+from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
+from control_plane.identity.errors import IssuerNotValidError
 from control_plane.identity.files import (
     data_directory,
     lock_directory,
@@ -27,20 +30,23 @@ from control_plane.identity.files import (
     secret_directory,
     write_atomically,
 )
+from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.issuance import CreatedToken, InForce, Issuance
+from control_plane.identity.operators import DEFAULT_LIFETIME, OperatorFiles, write_operator
 from control_plane.identity.options import IdentityOptions
-from control_plane.identity.own_authority import AuthorityState, OwnAuthority
+from control_plane.identity.own_authority import ROOTS_FILE, OwnAuthority
 from control_plane.identity.own_identity import OwnIdentity
 from control_plane.identity.rotation import Dependent
 from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
 from control_plane.identity.token_key import load_token_key
+from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.identity import Kind, Principal
 
-ROOTS_FILE = "roots.pem"
-"""In the directory of the CA: the trusted roots, for clients to pin."""
 FORGET_EVERY = 3600.0
 """Seconds between the times at which what ended long ago is forgotten."""
+WARN, WARN_LOUDLY = 60 * 86_400.0, 7 * 86_400.0
+"""Seconds before the end of the issuer from when on there are warnings, and errors."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +84,7 @@ class CertificateAuthority:
         self._clock = clock
         self._directory = None if options.data_dir is None else options.data_dir / "ca"
         self._lock: IO[bytes] | None = None
-        self._authority = OwnAuthority(self._directory, options.trust_domain)
+        self._authority = self._choose(options)
         self._store = IdentityStore(options.data_dir)
         self._own = OwnIdentity(options.trust_domain, options.leaf_lifetime)
         self._issuance: Issuance | None = None
@@ -86,6 +92,7 @@ class CertificateAuthority:
         self._callbacks: list[Callable[[], None]] = []
         self._changing = asyncio.Lock()
         self._forgot_at = 0.0
+        self._warned_at = 0.0
         self._maintenance: asyncio.Task[None] | None = None
 
     # -- life
@@ -103,8 +110,7 @@ class CertificateAuthority:
                 secret_directory(self._directory)
                 remove_unfinished(self._directory)
             now = self._clock()
-            if not self._authority.load():
-                self._authority.create(now)
+            self._authority.open(now, self._remembered_roots())
             key = load_token_key(self._directory)
             await self._store.open()
             self._issuance = Issuance(
@@ -114,7 +120,7 @@ class CertificateAuthority:
         except OSError as error:
             await self.close()
             raise ConfigError(f"{self._directory} cannot be used: {error}") from error
-        except ca.IssuerNotValidError as error:
+        except IssuerNotValidError as error:
             await self.close()
             raise ConfigError(f"{error}: is the clock right?") from None
         except BaseException:
@@ -148,6 +154,7 @@ class CertificateAuthority:
             if abs(now - self._forgot_at) >= FORGET_EVERY:
                 self._forgot_at = now
                 await self._store.forget(now)
+            self._warn_of_end(now)
 
     # -- trust
 
@@ -169,7 +176,7 @@ class CertificateAuthority:
         return unsubscribe
 
     def is_revoked(self, workload_id: str) -> bool:
-        """Whether the workload has been revoked."""
+        """Whether the workload has been revoked, and a certificate of it has not ended."""
         return workload_id in self.bundle.revoked
 
     @property
@@ -225,6 +232,25 @@ class CertificateAuthority:
         """
         return await self._store.revoke_token(token_id)
 
+    async def note(self, caller: Caller, chain: list[x509.Certificate]) -> None:
+        """Remembers whoever came with a certificate from elsewhere: another control plane below the root, or files.
+
+        Args:
+            caller: whom the certificate names.
+            chain: the leaf first.
+
+        Raises:
+            StoreUnavailableError: the store failed.
+        """
+        leaf = chain[0]
+        attested_by = "operator" if caller.is_operator else "certificate"
+        root = ca.root_of(chain, self._authority.state.trusted)
+        await self._store.note(
+            WorkloadRecord(
+                caller.workload_id, caller.spiffe_id, f"{leaf.serial_number:x}", ca.expires(leaf), root, attested_by
+            )
+        )
+
     async def confirm(self, workload_id: str, bundle: TrustBundle) -> None:
         """Remembers that a workload has the bundle in force.
 
@@ -234,6 +260,21 @@ class CertificateAuthority:
         await self._store.confirm(workload_id, bundle.version, bundle.fingerprints)
 
     # -- operators
+
+    async def create_operator(self, name: str, directory: Path, *, lifetime: float = DEFAULT_LIFETIME) -> OperatorFiles:
+        """Makes an operator's credentials, see `operators.create_operator`; for a CA that is in memory too.
+
+        Raises:
+            ConfigError: files cannot be written, or the lifetime is not allowed.
+            InvalidValueError: the name is not allowed.
+            IssuerNotValidError: nothing can be signed now.
+            StoreUnavailableError: the store failed.
+        """
+        files, workload = write_operator(
+            self._authority.state, self.trust_domain, name, directory, now=self._clock(), lifetime=lifetime
+        )
+        await self._store.note(workload)
+        return files
 
     async def status(self) -> AuthorityStatus:
         """What operators are shown.
@@ -308,6 +349,18 @@ class CertificateAuthority:
 
     # -- within
 
+    def _warn_of_end(self, now: float) -> None:
+        """Says once a day that the issuer comes to its end, which is too late for one that is replaced by itself."""
+        left = self._authority.state.issuer.expires - now
+        if left < WARN and abs(now - self._warned_at) >= 86_400.0:
+            self._warned_at = now
+            _log.log(
+                logging.ERROR if left < WARN_LOUDLY else logging.WARNING,
+                "certificates can be signed for another %.1f days only: %s",
+                max(0.0, left) / 86_400.0,
+                self._authority.remedy,
+            )
+
     def _in_force(self) -> InForce:
         return InForce(self._authority.state.issuer, self.bundle)
 
@@ -326,7 +379,7 @@ class CertificateAuthority:
         trusted = state.trusted
         if self._directory is not None:
             self._write_roots(self._directory / ROOTS_FILE, ca.pem(trusted))
-        bundle = TrustBundle.of(self.trust_domain, map(ca.der, trusted), state.rotation.signing, revoked)
+        bundle = TrustBundle.of(self.trust_domain, map(ca.der, trusted), state.signing, revoked)
         changed = self._bundle != bundle
         self._bundle = bundle
         try:
@@ -335,6 +388,17 @@ class CertificateAuthority:
             if changed:
                 for callback in list(self._callbacks):
                     callback()
+
+    def _choose(self, options: IdentityOptions) -> Authority:
+        if options.ca_certificate is None or options.ca_key is None or options.ca_roots is None:
+            return OwnAuthority(self._directory, options.trust_domain)
+        return GivenAuthority(options.ca_certificate, options.ca_key, options.ca_roots)
+
+    def _remembered_roots(self) -> list[x509.Certificate]:
+        path = None if self._directory is None else self._directory / ROOTS_FILE
+        if path is None or not path.exists():
+            return []
+        return ca.load_certificates(read_public(path), str(path))
 
     def _write_roots(self, path: Path, content: bytes) -> None:
         if not path.exists() or read_public(path) != content:

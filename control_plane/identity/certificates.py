@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, NoReturn
+import math
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 import grpc.aio
@@ -15,21 +17,36 @@ from mesh.v1 import certificate_pb2 as pb
 from control_plane.access import Access
 from control_plane.identity import ca
 from control_plane.identity.bundle import TrustBundle
-from control_plane.identity.issuance import NotRenewableError, WrongServiceError
-from control_plane.identity.store import RevokedError, StoreUnavailableError
-from control_plane.identity.tokens import InvalidTokenError
+from control_plane.identity.csr import check_request
+from control_plane.identity.errors import (
+    AttestationUnavailableError,
+    InvalidTokenError,
+    IssuerNotValidError,
+    NotRenewableError,
+    RevokedError,
+    StoreUnavailableError,
+    WrongServiceError,
+)
+from control_plane.identity.limits import CallerLimits, StreamLimits, address_of
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import check_service_name
+from mesh_client.core.retry import PUSHBACK_KEY
 
 if TYPE_CHECKING:
+    from control_plane.identity.attestation import ConsulAttestation
     from control_plane.identity.certificate_authority import CertificateAuthority
 
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
 _SignContext = grpc.aio.ServicerContext[pb.SignCertificateRequest, pb.SignCertificateResponse]
 _WatchContext = grpc.aio.ServicerContext[pb.WatchTrustBundleRequest, pb.WatchTrustBundleResponse]
 
 REFUSED = "the attestation is not accepted; the control plane's log says why"
 """Whatever is wrong with it: whoever guesses learns nothing."""
+
+MAX_STREAMS = 16
+"""Streams of the trust bundle that one workload may have open: one would do."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,28 +87,27 @@ class EnrolmentServicer:
 
     def __init__(self, authority: CertificateAuthority) -> None:
         self._authority = authority
+        rate = authority.options.enrolments_per_second
+        self._limits = CallerLimits(rate, math.ceil(5 * rate))
+        self._consul = _consul(authority.options.consul)
 
     async def SignCertificate(
         self, request: pb.SignCertificateRequest, context: _SignContext
     ) -> pb.SignCertificateResponse:
         """A first certificate, by attestation."""
         peer = context.peer()
+        await _admit(self._limits, address_of(peer), context)
         try:
-            service = check_service_name(request.service)
-            kind = request.WhichOneof("attestation")
-            if kind == "join_token":
-                leaf = await self._authority.issuance.by_token(
-                    request.join_token, service, request.certificate_signing_request, peer
-                )
-            else:
-                raise InvalidTokenError("there is no attestation that this control plane knows")
+            leaf = await self._attest(request, check_service_name(request.service), peer)
         except InvalidTokenError as error:
             await _refuse(context, grpc.StatusCode.UNAUTHENTICATED, REFUSED, error)
         except WrongServiceError as error:
             await _refuse(context, grpc.StatusCode.PERMISSION_DENIED, "the attestation is for another service", error)
+        except RevokedError as error:
+            await _refuse(context, grpc.StatusCode.PERMISSION_DENIED, str(error), error)
         except InvalidValueError as error:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), error)
-        except (ca.IssuerNotValidError, StoreUnavailableError) as error:
+        except (IssuerNotValidError, StoreUnavailableError, AttestationUnavailableError) as error:
             await _unavailable(context, error)
         return _signed(leaf, self._authority)
 
@@ -102,6 +118,21 @@ class EnrolmentServicer:
         del request_iterator
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the trust bundle is on the mesh port")
 
+    async def _attest(self, request: pb.SignCertificateRequest, service: str, peer: str) -> ca.Leaf:
+        csr = request.certificate_signing_request
+        match request.WhichOneof("attestation"):
+            case "join_token":
+                return await self._authority.issuance.by_token(request.join_token, service, csr, peer)
+            case "consul_token" if self._consul is not None:
+                # Looked at before Consul is asked: whoever sends nonsense costs nobody else anything.
+                check_request(csr)
+                attested_by = await self._consul.attest(request.consul_token, service)
+                return await self._authority.issuance.attested(service, csr, attested_by, peer)
+            case "consul_token":
+                raise InvalidTokenError("Consul's tokens attest nothing here: that takes a registry of Consul's")
+            case _:
+                raise InvalidTokenError("there is no attestation")
+
 
 class RenewalServicer:
     """On the mesh port: the connection says who somebody is."""
@@ -109,28 +140,29 @@ class RenewalServicer:
     def __init__(self, authority: CertificateAuthority, access: Access) -> None:
         self._authority = authority
         self._access = access
+        rate = authority.options.renewals_per_second
+        self._limits = CallerLimits(rate, math.ceil(10 * rate))
+        self._streams = StreamLimits(MAX_STREAMS)
 
     async def SignCertificate(
         self, request: pb.SignCertificateRequest, context: _SignContext
     ) -> pb.SignCertificateResponse:
         """The next certificate of whoever calls."""
-        caller = await self._access.require_caller(context, "renew a certificate")
-        current = _certificate(context)
-        if caller is None or current is None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the connection shows no certificate")
+        caller, chain = await self._identified(context, "renew a certificate")
+        await _admit(self._limits, caller.workload_id, context)
         try:
             if request.WhichOneof("attestation") is not None:
                 raise InvalidValueError("attestation", "a token", "nothing on the mesh port: the certificate attests")
             if request.service and request.service != caller.service:
                 raise WrongServiceError(f"{caller} asked for a certificate of another service")
             leaf = await self._authority.issuance.renew(
-                caller, current, request.certificate_signing_request, context.peer()
+                caller, chain[0], request.certificate_signing_request, context.peer()
             )
         except (WrongServiceError, NotRenewableError, RevokedError) as error:
             await _refuse(context, grpc.StatusCode.PERMISSION_DENIED, str(error), error)
         except InvalidValueError as error:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error), error)
-        except (ca.IssuerNotValidError, StoreUnavailableError) as error:
+        except (IssuerNotValidError, StoreUnavailableError) as error:
             await _unavailable(context, error)
         return _signed(leaf, self._authority)
 
@@ -138,13 +170,24 @@ class RenewalServicer:
         self, request_iterator: AsyncIterator[pb.WatchTrustBundleRequest], context: _WatchContext
     ) -> None:
         """The bundle now and at each change; what is acknowledged is remembered."""
-        caller = await self._access.require_caller(context, "watch the trust bundle")
+        caller, chain = await self._identified(context, "watch the trust bundle")
+        with self._streams.admit(caller.workload_id) as admitted:
+            if not admitted:
+                await context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has {MAX_STREAMS} streams of the trust bundle"
+                )
+            try:
+                await self._authority.note(caller, chain)
+            except StoreUnavailableError as error:
+                _log.error("%s is not remembered: %s", caller, error)
+            await self._watch(request_iterator, context, caller)
+
+    async def _watch(
+        self, requests: AsyncIterator[pb.WatchTrustBundleRequest], context: _WatchContext, caller: Caller
+    ) -> None:
         changed = asyncio.Event()
         changed.set()
         sent: dict[str, TrustBundle] = {}
-        reading = asyncio.create_task(self._read(request_iterator, caller, sent), name="trust bundle acknowledgements")
-        reading.add_done_callback(lambda _: changed.set())
-        unsubscribe = self._authority.on_change(changed.set)
         cut = False
 
         def end() -> None:
@@ -152,6 +195,9 @@ class RenewalServicer:
             cut = True
             changed.set()
 
+        reading = asyncio.create_task(self._read(requests, caller, sent), name="trust bundle acknowledgements")
+        reading.add_done_callback(lambda _: changed.set())
+        unsubscribe = self._authority.on_change(changed.set)
         try:
             with self._access.cut_when_revoked(caller, end):
                 while True:
@@ -174,15 +220,12 @@ class RenewalServicer:
             await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(
-        self,
-        requests: AsyncIterator[pb.WatchTrustBundleRequest],
-        caller: Caller | None,
-        sent: dict[str, TrustBundle],
+        self, requests: AsyncIterator[pb.WatchTrustBundleRequest], caller: Caller, sent: dict[str, TrustBundle]
     ) -> None:
         confirmed = ""
         async for request in requests:
             bundle = sent.get(request.version)
-            if bundle is None or caller is None or bundle.version == confirmed:
+            if bundle is None or bundle.version == confirmed:
                 continue  # nothing that was sent on this stream, or nothing new
             try:
                 await self._authority.confirm(caller.workload_id, bundle)
@@ -191,17 +234,54 @@ class RenewalServicer:
             else:
                 confirmed = bundle.version
 
+    async def _identified(
+        self, context: grpc.aio.ServicerContext[_Request, _Response], action: str
+    ) -> tuple[Caller, list[x509.Certificate]]:
+        """Whoever calls, and the certificates that they showed, the leaf first."""
+        caller = await self._access.require_caller(context, action)
+        chain = peer_chain(context.auth_context())
+        if caller is None or not chain:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the connection shows no certificate")
+        return caller, chain
+
+
+def peer_chain(properties: Mapping[str, Iterable[bytes]]) -> list[x509.Certificate]:
+    """The certificates that the other side of a connection showed, the leaf first; empty when there are none."""
+    leaf, others = list(properties.get("x509_pem_cert", ())), list(properties.get("x509_pem_cert_chain", ()))
+    if len(leaf) != 1:
+        return []
+    try:
+        first = x509.load_pem_x509_certificate(leaf[0])
+        rest = [each for part in others for each in x509.load_pem_x509_certificates(part)]
+    except ValueError:
+        return []
+    return [first, *(each for each in rest if each != first)]
+
+
+def _consul(registry: str) -> ConsulAttestation | None:
+    if not registry:
+        return None
+    # These bring in the HTTP client, which others do without.
+    from control_plane.identity.attestation import ConsulAttestation
+    from control_plane.sources.consul_http import parse_registry
+
+    return ConsulAttestation(parse_registry(registry))
+
 
 def _signed(leaf: ca.Leaf, authority: CertificateAuthority) -> pb.SignCertificateResponse:
     return pb.SignCertificateResponse(certificate_chain=leaf.chain(), trust_bundle=to_bundle(authority.bundle))
 
 
-def _certificate(context: _SignContext) -> x509.Certificate | None:
-    found = list(context.auth_context().get("x509_pem_cert", ()))
-    try:
-        return x509.load_pem_x509_certificate(found[0]) if len(found) == 1 else None
-    except ValueError:
-        return None
+async def _admit(limits: CallerLimits, caller: str, context: _SignContext) -> None:
+    wait = limits.take(caller, time.monotonic())
+    if wait:
+        # One line for each refusal would let a caller fill the log.
+        _log.debug("%s asks too often for certificates", caller)
+        await context.abort(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "certificates are asked for too often",
+            ((PUSHBACK_KEY, str(math.ceil(wait * 1000))),),
+        )
 
 
 async def _refuse(context: _SignContext, code: grpc.StatusCode, words: str, reason: Exception) -> NoReturn:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -14,9 +16,10 @@ from control_plane.identity import ca, tokens
 from control_plane.identity.audit import record
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.csr import check_request
+from control_plane.identity.errors import NotRenewableError, WrongServiceError
 from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
 from mesh_client.core.caller import Caller
-from mesh_client.core.errors import InvalidValueError, MeshError
+from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.identity import Kind, Principal
 from mesh_client.core.model import check_service_name
 
@@ -24,14 +27,6 @@ DEFAULT_TTL = 3600.0
 MIN_TTL, MAX_TTL = 60.0, 30 * 86_400.0
 """Seconds that a join token is good for."""
 MAX_USES = 100_000
-
-
-class WrongServiceError(MeshError):
-    """The attestation holds, but for another service."""
-
-
-class NotRenewableError(MeshError):
-    """The certificate of the connection cannot be renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +122,7 @@ class Issuance:
         Raises:
             InvalidTokenError: the token does not hold.
             WrongServiceError: it holds, for another service.
+            RevokedError: the workload joined before, and has been revoked.
             InvalidValueError: the request is not allowed.
             IssuerNotValidError: nothing can be signed now.
             StoreUnavailableError: it cannot be stored.
@@ -136,7 +132,9 @@ class Issuance:
         if token.service != service:
             raise WrongServiceError(f"join token {token.id} is for {token.service}")
         key = check_request(request)
-        leaf = self._sign(Principal.service(self._trust_domain, token.service), secrets.token_hex(8), key)
+        # Whoever asks again with the same key, because the answer was lost, is the same workload and spends nothing.
+        workload_id = _joined_id(token.id, key)
+        leaf = self._sign(Principal.service(self._trust_domain, token.service), workload_id, key)
         attested_by = f"join token {token.id}"
         await self._store.join(_record(leaf, attested_by), token.id, token.service, now)
         return await self._finish("issued", leaf, key, attested_by, peer)
@@ -207,6 +205,12 @@ class Issuance:
             await self._store.renew(_record(leaf, attested_by))
         record(what, leaf, attested_by, peer)
         return leaf
+
+
+def _joined_id(token_id: str, key: ec.EllipticCurvePublicKey) -> str:
+    """Id of the workload that joins by a token with a key: nobody else has the key."""
+    public = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    return hashlib.sha256(f"{token_id} ".encode() + public).hexdigest()[:16]
 
 
 def _record(leaf: ca.Leaf, attested_by: str) -> WorkloadRecord:

@@ -11,8 +11,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.identity import ca
 from control_plane.identity.audit import record
+from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.files import secret_directory, write_atomically
-from control_plane.identity.own_authority import AuthorityState, OwnAuthority
+from control_plane.identity.given_authority import GivenAuthority
+from control_plane.identity.own_authority import OwnAuthority
+from control_plane.identity.store import WorkloadRecord, note_beside
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 
@@ -68,13 +71,40 @@ def create_operator(
     authority = OwnAuthority(data_dir / "ca", trust_domain)
     if not authority.load():
         raise ConfigError(f"{data_dir / 'ca'} holds no certificate authority: start the control plane first")
-    return write_operator(authority.state, trust_domain, name, directory, now=now, lifetime=lifetime)
+    files, workload = write_operator(authority.state, trust_domain, name, directory, now=now, lifetime=lifetime)
+    note_beside(data_dir, workload)
+    return files
+
+
+def create_operator_from_files(
+    certificate: Path,
+    key: Path,
+    roots: Path,
+    name: str,
+    directory: Path,
+    *,
+    now: float,
+    lifetime: float = DEFAULT_LIFETIME,
+    trust_domain: str = DEFAULT_TRUST_DOMAIN,
+) -> OperatorFiles:
+    """The same from an intermediate that is given as files: as `IdentityOptions` has them.
+
+    A control plane learns of the operator, and can revoke it, once it was there.
+
+    Raises:
+        ConfigError: files are not safe, do not belong together, or cannot be written.
+        InvalidValueError: the name is not allowed.
+    """
+    authority = GivenAuthority(certificate, key, roots)
+    authority.open(now, ())
+    files, _ = write_operator(authority.state, trust_domain, name, directory, now=now, lifetime=lifetime)
+    return files
 
 
 def write_operator(
     state: AuthorityState, trust_domain: str, name: str, directory: Path, *, now: float, lifetime: float
-) -> OperatorFiles:
-    """The same from a CA that is open.
+) -> tuple[OperatorFiles, WorkloadRecord]:
+    """The files from a CA that is open, and what the control plane should remember of them.
 
     Raises:
         ConfigError: files cannot be written, or the lifetime is not allowed.
@@ -99,10 +129,13 @@ def write_operator(
         directory / KEY_FILE, directory / CHAIN_FILE, directory / ROOTS_FILE, leaf.workload_id, leaf.expires
     )
     try:
+        # The key last: whoever finds it finds the rest.
         write_atomically(files.roots, ca.pem(state.trusted), 0o644)
         write_atomically(files.chain, leaf.chain_pem(), 0o644)
         write_atomically(files.key, ca.key_pem(key))
     except OSError as error:
         raise ConfigError(f"{directory} cannot be used: {error.strerror}") from None
     record("issued", leaf, "operator", "local")
-    return files
+    return files, WorkloadRecord(
+        leaf.workload_id, principal.spiffe_id, leaf.serial, leaf.expires, leaf.root, "operator"
+    )

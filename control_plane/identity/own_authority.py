@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,38 +17,29 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.identity import ca
+from control_plane.identity.authority_state import AuthorityState
+from control_plane.identity.errors import RotationRefusedError
 from control_plane.identity.files import read_secret, remove, write_atomically
-from control_plane.identity.rotation import Dependent, Rotation, RotationRefusedError
+from control_plane.identity.rotation import Dependent, Rotation
 from mesh_client.core.errors import ConfigError
 
 STATE_FILE = "authority.json"
+ROOTS_FILE = "roots.pem"
+"""The trusted roots, for clients to pin."""
 FORMAT = 1
 ISSUER_RENEWAL = 0.5
 """The issuing intermediate is replaced when this share of its life is over, if the root's key is there."""
-WARN = 60 * 86_400.0
-"""Seconds before the end of an issuer that cannot be replaced from when on it is warned of."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class AuthorityState:
-    """What is in force.
-
-    Attributes:
-        rotation: which roots are trusted, and which one signs.
-        roots: their certificates, by fingerprint.
-        issuer: what signs leaves.
-    """
+class _Stored:
+    """What the state file says."""
 
     rotation: Rotation
     roots: dict[str, x509.Certificate]
     issuer: ca.Issuer = field(repr=False)
-
-    @property
-    def trusted(self) -> tuple[x509.Certificate, ...]:
-        """The trusted roots, the oldest first."""
-        return tuple(self.roots[each] for each in self.rotation.trusted)
 
 
 class _Keys:
@@ -86,6 +77,14 @@ class _Keys:
         else:
             remove(self._directory / name)
 
+    def drop_others(self, names: set[str]) -> None:
+        """Removes keys that nothing needs: of steps that did not come to their end."""
+        if self._directory is not None:
+            for path in (*self._directory.glob("root-*.key"), *self._directory.glob("issuer-*.key")):
+                if path.name not in names:
+                    _log.warning("%s is not in use and is removed", path)
+                    remove(path)
+
 
 class OwnAuthority:
     """Makes roots and issuers, and goes through rotations. Every change is stored before it takes effect.
@@ -96,19 +95,30 @@ class OwnAuthority:
     """
 
     kind = "own root"
+    remedy = "bring the root's key back, which has the issuer replaced, or rotate the root"
 
     def __init__(self, directory: Path | None, trust_domain: str) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
         self._keys = _Keys(directory)
-        self._state: AuthorityState | None = None
+        self._stored: _Stored | None = None
 
     @property
     def state(self) -> AuthorityState:
         """What is in force."""
-        if self._state is None:
-            raise RuntimeError("the certificate authority is not open")
-        return self._state
+        stored = self._now()
+        return AuthorityState(tuple(stored.roots[each] for each in stored.rotation.trusted), stored.issuer)
+
+    def open(self, now: float, remembered: Sequence[x509.Certificate]) -> None:
+        """Reads what is stored, or makes the first root and issuer.
+
+        Raises:
+            ConfigError: files are damaged, missing, not safe, or of another trust domain.
+        """
+        del remembered
+        if not self.load():
+            self._create(now)
+        self._keys.drop_others({_issuer_key(self._now().issuer.certificate), *map(_root_key, self._now().roots)})
 
     def load(self) -> bool:
         """Reads what is stored; False when nothing is.
@@ -116,91 +126,97 @@ class OwnAuthority:
         Raises:
             ConfigError: it is damaged, not safe, or of another trust domain.
         """
-        if self._directory is None or not (self._directory / STATE_FILE).exists():
+        if self._directory is None:
             return False
-        self._state = self._read(self._directory / STATE_FILE)
+        path = self._directory / STATE_FILE
+        if not path.exists() and not path.is_symlink():
+            return False
+        self._stored = self._read(path)
         return True
 
-    def create(self, now: float) -> None:
-        """Makes the first root and issuer.
+    def tick(self, now: float, dependents: Sequence[Dependent]) -> None:
+        """Replaces the issuer when it is time and the root's key is there.
 
         Raises:
-            ConfigError: there are keys, but no state that says what they are for.
+            ConfigError: the root's key is not safe.
+            IssuerNotValidError: the root has ended.
+            OSError: a file could not be written.
         """
-        if self._directory is not None and any(self._directory.glob("root-*.key")):
-            raise ConfigError(
-                f"{self._directory} holds the keys of a root but no {STATE_FILE}: restore it, or move the keys away, "
-                "which begins a new mesh"
-            )
-        root, key = self._make_root(now)
-        name = ca.fingerprint(root)
-        self._store(AuthorityState(Rotation(name), {name: root}, self._make_issuer(root, key, now)))
-
-    def tick(self, now: float, dependents: Iterable[Dependent]) -> bool:
-        """Replaces the issuer when it is time; whether anything changed."""
         del dependents
-        state = self.state
-        certificate = state.issuer.certificate
+        stored = self._now()
+        certificate, root = stored.issuer.certificate, stored.issuer.root
         begins, ends = ca.begins(certificate), ca.expires(certificate)
-        if now < begins + (ends - begins) * ISSUER_RENEWAL or ends >= ca.expires(state.issuer.root):
-            return False
-        root_key = self._keys.find(_root_key(state.rotation.signing), state.issuer.root)
+        if now < begins + (ends - begins) * ISSUER_RENEWAL or ends >= ca.expires(root):
+            return
+        root_key = self._keys.find(_root_key(stored.rotation.signing), root)
         if root_key is None:
-            if now > ends - WARN:
-                _log.warning(
-                    "certificates can be signed for another %.1f days only: bring %s back to have the issuer replaced",
-                    (ends - now) / 86_400,
-                    _root_key(state.rotation.signing),
-                )
-            return False
-        issuer = self._make_issuer(state.issuer.root, root_key, now)
-        self._store(AuthorityState(state.rotation, state.roots, issuer))
+            return  # it was taken away on purpose; whoever maintains the CA warns when the end comes near
+        issuer = self._make_issuer(root, root_key, now)
+        self._store(_Stored(stored.rotation, stored.roots, issuer))
         self._keys.drop(_issuer_key(certificate))
         _log.info("a new issuing certificate is in force, until %s", issuer.certificate.not_valid_after_utc)
-        return True
 
     def add(self, now: float) -> None:
         """Makes a next root and trusts it.
 
         Raises:
             RotationRefusedError: a rotation is under way.
+            OSError: a file could not be written.
         """
-        state = self.state
-        state.rotation.check_add()
+        stored = self._now()
+        stored.rotation.check_add()
         root, _ = self._make_root(now)
         name = ca.fingerprint(root)
-        self._store(AuthorityState(state.rotation.add(name), {**state.roots, name: root}, state.issuer))
+        self._store(_Stored(stored.rotation.add(name), {**stored.roots, name: root}, stored.issuer))
 
-    def overlap(self, now: float, dependents: Iterable[Dependent], *, force: bool) -> None:
+    def overlap(self, now: float, dependents: Sequence[Dependent], *, force: bool) -> None:
         """Signs by the next root.
 
         Raises:
             RotationRefusedError: there is none, its key is not there, or workloads would be cut off.
             ConfigError: its key is not safe.
+            OSError: a file could not be written.
         """
-        state = self.state
-        rotation = state.rotation.overlap(dependents, force=force)
-        root = state.roots[rotation.signing]
-        key = self._keys.find(_root_key(rotation.signing), root)
+        stored = self._now()
+        rotation = stored.rotation.overlap(dependents, force=force)
+        root = stored.roots[rotation.signing]
+        name = _root_key(rotation.signing)
+        key = self._keys.find(name, root)
         if key is None:
-            raise RotationRefusedError(
-                f"{_root_key(rotation.signing)} is not there: bring the key of the new root back"
-            )
+            raise RotationRefusedError(f"{name} is not there: bring the key of the new root back")
         issuer = self._make_issuer(root, key, now)
-        self._store(AuthorityState(rotation, state.roots, issuer))
-        self._keys.drop(_issuer_key(state.issuer.certificate))
+        self._store(_Stored(rotation, stored.roots, issuer))
+        self._keys.drop(_issuer_key(stored.issuer.certificate))
 
     def retire(self, dependents: Iterable[Dependent], *, force: bool) -> None:
         """Trusts the signing root alone, and deletes the key of the other one.
 
         Raises:
             RotationRefusedError: there is no other one, or workloads would be cut off.
+            OSError: a file could not be written.
         """
-        state = self.state
-        rotation = state.rotation.retire(dependents, force=force)
-        self._store(AuthorityState(rotation, {rotation.signing: state.roots[rotation.signing]}, state.issuer))
-        for gone in state.roots.keys() - {rotation.signing}:
+        stored = self._now()
+        rotation = stored.rotation.retire(dependents, force=force)
+        self._store(_Stored(rotation, {rotation.signing: stored.roots[rotation.signing]}, stored.issuer))
+        for gone in stored.roots.keys() - {rotation.signing}:
             self._keys.drop(_root_key(gone))
+
+    def _now(self) -> _Stored:
+        if self._stored is None:
+            raise RuntimeError("the certificate authority is not open")
+        return self._stored
+
+    def _create(self, now: float) -> None:
+        """Makes the first root and issuer."""
+        # Written after the first state: without it, what is there was left by a start that did not come to its end.
+        if self._directory is not None and (self._directory / ROOTS_FILE).exists():
+            raise ConfigError(
+                f"{self._directory} had a certificate authority, but {STATE_FILE} is missing: restore it, or move the "
+                "directory away, which begins a new mesh that nobody trusts yet"
+            )
+        root, key = self._make_root(now)
+        name = ca.fingerprint(root)
+        self._store(_Stored(Rotation(name), {name: root}, self._make_issuer(root, key, now)))
 
     def _make_root(self, now: float) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -216,21 +232,21 @@ class OwnAuthority:
         self._keys.put(_issuer_key(issuer.certificate), key)
         return issuer
 
-    def _store(self, state: AuthorityState) -> None:
+    def _store(self, stored: _Stored) -> None:
         if self._directory is not None:
             document = {
                 "format": FORMAT,
                 "trust_domain": self._trust_domain,
-                "signing": state.rotation.signing,
-                "next": state.rotation.next,
-                "previous": state.rotation.previous,
-                "roots": [ca.pem([each]).decode() for each in state.trusted],
-                "issuer": ca.pem([state.issuer.certificate]).decode(),
+                "signing": stored.rotation.signing,
+                "next": stored.rotation.next,
+                "previous": stored.rotation.previous,
+                "roots": [ca.pem([each]).decode() for each in stored.roots.values()],
+                "issuer": ca.pem([stored.issuer.certificate]).decode(),
             }
             write_atomically(self._directory / STATE_FILE, json.dumps(document, indent=1).encode())
-        self._state = state
+        self._stored = stored
 
-    def _read(self, path: Path) -> AuthorityState:
+    def _read(self, path: Path) -> _Stored:
         content = read_secret(path)
         try:
             document = json.loads(content)
@@ -258,7 +274,7 @@ class OwnAuthority:
         issuer = ca.check_issuer([certificate], key, roots.values())
         if ca.fingerprint(issuer.root) != rotation.signing:
             raise ConfigError(f"{path} is damaged: its issuer is not below the signing root")
-        return AuthorityState(rotation, roots, issuer)
+        return _Stored(rotation, roots, issuer)
 
 
 def _root_key(fingerprint: str) -> str:

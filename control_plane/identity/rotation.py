@@ -13,7 +13,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mesh_client.core.errors import MeshError
+from control_plane.identity.errors import RotationRefusedError
 
 NAMED = 10
 """Workloads that a refusal names; of others it says how many there are."""
@@ -42,10 +42,6 @@ class Dependent:
     spiffe_id: str
     root: str
     trusted: frozenset[str]
-
-
-class RotationRefusedError(MeshError):
-    """The step is not taken; nothing has changed. The message names the workloads that it would cut off."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from control_plane.identity.tokens import InvalidTokenError
-from mesh_client.core.errors import ConfigError, MeshError
+from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
+from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "identity.sqlite"
 SCHEMA_VERSION = 1
@@ -52,19 +52,21 @@ CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
 PRAGMA user_version = 1;
 """
 
+_INSERT = (
+    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+_GOOD = "SELECT 1 FROM join_tokens WHERE id = ? AND service = ? AND revoked = 0 AND expires > ?"
+_SPEND = (
+    "UPDATE join_tokens SET uses_left = uses_left - 1 "
+    "WHERE id = ? AND service = ? AND revoked = 0 AND expires > ? AND uses_left > 0"
+)
+_REVOKE = {
+    "id": "UPDATE workloads SET revoked = 1 WHERE id = ? AND last_expiry > ? RETURNING id",
+    "spiffe_id": "UPDATE workloads SET revoked = 1 WHERE spiffe_id = ? AND last_expiry > ? RETURNING id",
+}
+
 _T = TypeVar("_T")
-
-
-class StoreUnavailableError(MeshError):
-    """The file cannot be used now, such as for a full disk or a damaged file."""
-
-
-class RevokedError(MeshError):
-    """The workload has been revoked."""
-
-
-class TooManyTokensError(MeshError):
-    """There are too many join tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,22 +189,25 @@ class IdentityStore:
         )
 
     async def join(self, workload: WorkloadRecord, token_id: str, service: str, now: float) -> None:
-        """Spends one use of a join token on a new workload.
+        """Spends one use of a join token on a workload; none if the same one joined with it before.
 
         Raises:
             InvalidTokenError: the token is unknown, revoked, ended, spent or for another service.
+            RevokedError: the workload has been revoked.
             StoreUnavailableError: SQLite failed.
         """
 
         def work(connection: sqlite3.Connection) -> None:
-            spent = connection.execute(
-                "UPDATE join_tokens SET uses_left = uses_left - 1 "
-                "WHERE id = ? AND service = ? AND uses_left > 0 AND revoked = 0 AND expires > ?",
-                (token_id, service, now),
-            )
-            if spent.rowcount != 1:
-                raise InvalidTokenError(f"token {token_id} is unknown, revoked, ended or spent")
-            _insert(connection, workload)
+            key = (token_id, service, now)
+            known = connection.execute("SELECT 1 FROM workloads WHERE id = ?", (workload.id,)).fetchone()
+            if known is None:
+                if connection.execute(_SPEND, key).rowcount != 1:
+                    raise InvalidTokenError(f"token {token_id} is unknown, revoked, ended or spent")
+                connection.execute(_INSERT, _row(workload))
+                return
+            if connection.execute(_GOOD, key).fetchone() is None:
+                raise InvalidTokenError(f"token {token_id} is unknown, revoked or ended")
+            _renew(connection, workload)
 
         await self._run(work)
 
@@ -212,7 +217,15 @@ class IdentityStore:
         Raises:
             StoreUnavailableError: SQLite failed.
         """
-        await self._run(partial(_insert, workload=workload))
+        await self._run(lambda connection: connection.execute(_INSERT, _row(workload)))
+
+    async def note(self, workload: WorkloadRecord) -> None:
+        """Remembers a workload that was not signed for here; one that is known already stays as it is.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        await self._run(lambda connection: connection.execute(f"{_INSERT} ON CONFLICT (id) DO NOTHING", _row(workload)))
 
     async def renew(self, workload: WorkloadRecord) -> None:
         """Remembers the newest certificate of a workload, be it known or not.
@@ -223,19 +236,7 @@ class IdentityStore:
             RevokedError: the workload has been revoked.
             StoreUnavailableError: SQLite failed.
         """
-
-        def work(connection: sqlite3.Connection) -> None:
-            done = connection.execute(
-                "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET serial = excluded.serial, "
-                "expires = excluded.expires, last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root "
-                "WHERE revoked = 0 AND spiffe_id = excluded.spiffe_id",
-                _row(workload),
-            )
-            if done.rowcount != 1:
-                raise RevokedError(f"workload {workload.id} has been revoked")
-
-        await self._run(work)
+        await self._run(partial(_renew, workload=workload))
 
     async def confirm(self, workload_id: str, bundle_version: str, trusted: Iterable[str]) -> None:
         """Remembers which trust bundle a workload has in force. Unknown ones are ignored.
@@ -288,13 +289,9 @@ class IdentityStore:
         Raises:
             StoreUnavailableError: SQLite failed.
         """
-        which = {"id": "id = ?", "spiffe_id": "spiffe_id = ?"}[column]
 
         def work(connection: sqlite3.Connection) -> list[str]:
-            rows = connection.execute(
-                f"UPDATE workloads SET revoked = 1 WHERE {which} AND last_expiry > ? RETURNING id",  # noqa: S608 one of two constants
-                (value, now),
-            )
+            rows = connection.execute(_REVOKE[column], (value, now))
             return sorted(row[0] for row in rows.fetchall())
 
         return await self._run(work, durable=True)
@@ -363,6 +360,23 @@ class IdentityStore:
             self._connection = None
 
 
+def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
+    """Remembers a workload in the file of a control plane that may be running.
+
+    Raises:
+        ConfigError: the file is not there or cannot be used.
+    """
+    path = data_dir / FILE_NAME
+    if not path.exists():
+        raise ConfigError(f"{path} is not there: start the control plane first")
+    _check_file(path)
+    try:
+        with contextlib.closing(_connect(path)) as connection:
+            connection.execute(_INSERT, _row(workload))
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+
+
 def _row(workload: WorkloadRecord) -> tuple[object, ...]:
     return (
         workload.id,
@@ -375,12 +389,15 @@ def _row(workload: WorkloadRecord) -> tuple[object, ...]:
     )
 
 
-def _insert(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
-    connection.execute(
-        "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+def _renew(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
+    done = connection.execute(
+        f"{_INSERT} ON CONFLICT (id) DO UPDATE SET serial = excluded.serial, expires = excluded.expires, "
+        "last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root "
+        "WHERE revoked = 0 AND spiffe_id = excluded.spiffe_id",
         _row(workload),
     )
+    if done.rowcount != 1:
+        raise RevokedError(f"workload {workload.id} has been revoked")
 
 
 def _check_file(path: Path) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from mesh_client.core.errors import InvalidValueError, MeshError
+from control_plane.identity.errors import InvalidTokenError
+from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.identity import check_trust_domain
 from mesh_client.core.model import check_service_name
 
@@ -29,10 +30,6 @@ MAX_ROOTS = 16
 _ID = re.compile(r"[0-9a-f]{16}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"id", "service", "expires", "roots", "domain"}
-
-
-class InvalidTokenError(MeshError):
-    """A token does not hold. The message is for the log of the control plane: callers are not told why."""
 
 
 @dataclass(frozen=True, slots=True)
