@@ -26,9 +26,10 @@ up: python ## start the whole system and keep it running until Ctrl-C
 	@$(PYTHON) -m tools.setup --consul-optional
 	@exec $(BIN)/mesh up $(ARGS)
 
+# In the order of their names: tests/chaos, which takes longest, must not be what everything waits for at the end.
 test: setup ## all tests, with coverage and its gates; parts of them with ARGS
 	@rm -f .coverage .coverage.*
-	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --cov --cov-report=)
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --cov --cov-report=)
 	$(if $(ARGS),,$(BIN)/coverage report)
 	$(if $(ARGS),,@$(BIN)/python -m tools.coverage_gates)
 
