@@ -114,14 +114,18 @@ class InMemoryControlPlane:
             ConfigError: the port is taken.
         """
         self._server = grpc.aio.server(options=transport.SERVER_OPTIONS)
-        discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(_Discovery(self), self._server)
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), self._server)
+        self.add_to(self._server)
         if self._credentials is None:
             port = transport.add_port(self._server, self.address)
         else:
             port = self._server.add_secure_port(self.address, self._credentials)
         self.address = f"{self.address.rpartition(':')[0]}:{port}"
         await self._server.start()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Adds its services to a server of the test's own, in place of `start`."""
+        discovery_pb2_grpc.add_DiscoveryServiceServicer_to_server(_Discovery(self), server)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(_Registry(self), server)
 
     async def stop(self) -> None:
         """Vanishes: streams break, as if it had been killed."""
