@@ -51,10 +51,12 @@ def test_the_wheel_carries_neither_the_example_application_nor_tests(wheel: zipf
     assert packages == {"control_plane", "mesh", "mesh_cli", "mesh_client", f"grpc_mesh-{PROJECT['version']}.dist-info"}
 
 
-def test_the_client_library_alone_needs_four_packages(wheel: zipfile.Path) -> None:
+def test_the_client_library_alone_needs_five_packages(wheel: zipfile.Path) -> None:
     metadata = next(path for path in wheel.iterdir() if path.name.endswith(".dist-info")) / "METADATA"
     needed = [Requirement(line) for line in HeaderParser().parsestr(metadata.read_text()).get_all("Requires-Dist", [])]
-    assert {item.name for item in needed if item.marker is None} == {"grpcio", "protobuf", "pybreaker", "pydantic"}
+    assert {item.name for item in needed if item.marker is None} == {
+        *("cryptography", "grpcio", "protobuf", "pybreaker", "pydantic")
+    }
 
 
 def test_what_generated_code_needs_is_what_the_package_asks_for() -> None:
