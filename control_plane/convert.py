@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import admin_pb2, discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
+from control_plane.policies import PROVISIONAL
 from control_plane.snapshot import EndpointsDelta, EndpointsResource, PolicyResource, Resource
 from control_plane.subscription import Change, ClientNode, ProtocolError, Rejection, Request, Response
 from mesh_client.core.errors import FieldError, InvalidValueError
@@ -187,6 +188,7 @@ def resource_to_proto(content: Resource | EndpointsDelta) -> resource_pb2.Resour
     match content:
         case PolicyResource():
             message.policy.CopyFrom(policy_to_proto(content.policy))
+            message.provisional = content.version.endswith(PROVISIONAL)
         case EndpointsResource():
             # An empty list is content too: a known service without endpoints.
             message.endpoints.SetInParent()

@@ -223,6 +223,9 @@ class ControlPlane:
     def _read(self, source: str) -> None:
         """A source was read whole for the first time."""
         self._unread.discard(source)
+        if source == self._policies.name and self._book.unread:
+            self._book.unread = False
+            self._publisher.notify()
         if self._publisher.opened.is_set() or self._source.name in self._unread:
             return
         if self._unread:
@@ -232,7 +235,12 @@ class ControlPlane:
         self._open()
 
     def _go_without_policies(self) -> None:
-        _log.error("policies cannot be read from %s: services get the default policy", self._policies.name)
+        _log.error(
+            "policies cannot be read from %s: calls are made by the default policy; servers keep the policies that "
+            "they have, and secure ones that have none serve nobody",
+            self._policies.name,
+        )
+        self._book.unread = True
         self._open()
 
     def _open(self) -> None:

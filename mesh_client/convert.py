@@ -98,7 +98,7 @@ def resource_from_proto(message: resource_pb2.Resource) -> Resource:
         policy = policy_from_proto(message.policy)
         if policy.service != service:
             raise InvalidValueError("policy.service", policy.service, f"{service!r}, the resource's name")
-        return PolicyResource(service, message.version, policy)
+        return PolicyResource(service, message.version, policy, message.provisional)
     if body == "endpoints":
         endpoints = sorted_endpoints(map(endpoint_from_proto, message.endpoints.endpoints))
         return EndpointsResource(service, message.version, endpoints)
@@ -118,7 +118,10 @@ def resource_to_proto(resource: PolicyResource | EndpointsResource) -> resource_
     """The message that carries a whole resource."""
     if isinstance(resource, PolicyResource):
         return resource_pb2.Resource(
-            name=resource.service, version=resource.version, policy=policy_to_proto(resource.policy)
+            name=resource.service,
+            version=resource.version,
+            policy=policy_to_proto(resource.policy),
+            provisional=resource.provisional,
         )
     return resource_pb2.Resource(
         name=resource.service,

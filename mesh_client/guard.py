@@ -130,7 +130,7 @@ class Guard:
                 return Refusal(
                     grpc.StatusCode.UNAVAILABLE,
                     f"this instance of {self._service} does not know yet whom its policy allows to call it: "
-                    "no control plane has told it",
+                    "no control plane could tell it",
                 )
             elif (reason := authorizer.check("" if caller is None else caller.name, method)) is not None:
                 why = reason

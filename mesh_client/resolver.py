@@ -152,11 +152,14 @@ class Resolver:
         return target
 
     def watch_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
-        """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that."""
+        """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that.
+
+        Not with defaults in place of a policy that may exist, but cannot be read.
+        """
         target = self.target(service)
         watchers = self._policy_watchers.setdefault(service, [])
         watchers.append(callback)
-        if target.service.policy_version:
+        if target.service.policy_version and not target.service.policy_provisional:
             callback(target.service.policy)
         return lambda: watchers.remove(callback)
 
@@ -206,7 +209,7 @@ class Resolver:
             if (timer := self._timers.pop(name, None)) is not None:
                 timer.cancel()
             target.changed(gone)
-            if service.policy_version != old_policy:
+            if service.policy_version != old_policy and not service.policy_provisional:
                 self._tell_policy(service)
             self._save_soon()
         self._notify()

@@ -143,9 +143,14 @@ class InMemoryControlPlane:
         self._service(service).endpoints = resource
         self._publish()
 
-    def set_policy(self, policy: ServicePolicy) -> None:
-        """Publishes a policy; its service becomes known."""
-        self._service(policy.service).policy = PolicyResource(policy.service, self._version(), policy)
+    def set_policy(self, policy: ServicePolicy, *, provisional: bool = False) -> None:
+        """Publishes a policy; its service becomes known.
+
+        Args:
+            policy: the policy.
+            provisional: as a control plane does that cannot read the service's own policy.
+        """
+        self._service(policy.service).policy = PolicyResource(policy.service, self._version(), policy, provisional)
         self._publish()
 
     def remove(self, service: str) -> None:

@@ -89,6 +89,7 @@ class Service:
         """The same, for `Call`."""
         self.policy = ServicePolicy(service=name)
         self.policy_version = ""
+        self.policy_provisional = False
         self.endpoints_version = ""
         self.picker: Picker = build_picker(self.policy.load_balancer, (), zone=zone, rng=rng, now=now)
         self.budget = RetryBudget(self.policy.retry.budget, now)
@@ -227,6 +228,7 @@ class Service:
     def _obey(self, resource: PolicyResource, now: float) -> None:
         old, new = self.policy, resource.policy
         self.policy, self.policy_version = new, resource.version
+        self.policy_provisional = resource.provisional
         self._settings.clear()
         if new.retry.budget != old.retry.budget:
             self._calls_before, self._retries_before = self.calls, self.retries

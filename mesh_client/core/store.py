@@ -22,6 +22,8 @@ class PolicyResource:
     service: str
     version: str
     policy: ServicePolicy
+    provisional: bool = False
+    """Whether these are defaults in place of a policy that may exist: good for calling, no permission to serve."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,11 @@ def test_endpoints_and_policies_survive_the_way() -> None:
     assert endpoint_from_proto(endpoint_to_proto(A)) == A
     policy = ServicePolicy(service="orders", timeout=0.25)
     assert policy_from_proto(policy_to_proto(policy)) == policy
-    for resource in (PolicyResource("orders", "p", policy), EndpointsResource("orders", "e", (A,))):
+    for resource in (
+        PolicyResource("orders", "p", policy),
+        PolicyResource("orders", "p", policy, provisional=True),
+        EndpointsResource("orders", "e", (A,)),
+    ):
         assert resource_from_proto(resource_to_proto(resource)) == resource
 
 

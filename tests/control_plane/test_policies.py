@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.events import PolicyDeleted, PolicyStored
-from control_plane.policies import PolicyBook
+from control_plane.policies import PROVISIONAL, PolicyBook
 from mesh_client.core.policy import ServicePolicy
 
 
@@ -58,11 +58,26 @@ def test_a_bad_policy_is_skipped_and_the_last_good_one_stays() -> None:
     assert [error.path for error in problem.errors] == ["timeout"]
 
 
-def test_a_bad_policy_that_is_the_first_leaves_the_defaults() -> None:
+def test_a_bad_policy_that_is_the_first_leaves_the_defaults_which_are_no_permission() -> None:
     book = PolicyBook()
-    assert not book.apply(stored("never"))
-    assert book.policy("orders")[0] == DEFAULTS
+    assert book.apply(stored("never"))
+    assert book.policy("orders") == (DEFAULTS, DEFAULTS.version + PROVISIONAL)
     assert book.problems[0].obeyed_version == ""
+    assert not book.apply(stored("nothing"))
+    assert book.apply(PolicyDeleted("orders"))
+    assert book.policy("orders") == (DEFAULTS, DEFAULTS.version)
+
+
+def test_while_the_store_cannot_be_read_the_defaults_are_no_permission() -> None:
+    book = PolicyBook()
+    book.apply(stored("1s"))
+    book.unread = True
+    assert book.policy("orders")[0].timeout == 1.0
+    assert not book.policy("orders")[1].endswith(PROVISIONAL)
+    assert book.policy("payments")[1].endswith(PROVISIONAL)
+    assert not book.apply(PolicyDeleted("payments"))
+    book.unread = False
+    assert not book.policy("payments")[1].endswith(PROVISIONAL)
 
 
 def test_a_good_policy_ends_the_problem() -> None:

@@ -27,11 +27,17 @@ from tests.control_plane.worlds import BOUND, POLICY, HandSource, World, running
 
 
 class DeafStore(EmbeddedPolicyStore):
-    """A policy store that cannot be read."""
+    """A policy store that cannot be read until the test lets it hear."""
 
     name = "deaf"
 
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.hears = asyncio.Event()
+
     async def run(self, emit: EmitPolicy) -> None:
+        await self.hears.wait()
+        emit(SourceConnected(self.name))
         await asyncio.Event().wait()
 
 
@@ -55,7 +61,8 @@ class TestReadiness:
         source = HandSource()
         options = ControlPlaneOptions(policy_wait=0.05)
         database = Database(None)
-        plane = ControlPlane(options, source=source, policies=DeafStore(database))
+        store = DeafStore(database)
+        plane = ControlPlane(options, source=source, policies=store)
         logging.getLogger("control_plane.server").setLevel(logging.CRITICAL)
         await plane.start()
         async with grpc.aio.insecure_channel(plane.address) as channel:
@@ -63,7 +70,13 @@ class TestReadiness:
             async with world.client() as client:
                 await source.lists("orders", "1")
                 await client.subscribe("orders", types=(POLICY,))
-                assert (await client.next(POLICY)).resources[0].policy.retry.max_attempts == 3
+                defaults = (await client.next(POLICY)).resources[0]
+                assert defaults.policy.retry.max_attempts == 3
+                assert defaults.provisional
+                store.hears.set()
+                known = (await client.next(POLICY)).resources[0]
+                assert known.policy == defaults.policy
+                assert not known.provisional
         await plane.stop()
         await database.close()
         logging.getLogger("control_plane.server").setLevel(logging.NOTSET)

@@ -383,6 +383,28 @@ async def test_a_server_whose_service_the_mesh_does_not_know_registers_and_serve
                     await call(channel, "unary_unary", "M", [b""])
 
 
+async def test_defaults_in_place_of_a_policy_that_cannot_be_read_are_no_permission(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_client.guard.POLICY_PATIENCE", 0.01)
+    async with secure_plane(world) as plane:
+        plane.set_policy(OPEN, provisional=True)
+        mesh = mesh_of(world.identity, plane.address)
+        async with mesh:
+            options: dict[str, Any] = {"registry": None, "control_plane": plane.address, "mesh": mesh, "policy": None}
+            async with world.running(**options) as made:
+                await plane.acknowledged("orders")
+                assert made.status().registration.state is RegistrationState.WAITING
+                refused = await world.refusal(made.endpoint.target)
+                assert refused.code() is grpc.StatusCode.UNAVAILABLE
+                plane.set_policy(ONLY_BILLING)
+                await made.registered()
+                plane.set_policy(OPEN, provisional=True)
+                await plane.acknowledged("orders")
+                refused = await world.refusal(made.endpoint.target)
+                assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
 async def test_a_server_without_word_of_its_policy_serves_nobody_and_is_not_registered(
     world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
