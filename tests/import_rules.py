@@ -81,7 +81,11 @@ _PURE_CONTROL_PLANE = " ".join(
         "control_plane.sources.StoredDocument",  # a value; the package holds protocols too, and every source
     ]
 )
-_PURE_LIBRARIES = {"control_plane/documents.py": "yaml"}
+_PURE_LIBRARIES = {
+    "control_plane/documents.py": "yaml",
+    # certificates are made and checked by cryptography, which does no I/O for that
+    **{path: "cryptography" for path in PURE if path.startswith("control_plane/identity/")},
+}
 
 RULES = (
     _rule("mesh_client/core/policy.py", "mesh_client.core", "pydantic", pure=True),
