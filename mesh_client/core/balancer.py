@@ -57,7 +57,9 @@ def build_picker(settings: LoadBalancer, nodes: Sequence[Node], *, zone: str, rn
 
     Usable nodes are healthy and not ejected. When their share of all that are not draining is below the panic
     threshold, health says more about the observer than about them: all that are not draining are used, whatever their
-    zone. A threshold of 0 turns panic off, as in Envoy; with no usable node the picker is then empty.
+    zone. Unlike in Envoy those that this client has ejected are still left out, if without them there are enough: what
+    it has seen itself holds when what it is told does not. A threshold of 0 turns panic off; with no usable node the
+    picker is then empty.
 
     Args:
         settings: the service's balancing policy.
@@ -68,8 +70,9 @@ def build_picker(settings: LoadBalancer, nodes: Sequence[Node], *, zone: str, rn
     """
     present = [node for node in nodes if node.endpoint.health is not Health.DRAINING]
     usable = [node for node in present if node.endpoint.health is Health.HEALTHY and not node.ejected]
-    if len(usable) * 100.0 < settings.panic_threshold * len(present):
-        return _build_group(settings, present, rng, now)
+    if _too_few(usable, present, settings):
+        kept = [node for node in present if not node.ejected]
+        return _build_group(settings, present if _too_few(kept, present, settings) else kept, rng, now)
     if not settings.prefer_same_zone or not zone:
         return _build_group(settings, usable, rng, now)
     local = [node for node in usable if node.endpoint.locality.zone == zone]
@@ -95,6 +98,10 @@ def next_rebuild(settings: LoadBalancer, nodes: Sequence[Node], now: float) -> f
         return None
     end = max((node.added_at for node in nodes), default=-math.inf) + settings.slow_start
     return end if end > now else None
+
+
+def _too_few(nodes: Sequence[Node], present: Sequence[Node], settings: LoadBalancer) -> bool:
+    return len(nodes) * 100.0 < settings.panic_threshold * len(present)
 
 
 def _local_share(local_health: float, remote_health: float) -> float:

@@ -219,7 +219,7 @@ class LoadBalancer(_Model):
     slow_start: Duration = 0.0
     """Time in which a new endpoint's share grows to full; 0 for none."""
     panic_threshold: Percent = 50.0
-    """With a smaller share of endpoints usable, in percent, health is ignored."""
+    """With a smaller share of endpoints usable, in percent, what is reported of their health is ignored."""
 
 
 class CircuitBreaker(_Model):

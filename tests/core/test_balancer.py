@@ -121,7 +121,9 @@ def test_whatever_the_cluster_only_usable_endpoints_are_picked_and_excluded_ones
     present = [member for member in members if member.endpoint.health is not Health.DRAINING]
     usable = [member for member in present if member.endpoint.health is Health.HEALTHY and not member.ejected]
     if len(usable) < len(present) * threshold / 100.0:
-        usable = present
+        usable = [member for member in present if not member.ejected]
+        if len(usable) < len(present) * threshold / 100.0:
+            usable = present
     excluded = data.draw(st.lists(st.sampled_from(members), unique=True) if members else st.just([]))
     for number in range(12):
         chosen = picker.pick(None if number % 2 else str(number), excluded, 100.0 + number)
@@ -146,6 +148,22 @@ def test_below_the_panic_threshold_health_is_ignored_but_draining_is_not(algorit
     members = [node("good"), *(node(f"bad-{number}", health=Health.UNHEALTHY) for number in range(2))]
     members.append(node("leaving", health=Health.DRAINING))
     assert set(picked(build(algorithm, members))) == {"good", "bad-0", "bad-1"}
+
+
+@every_algorithm
+def test_in_panic_what_the_client_has_seen_itself_still_holds(algorithm: Algorithm) -> None:
+    """The registry comes back and has heard of nobody yet, and one instance has really died."""
+    members = [node("dead"), *(node(f"alive-{number}", health=Health.UNHEALTHY) for number in range(3))]
+    members[0].ejected = True
+    assert set(picked(build(algorithm, members))) == {"alive-0", "alive-1", "alive-2"}
+
+
+@every_algorithm
+def test_in_panic_with_too_many_ejected_everybody_is_called(algorithm: Algorithm) -> None:
+    members = [node(f"bad-{number}", health=Health.UNHEALTHY) for number in range(3)]
+    for member in members[:2]:
+        member.ejected = True
+    assert set(picked(build(algorithm, members))) == {"bad-0", "bad-1", "bad-2"}
 
 
 def test_at_the_panic_threshold_exactly_health_still_holds() -> None:
