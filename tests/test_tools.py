@@ -93,7 +93,7 @@ PURE_FILES = {
     [
         ({}, []),
         ({"mesh_client/channel.py": 90}, []),
-        ({"mesh_client/channel.py": 94 - 6 * len(PURE_FILES)}, ["everything: 94.00% of 95%"]),
+        ({f"mesh_client/{name}.py": 88 for name in range(len(PURE_FILES))}, ["everything: 94.00% of 95%"]),
         ({"mesh_client/core/store.py": 99}, ["mesh_client/core/store.py: 99.00% of 100%, for it is pure"]),
     ],
 )
