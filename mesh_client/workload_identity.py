@@ -90,6 +90,7 @@ class WorkloadIdentity:
         self._wake = asyncio.Event()
         self._starting = asyncio.Lock()
         self._saving = asyncio.Lock()
+        self._save_running: asyncio.Future[None] | None = None
         self._users = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -231,6 +232,8 @@ class WorkloadIdentity:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        if self._save_running is not None:
+            await asyncio.gather(self._save_running, return_exceptions=True)
         if self._store is not None:
             self._store.close()
 
@@ -295,6 +298,7 @@ class WorkloadIdentity:
         bundle = TrustBundle.from_proto(answer.trust_bundle)
         credential = accept(key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal)
         self._failures, self._refused, self._renewal_error = 0, False, ""
+        await self._save(credential, bundle)  # First: the token may be spent.
         self._use(credential, bundle, fresh=True)
         log.info(
             "%s: %s as workload %s, serial %s, for %s",
@@ -308,7 +312,6 @@ class WorkloadIdentity:
             log.warning("%s: %s; certificates are judged by the clock", self._principal, warning)
         self._changed()
         self._follow()
-        await self._save()
 
     def _failed(self, error: IdentityError) -> float:
         """Seconds to wait before the next attempt."""
@@ -367,7 +370,7 @@ class WorkloadIdentity:
             self._make_credentials(credential, bundle)
         self._hasten_if_rotated(credential, bundle)
         self._changed()
-        await self._save()
+        await self._save(credential, bundle)
 
     def _followed(self, error: str) -> None:
         if error != self._watch_error:
@@ -377,13 +380,13 @@ class WorkloadIdentity:
             self._speak()
             self._changed()
 
-    async def _save(self) -> None:
-        credential, bundle = self._credential, self._bundle
-        if self._store is None or credential is None or bundle is None:
+    async def _save(self, credential: Credential, bundle: TrustBundle) -> None:
+        if self._store is None:
             return
         async with self._saving:  # An older state must not overtake a newer one.
+            self._save_running = asyncio.ensure_future(asyncio.to_thread(self._store.save, credential, bundle))
             try:
-                await asyncio.to_thread(self._store.save, credential, bundle)
+                await asyncio.shield(self._save_running)
             except OSError as error:
                 log.error("the identity cannot be saved in %s: %s", self._store.directory, error.strerror)
 

@@ -67,6 +67,7 @@ class TestAuthority:
         common_names: Sequence[str] | None = None,
         starts: float = -60.0,
         ends: float = 3600.0,
+        public_key: ec.EllipticCurvePublicKey | None = None,
     ) -> Certificate:
         """A certificate.
 
@@ -77,6 +78,7 @@ class TestAuthority:
             common_names: in place of the workload's id.
             starts: seconds from now.
             ends: seconds from now.
+            public_key: somebody else's, whose certificate then comes without a key; None for a new one.
         """
         workload_id = workload_id or uuid.uuid4().hex[:16]
         key = ec.generate_private_key(ec.SECP256R1())
@@ -94,7 +96,7 @@ class TestAuthority:
             x509.CertificateBuilder()
             .subject_name(x509.Name(subject))
             .issuer_name(self._certificate.subject)
-            .public_key(key.public_key())
+            .public_key(public_key or key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now + dt.timedelta(seconds=starts))
             .not_valid_after(now + dt.timedelta(seconds=ends))
@@ -103,10 +105,11 @@ class TestAuthority:
             .add_extension(x509.SubjectAlternativeName(names), critical=not subject)
             .sign(self._key, hashes.SHA256())
         )
+        private_key = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         return Certificate(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
+            b"" if public_key else private_key,
             certificate.public_bytes(serialization.Encoding.PEM),
             workload_id,
         )
