@@ -150,14 +150,16 @@ def _read(path: Path, flags: int, forbidden: int, words: str) -> bytes:
         if path.is_symlink():
             raise ConfigError(f"{path} is a link: a secret has to be a file of its own") from None
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{path} is not a file")
         _check_owner(path, found)
         if found.st_mode & forbidden:
             raise ConfigError(f"{words} {path}: chmod {'600' if forbidden == 0o077 else '644'} {path}")
-        content = file.read(MAX_BYTES + 1)
+        content = os.read(descriptor, MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes")
     return content
