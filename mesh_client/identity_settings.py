@@ -184,8 +184,8 @@ def identity_settings(
         raise ConfigError(f"enrolment: no control plane's next port is one; give enrolment= or {ENROLMENT}")
     if settings.consul_token is not None and not settings.roots:
         raise ConfigError(f"{ATTESTATION}={CONSUL} needs {TRUST_ROOTS}: a Consul token does not say whom to trust")
-    if token:
-        settings.claims(token)
+    if settings.token is not None and settings.token.file is None:
+        settings.claims(settings.token.text)
     return settings
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import fcntl
 import json
 import logging
@@ -89,7 +88,7 @@ class IdentityStore:
             raise ConfigError(f"identity_dir: {path} cannot be read: {error.strerror}") from error
         try:
             return self._decode(raw)
-        except (IdentityError, DecodeError, ValueError, KeyError, TypeError, binascii.Error) as error:
+        except (IdentityError, DecodeError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = str(error) if isinstance(error, IdentityError) else type(error).__name__
             log.warning("the identity in %s is damaged and set aside: %s", path, why)
             path.replace(path.with_suffix(".damaged"))
@@ -137,7 +136,7 @@ class IdentityStore:
 
 
 def refuse_if_shared(path: Path, name: str) -> None:
-    """Refuses what somebody else than its owner can read or change, or what is neither ours nor root's.
+    """Refuses what somebody else than its owner can read or change, or what is not ours; a file may be root's.
 
     Args:
         path: a file or directory that is, or holds, a secret.
@@ -151,7 +150,8 @@ def refuse_if_shared(path: Path, name: str) -> None:
     if stat.S_IMODE(status.st_mode) & 0o077:
         wanted = "700" if stat.S_ISDIR(status.st_mode) else "600"
         raise ConfigError(f"{name}: {path} can be read or written by others; chmod {wanted} it, and make a new secret")
-    if status.st_uid not in (os.geteuid(), 0):
+    owners = {os.geteuid()} if stat.S_ISDIR(status.st_mode) else {os.geteuid(), 0}
+    if status.st_uid not in owners:
         raise ConfigError(f"{name}: {path} belongs to another user; expected one of this process's own")
 
 
