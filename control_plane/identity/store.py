@@ -120,6 +120,7 @@ class IdentityStore:
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else directory / FILE_NAME
         self._connection: sqlite3.Connection | None = None
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mesh-identity")
 
     async def open(self) -> None:
@@ -131,7 +132,10 @@ class IdentityStore:
         await self._in_thread(self._open)
 
     async def close(self) -> None:
-        """Finishes what was asked before, and closes the file."""
+        """Finishes what was asked before, and closes the file; not twice."""
+        if self._closed:
+            return
+        self._closed = True
         await self._in_thread(self._close)
         self._thread.shutdown(wait=False)
 
@@ -328,12 +332,14 @@ class IdentityStore:
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, work))
 
     async def _run(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = False) -> _T:
+        if self._closed:
+            raise StoreUnavailableError("the identity store is closed")
         return await self._in_thread(partial(self._transaction, work, durable))
 
     def _transaction(self, work: Callable[[sqlite3.Connection], _T], durable: bool) -> _T:
         connection = self._connection
         if connection is None:
-            raise StoreUnavailableError("the identity store is closed")
+            raise StoreUnavailableError("the identity store is not open")
         try:
             # FULL has the transaction on the disk, and with it all before it.
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")

@@ -193,11 +193,14 @@ async def test_everything_is_there_after_a_restart_and_for_its_owner_alone(tmp_p
     await second.close()
 
 
-async def test_a_closed_store_refuses(store: IdentityStore, tmp_path: Path) -> None:
+async def test_a_closed_store_refuses() -> None:
     closed = IdentityStore(None)
-    with pytest.raises(StoreUnavailableError):
+    with pytest.raises(StoreUnavailableError, match="not open"):
         await closed.tokens(NOW)
     await closed.close()
+    await closed.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await closed.tokens(NOW)
 
 
 async def fails_to_open(directory: Path, words: str) -> None:
