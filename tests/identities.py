@@ -29,6 +29,8 @@ class TestIdentity:
         self.generation = 0
         self.revoked: frozenset[str] = frozenset()
         self.users = 0
+        self.hopeless = True
+        """Whether everything has been tried while there is no certificate."""
         self.workload_id = ""
         self._callbacks: list[Callable[[], None]] = []
         self._arrived = asyncio.Event()
@@ -42,7 +44,7 @@ class TestIdentity:
 
     @property
     def failing(self) -> bool:
-        return bool(self.problem)
+        return bool(self.problem) and self.hopeless
 
     def take(self, certificate: Certificate, roots: bytes) -> None:
         """Has this certificate and trusts these roots from now on."""
