@@ -16,8 +16,9 @@ from control_plane.identity import ca
 from mesh_client.core.identity import Principal
 
 TICKET_LIFETIME = 1800.0
-"""Seconds after which a port's TLS context is made anew. A resumed session shows no certificate again, so this bounds
-for how long one that has ended since is of use; session tickets end with their context."""
+"""Seconds after which a port's TLS context is made anew, at most. Whoever resumes a session shows no certificate again,
+and gRPC's tickets are good for two days: this bounds for how long a certificate that has ended since is of use, because
+tickets end with their context."""
 
 RENEWAL = 0.5
 """The certificate is renewed when this share of its life is over."""
@@ -114,12 +115,13 @@ class OwnIdentity:
     ) -> Callable[[], grpc.ServerCertificateConfiguration]:
         """Asked by gRPC at each handshake, one after another; None has it go on with what it has."""
         generation, since = self._current().generation, time.monotonic()
+        tickets = min(TICKET_LIFETIME, self._lifetime / 10)
 
         # The type stubs know nothing of None.
         def fetch() -> Any:
             nonlocal generation, since
             shown = self._current()
-            if shown.generation == generation and time.monotonic() - since < TICKET_LIFETIME:
+            if shown.generation == generation and time.monotonic() - since < tickets:
                 return None
             generation, since = shown.generation, time.monotonic()
             return choose(shown)

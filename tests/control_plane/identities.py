@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import datetime as dt
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from mesh.v1 import authority_pb2_grpc, certificate_pb2, certificate_pb2_grpc
 
 from control_plane.access import Access
+from control_plane.identity import ca
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
 from mesh_client.core.identity import Principal
@@ -133,6 +136,32 @@ class Plane:
         request = certificate_pb2.SignCertificateRequest(certificate_signing_request=request_for(key), service=service)
         async with self.mesh(workload) as stub:
             return signed(key, await stub.SignCertificate(request, timeout=TIMEOUT))
+
+    def forged(self, principal: Principal, *, starts: float = 0.0, ends: float = 3600.0) -> Workload:
+        """What the issuer itself never signs: a certificate for anybody, for any time from now."""
+        key, now = new_key(), time.time()
+        leaf = ca.issue(
+            self.authority._authority.state.issuer,
+            principal,
+            "0123456789abcdef",
+            key.public_key(),
+            serial=1,
+            now=now,
+            ends=now + ends,
+        )
+        if starts:
+            builder = x509.CertificateBuilder(
+                leaf.certificate.issuer,
+                leaf.certificate.subject,
+                key.public_key(),
+                2,
+                leaf.certificate.not_valid_before_utc + dt.timedelta(seconds=starts),
+                leaf.certificate.not_valid_before_utc + dt.timedelta(seconds=starts + 3600),
+                list(leaf.certificate.extensions),
+            )
+            signed_later = builder.sign(leaf.issuer.key, hashes.SHA256())
+            leaf = dataclasses.replace(leaf, certificate=signed_later)
+        return Workload(key_pem(key), leaf.chain_pem(), self.authority.roots_pem)
 
     async def operator(self, directory: Path, name: str = "alice") -> Workload:
         files = await self.authority.create_operator(name, directory / f"operator-{name}")
