@@ -14,6 +14,7 @@ from mesh.v1 import authority_pb2_grpc
 
 from control_plane.access import Access
 from control_plane.identity import ca
+from control_plane.identity.certificates import peer_chain
 from control_plane.identity.errors import (
     IssuerNotValidError,
     RotationRefusedError,
@@ -131,7 +132,10 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
             else:
                 raise InvalidValueError("step", step, "ADD, OVERLAP or RETIRE")
             status = await self._authority.status()
-        except (RotationRefusedError, InvalidValueError, StoreUnavailableError, ConfigError, OSError) as error:
+        except RotationRefusedError as error:
+            _log.warning("%s was refused the rotation step %s: %s", caller, pb.RotationStep.Name(step), error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except (InvalidValueError, IssuerNotValidError, StoreUnavailableError, ConfigError, OSError) as error:
             await _abort(context, error)
         _log.warning(
             "%s took the rotation step %s%s", caller, pb.RotationStep.Name(step), " by force" if request.force else ""
@@ -161,6 +165,12 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
         caller = await self._access.require_operator(context, action)
         if caller is None:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "that takes an operator's identity")
+        chain = peer_chain(context.auth_context())
+        if chain:
+            try:
+                await self._authority.note(caller, chain)
+            except StoreUnavailableError as error:
+                _log.error("%s is not remembered: %s", caller, error)
         return caller
 
 
@@ -218,7 +228,5 @@ async def _abort(context: grpc.aio.ServicerContext[_Request, _Response], error: 
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     if isinstance(error, TooManyTokensError):
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-    if isinstance(error, RotationRefusedError):
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
     _log.error("an operator's request failed: %s", error)
     await context.abort(grpc.StatusCode.UNAVAILABLE, "it cannot be done now; the control plane's log says why")

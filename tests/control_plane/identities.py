@@ -194,7 +194,9 @@ class Watch:
     async def end(self) -> None:
         await self._call.done_writing()
         async with asyncio.timeout(TIMEOUT):
-            assert await self._call.read() is grpc.aio.EOF
+            while await self._call.read() is not grpc.aio.EOF:
+                pass  # what was under way
+        assert await self._call.code() is grpc.StatusCode.OK
 
     async def code(self) -> grpc.StatusCode:
         """How it ends, whatever comes before."""
