@@ -48,7 +48,7 @@ async def test_an_instance_hangs_and_comes_back(system: System) -> None:
     plane = await system.run_control_plane()
     await system.start_orders(*THREE, control_plane=plane.address)
     async with administration(plane.address) as admin:
-        policy = "service: orders\nretry: {per_try_timeout: 250ms}\noutlier_detection: {base_ejection: 1s}"
+        policy = "service: orders\nretry: {per_try_timeout: 1s}\noutlier_detection: {base_ejection: 1s}"
         await admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document=policy))
     mesh = await system.connect(plane.address)
     await follows(mesh, *THREE)

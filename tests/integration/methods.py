@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,20 @@ async def serving(
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+@asynccontextmanager
+async def thread_pool(threads: int) -> AsyncIterator[ThreadPoolExecutor]:
+    """Threads for plain handlers.
+
+    What grpc does in them waits for the loop, even when the call is over: leaving the executor's own ``with`` would
+    block the loop until they are done, and so for ever.
+    """
+    executor = ThreadPoolExecutor(threads)
+    try:
+        yield executor
+    finally:
+        await asyncio.to_thread(executor.shutdown)
 
 
 async def call(

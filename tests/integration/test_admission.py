@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
@@ -29,6 +28,7 @@ from tests.integration.methods import (
     failure,
     handler,
     serving,
+    thread_pool,
 )
 
 UNLIMITED = ServicePolicy(service="orders")
@@ -284,7 +284,7 @@ async def test_handlers_in_threads_have_the_inbound_call_while_they_run_and_leav
         seen.append(inbound.get())
         yield request
 
-    with ThreadPoolExecutor(1) as threads:
+    async with thread_pool(1) as threads:
         server = grpc.aio.server(migration_thread_pool=threads)
         handlers = {"U": handler("unary_unary", unary), "S": handler("unary_stream", stream)}
         server.add_registered_method_handlers(SERVICE, admission().wrap_methods(SERVICE, handlers))
@@ -294,7 +294,7 @@ async def test_handlers_in_threads_have_the_inbound_call_while_they_run_and_leav
             await call(channel, "unary_unary", "U", [b""])
             await call(channel, "unary_stream", "S", [b""], timeout=30.0)
         await server.stop(None)
-        assert threads.submit(inbound.get).result() is None
+        assert await asyncio.wrap_future(threads.submit(inbound.get)) is None
     assert [inbound_call is not None and inbound_call.peer_ip for inbound_call in seen] == ["127.0.0.1"] * 2
 
 

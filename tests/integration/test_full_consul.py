@@ -92,7 +92,7 @@ async def test_an_instance_is_called_while_its_check_passes(
 ) -> None:
     # Without ejections by the client only Consul's word takes an endpoint out.
     await obeys_another(
-        mesh, consul, "service: orders\nretry: {per_try_timeout: 250ms}\noutlier_detection: {enabled: false}"
+        mesh, consul, "service: orders\nretry: {per_try_timeout: 1s}\noutlier_detection: {enabled: false}"
     )
     async with Load(mesh) as load:
         await load.answered_by(*THREE)

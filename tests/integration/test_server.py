@@ -26,7 +26,7 @@ from mesh_client.mesh_server import MeshServer
 from mesh_client.server import server
 from mesh_client.server_status import Phase
 from mesh_client.transport import PlaintextTransport, add_port, open_channel
-from tests.integration.methods import EXPECTED, FORMS, REQUESTS, add_methods, call, echo_unary, handler
+from tests.integration.methods import EXPECTED, FORMS, REQUESTS, add_methods, call, echo_unary, handler, thread_pool
 from tests.integration.orders import ORDER, Orders, control_plane, get_order, make_server, published, running
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -81,7 +81,7 @@ async def test_reflection_can_be_left_out() -> None:
 
 @pytest.mark.parametrize("generated", [True, False], ids=["registered methods", "generic handlers"])
 async def test_every_form_of_handler_is_served(generated: bool) -> None:
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    async with thread_pool(4) as threads:
         made = server("orders", registry="none", migration_thread_pool=threads)
         forms = {f"M{number}": handler(kind, behavior) for number, (kind, behavior) in enumerate(FORMS)}
         add_methods(made, forms, generated=generated)
