@@ -11,7 +11,7 @@ from control_plane.server import ControlPlane
 
 
 async def _main(registry: str = "embedded") -> None:
-    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0", registry=registry))
+    plane = ControlPlane(ControlPlaneOptions(insecure=True, address="127.0.0.1:0", registry=registry))
     await plane.start()
     try:
         await serve_parent(plane.address)

@@ -53,7 +53,7 @@ class Changing:
 async def _main() -> None:
     gc.set_threshold(100_000, 50, 100)  # As `mesh control-plane` does.
     source = Changing()
-    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0"), source=source)
+    plane = ControlPlane(ControlPlaneOptions(insecure=True, address="127.0.0.1:0"), source=source)
     await plane.start()
 
     async def change(question: Any) -> float:

@@ -61,7 +61,7 @@ class Access:
     def __init__(self, trust_domain: str | None, revocations: Revocations | None = None) -> None:
         self._trust_domain = trust_domain
         self._revocations = revocations
-        self._open: dict[str, set[Callable[[], None]]] = {}
+        self._open: dict[str, dict[object, Callable[[], None]]] = {}
         self.denials: Counter[str] = Counter()
 
     @property
@@ -119,27 +119,37 @@ class Access:
             await self._refuse(context, who, f"may not {action}: only {service}'s own workloads may")
         return who
 
-    @contextmanager
-    def cut_when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Iterator[None]:
-        """Has ``cut`` called if the caller is revoked within the block; for streams.
+    def when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Callable[[], None]:
+        """Has ``cut`` called if the caller is revoked, for streams; the returned function ends that.
 
         Args:
             caller: None for nobody, who cannot be revoked.
-            cut: ends the stream; called at most once for each call of `revoked_now`.
+            cut: ends the stream; may be called more than once.
         """
         if caller is None:
-            yield
-            return
-        cuts = self._open.setdefault(caller.workload_id, set())
-        cuts.add(cut)
+            return _nothing
+        workload_id = caller.workload_id
+        cuts = self._open.setdefault(workload_id, {})
+        key = object()
+        cuts[key] = cut
+        if self.is_revoked(caller):  # between the check at its beginning and here
+            cut()
+
+        def forget() -> None:
+            cuts.pop(key, None)
+            if not cuts and self._open.get(workload_id) is cuts:
+                del self._open[workload_id]
+
+        return forget
+
+    @contextmanager
+    def cut_when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Iterator[None]:
+        """Has ``cut`` called if the caller is revoked within the block; see `when_revoked`."""
+        forget = self.when_revoked(caller, cut)
         try:
-            if self.is_revoked(caller):  # between the check at its beginning and here
-                cut()
             yield
         finally:
-            cuts.discard(cut)
-            if not cuts:
-                self._open.pop(caller.workload_id, None)
+            forget()
 
     def cut_revoked(self) -> None:
         """To be called when workloads have been revoked: cuts their open streams at once."""
@@ -149,7 +159,7 @@ class Access:
         for workload_id in [each for each in self._open if revocations.is_revoked(each)]:
             cuts = self._open[workload_id]
             _log.warning("workload %s has been revoked: its %d streams are cut", workload_id, len(cuts))
-            for cut in list(cuts):
+            for cut in list(cuts.values()):
                 cut()
 
     async def _refuse(self, context: Context, who: Caller | None, reason: str) -> NoReturn:
@@ -158,3 +168,7 @@ class Access:
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED, f"{'the caller' if who is None else who.spiffe_id} {reason}"
         )
+
+
+def _nothing() -> None:
+    """There is nothing to end."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import grpc
@@ -13,6 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 from mesh.v1 import discovery_pb2
 
+from control_plane.access import Access, Caller
 from control_plane.convert import ResponseEncoder, request_from_proto
 from control_plane.events import EndpointDrained
 from control_plane.publisher import Publisher
@@ -60,10 +62,18 @@ class ClientState:
     subscriptions: Sequence[SubscriptionState]
 
 
+_SHOWN = 63
+"""Characters of what somebody calls their service, in messages."""
+
+
+def _nothing() -> None:
+    """Nobody watches."""
+
+
 class _Stream:
     """One open stream."""
 
-    __slots__ = ("connected_at", "ending", "peer", "subscriptions", "task", "wake")
+    __slots__ = ("connected_at", "ending", "peer", "stop_watching", "subscriptions", "task", "wake")
 
     def __init__(
         self, subscriptions: Subscriptions, peer: str, connected_at: float, task: asyncio.Task[object]
@@ -75,11 +85,17 @@ class _Stream:
         self.task = task
         self.ending = (grpc.StatusCode.CANCELLED, "the stream was cancelled")
         """The status to end with when the task is cancelled."""
+        self.stop_watching: Callable[[], None] = _nothing
 
     @property
     def node_id(self) -> str:
         node = self.subscriptions.node
         return node.id if node is not None else self.peer
+
+    def identify(self, access: Access, caller: Caller | None) -> None:
+        """The stream is somebody's: it ends when they are revoked."""
+        revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
+        self.stop_watching = access.when_revoked(caller, revoked)
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
         """Ends the stream from outside of it."""
@@ -128,6 +144,7 @@ class StreamHub:
         control_plane: name of this control plane in responses.
         max_streams: further streams are refused.
         max_subscriptions: limit of each stream.
+        access: who may watch as which service; by default there are no identities.
     """
 
     def __init__(
@@ -137,7 +154,9 @@ class StreamHub:
         control_plane: str,
         max_streams: int = 10_000,
         max_subscriptions: int = MAX_SUBSCRIPTIONS,
+        access: Access | None = None,
     ) -> None:
+        self._access = access or Access(None)
         self._publisher = publisher
         self._emit = emit
         self._max_streams = max_streams
@@ -233,6 +252,7 @@ class StreamHub:
         except asyncio.CancelledError:
             await context.abort(*stream.ending)
         finally:
+            stream.stop_watching()
             writer.cancel()
             self._forget(stream)
 
@@ -243,12 +263,22 @@ class StreamHub:
                 message = discovery_pb2.DeltaResourcesRequest.FromString(data)
             except DecodeError:
                 raise ProtocolError("request", "is not a DeltaResourcesRequest") from None
-            effect = stream.subscriptions.receive(request := request_from_proto(message), loop.time())
+            request = request_from_proto(message)
+            if stream.subscriptions.node is None:
+                stream.identify(self._access, await self._may_watch(request.node, context))
+            effect = stream.subscriptions.receive(request, loop.time())
             self._index(stream, request.kind, effect)
             for drain in self._drains:
                 drain.look(stream)
             if stream.subscriptions.ready():
                 stream.wake.set()
+
+    async def _may_watch(self, node: ClientNode | None, context: _Context) -> Caller | None:
+        """Whoever calls: a node is a workload of the service that it says it is of."""
+        service = "" if node is None else node.service[:_SHOWN]
+        return await self._access.require_service(
+            context, service, f"watch as {service or 'a node of no service'}", operators=True, control_planes=True
+        )
 
     async def _write(self, stream: _Stream, context: _Context) -> None:
         await self._publisher.opened.wait()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from control_plane.catalog import CatalogSettings
+from control_plane.identity.options import IdentityOptions
 from mesh_client.core.errors import ConfigError
 
 EMBEDDED = "embedded"
@@ -25,7 +26,19 @@ class ControlPlaneOptions:
     registry: str = EMBEDDED
     """``embedded``, or ``consul://host:port`` with more hosts after commas."""
     data_dir: Path | None = None
-    """For the embedded registry and the last good policies. None: in memory, lost at the end."""
+    """For the embedded registry, the last good policies and the certificate authority. None: in memory, lost at the
+    end."""
+    insecure: bool = False
+    """Plaintext, and nobody proves who they are: everybody may everything."""
+    enrolment_address: str | None = None
+    """Where workloads get their first certificates, ``host:port``. None: the port after ``address``'s, or any free one
+    when that is 0."""
+    identity: IdentityOptions = field(default_factory=IdentityOptions)
+    """The certificate authority. Its data directory is ``data_dir``, and its Consul the registry."""
+    connection_age: float = 600.0
+    """Connections end after this long, so that whoever is gone or revoked is gone; clients come back. At least 1."""
+    connection_age_grace: float = 300.0
+    """What RPCs that run then have to end. At least 1."""
     consul_token: str = field(default="", repr=False)
     """ACL token for Consul. Secret: never logged. Without it and a file: ``CONSUL_HTTP_TOKEN``, if set."""
     consul_token_file: Path | None = None
@@ -44,7 +57,21 @@ class ControlPlaneOptions:
     """Name of this process in responses and status."""
 
     def __post_init__(self) -> None:
-        split_address(self.address)
+        _, port = split_address(self.address)
+        if self.enrolment_address is not None:
+            split_address(self.enrolment_address)
+            if self.insecure:
+                raise ConfigError("enrolment_address: without identity (insecure) nobody enrols; leave one of them out")
+            if port and self.enrolment_address == self.address:
+                raise ConfigError(f"enrolment_address: {self.enrolment_address!r} is where clients connect already")
+        elif port == 65535 and not self.insecure:
+            raise ConfigError("enrolment_address: there is no port after 65535; name one")
+        for name, age in (
+            ("connection_age", self.connection_age),
+            ("connection_age_grace", self.connection_age_grace),
+        ):
+            if not 1.0 <= age <= 7 * 86_400.0:
+                raise ConfigError(f"{name}: {age} is not allowed; expected 1 s to 7 days")
         if not 1 <= self.max_streams <= 1_000_000:
             raise ConfigError(f"max_streams: {self.max_streams} is not allowed; expected 1 to 1000000")
         if not 0.0 <= self.debounce_quiet <= self.debounce_maximum:
@@ -59,6 +86,20 @@ class ControlPlaneOptions:
             from control_plane.sources.consul_http import parse_registry
 
             parse_registry(self.registry)
+
+    @property
+    def enrols_at(self) -> str:
+        """Where workloads get their first certificates, ``host:port``."""
+        if self.enrolment_address is not None:
+            return self.enrolment_address
+        host, _, port = self.address.rpartition(":")
+        return f"{host}:{int(port) + 1 if int(port) else 0}"
+
+    @property
+    def identity_options(self) -> IdentityOptions:
+        """Options of the certificate authority, in full."""
+        consul = "" if self.registry == EMBEDDED else self.registry
+        return replace(self.identity, data_dir=self.data_dir, consul=consul)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import grpc
 from mesh.v1 import registry_pb2, registry_pb2_grpc
 
+from control_plane.access import Access, Caller
 from control_plane.convert import duration_to_proto, endpoint_from_proto
 from control_plane.sources.embedded import EmbeddedSource, LeaseStream
 from control_plane.sources.leases import LeaseHeldError, LeaseLimitError
@@ -53,9 +54,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         leases: the embedded registry; None when another registry is in use.
         drains: what takes endpoints out of what is published.
         registry: what the operator chose as registry, for messages.
+        access: who may register and drain what; by default there are no identities.
     """
 
-    def __init__(self, leases: EmbeddedSource | None, drains: DrainWatch, registry: str = "embedded") -> None:
+    def __init__(
+        self,
+        leases: EmbeddedSource | None,
+        drains: DrainWatch,
+        registry: str = "embedded",
+        access: Access | None = None,
+    ) -> None:
+        self._access = access or Access(None)
         self._leases = leases
         self._drains = drains
         self._registry = registry
@@ -83,8 +92,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, "the first request must state the service and the endpoint"
             )
+        caller = await self._may_register(first, context)
         stream = await _register(leases, first, context)
         self._streams.add(stream)
+        stop_watching = self._access.when_revoked(caller, stream.ended.set)
         try:
             if self._closed:
                 stream.ended.set()
@@ -98,6 +109,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                     await _update(leases, stream, request, context)
                     await leases.confirmed()
                     yield confirmation
+            if self._access.is_revoked(caller):
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
             if self._closed:
                 await context.abort(
                     grpc.StatusCode.UNAVAILABLE, "the control plane is stopping; come back with the lease token"
@@ -112,8 +125,20 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             yield confirmation
             leases.closed(stream)
         finally:
+            stop_watching()
             self._streams.discard(stream)
-            leases.broken(stream)
+            # Clients take whoever is published for the service: a revoked workload must not stay for the grace.
+            if self._access.is_revoked(caller):
+                leases.closed(stream)
+            else:
+                leases.broken(stream)
+
+    async def _may_register(self, request: registry_pb2.RegisterRequest, context: _RegisterContext) -> Caller | None:
+        try:
+            service = check_service_name(request.service)
+        except InvalidValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return await self._access.require_service(context, service, f"register for {service}")
 
     def close(self) -> None:
         """Ends every registration's stream with UNAVAILABLE, so that the holders come back at once; leases stay."""
@@ -133,6 +158,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 raise InvalidValueError("timeout", timeout, f"0 to {MAX_DRAIN_TIMEOUT:.0f} seconds")
         except InvalidValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        await self._access.require_service(context, service, f"drain an endpoint of {service}", operators=True)
         if self._leases is not None:
             self._leases.drain(service, endpoint_id)
         self._drains.drain(service, endpoint_id)
@@ -148,8 +174,7 @@ async def _register(
     leases: EmbeddedSource, request: registry_pb2.RegisterRequest, context: _RegisterContext
 ) -> LeaseStream:
     try:
-        service = check_service_name(request.service)
-        return await leases.register(service, _endpoint(request), request.lease_token, context.peer())
+        return await leases.register(request.service, _endpoint(request), request.lease_token, context.peer())
     except InvalidValueError as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except LeaseHeldError as error:

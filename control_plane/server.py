@@ -14,15 +14,26 @@ from dataclasses import dataclass
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from mesh.v1 import admin_pb2, admin_pb2_grpc, discovery_pb2, registry_pb2, registry_pb2_grpc
+from mesh.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    authority_pb2,
+    certificate_pb2,
+    discovery_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+)
 
+from control_plane.access import Access
 from control_plane.admin import AdminServicer
 from control_plane.catalog import Catalog
 from control_plane.credentials import add_port
 from control_plane.discovery import StreamHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.options import EMBEDDED, ControlPlaneOptions
 from control_plane.policies import PolicyBook
+from control_plane.ports import enrolment_server, mesh_server
 from control_plane.publisher import Debounce, Publisher
 from control_plane.registry import RegistryServicer
 from control_plane.snapshot import Snapshot, build_snapshot
@@ -34,23 +45,6 @@ from control_plane.sources.last_good import LastGoodPolicies
 from mesh_client.core.errors import InvalidValueError
 
 _log = logging.getLogger(__name__)
-
-SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
-    # Two control planes on one port would each serve half of the clients.
-    ("grpc.so_reuseport", 0),
-    # Clients ping every 10 s. gRPC's own minimum of 300 s would end their connections with too_many_pings.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # A client that hangs or whose host is gone is noticed within 30 s.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # With gRPC's default of 1000, many clients that come back at once would be refused.
-    ("grpc.server.max_pending_requests", 20_000),
-    ("grpc.max_receive_message_length", 4 * 1024 * 1024),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_metadata_size", 16 * 1024),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,22 +99,36 @@ class ControlPlane:
         self._catalog = Catalog(options.catalog)
         self._book = PolicyBook()
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))
-        self._hub = StreamHub(self._publisher, self._emit, options.control_plane_id, options.max_streams)
+        self.authority = None if options.insecure else CertificateAuthority(options.identity_options)
+        """Who signs certificates; None without identity."""
+        self.access = Access(None) if self.authority is None else Access(self.authority.trust_domain, self.authority)
+        """Who may do what."""
+        self._hub = StreamHub(
+            self._publisher, self._emit, options.control_plane_id, options.max_streams, access=self.access
+        )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._serving: asyncio.Task[None] | None = None
         self._stopped = False
         self._done = asyncio.Event()
-        self._server: grpc.aio.Server | None = None
+        self._servers: list[grpc.aio.Server] = []
         self._health = health.aio.HealthServicer()
         self.port = 0
         """Where it listens, once started."""
+        self.enrolment_port = 0
+        """Where workloads get their first certificates, once started; 0 without identity."""
 
     @property
     def address(self) -> str:
         """``host:port`` where it listens, once started."""
         return f"{self._options.address.rpartition(':')[0]}:{self.port}"
+
+    @property
+    def enrolment_address(self) -> str:
+        """``host:port`` where workloads get their first certificates, once started; empty without identity."""
+        host = self._options.enrols_at.rpartition(":")[0]
+        return "" if self.authority is None else f"{host}:{self.enrolment_port}"
 
     async def start(self) -> None:
         """Listens and begins to read the registry; clients are answered once that was read.
@@ -128,37 +136,56 @@ class ControlPlane:
         Raises:
             ConfigError: the address or the data directory cannot be used.
         """
-        if self._registry.database is not None:
-            await self._registry.database.open()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((self._hub.handler(),))
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryServicer(self._registry.leases, self._hub, self._options.registry), server
-        )
-        admin = AdminServicer(
-            self._options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub
-        )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = [
-            descriptor.full_name
-            for file in (admin_pb2, discovery_pb2, registry_pb2, health_pb2)
-            for descriptor in file.DESCRIPTOR.services_by_name.values()
-        ]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        if self.authority is None:
+            _log.warning("insecure, as asked: everything is in plaintext, and everybody may do everything")
         try:
-            self.port = add_port(server, self._options.address)
-            await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-            await server.start()
+            if self._registry.database is not None:
+                await self._registry.database.open()
+            if self.authority is not None:
+                await self.authority.open()
+                self.authority.on_change(self.access.cut_revoked)
+            await self._listen()
         except BaseException:
-            await self._close_database()
+            await self._close_stores()
             raise
-        self._server = server
         self._tasks = [
             asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
             asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
         ]
         _log.info("control plane %s listens on %s", self._options.control_plane_id, self.address)
+        if self.authority is not None:
+            _log.info("workloads of %s enrol on %s", self.authority.trust_domain, self.enrolment_address)
+
+    async def _listen(self) -> None:
+        options, authority = self._options, self.authority
+        server = mesh_server(options, self.access)
+        server.add_generic_rpc_handlers((self._hub.handler(),))
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(
+            RegistryServicer(self._registry.leases, self._hub, options.registry, self.access), server
+        )
+        admin = AdminServicer(
+            options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        files = [admin_pb2, discovery_pb2, registry_pb2, health_pb2]
+        if authority is not None:
+            authority.add_mesh_services(server, self.access)
+            files += [authority_pb2, certificate_pb2]
+        names = [each.full_name for file in files for each in file.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        if authority is None:
+            self.port = add_port(server, options.address)
+        else:
+            enrolment = enrolment_server()
+            authority.add_enrolment_services(enrolment)
+            self.enrolment_port = add_port(enrolment, options.enrols_at, authority.enrolment_credentials())
+            self.port = add_port(server, options.address, authority.mesh_credentials())
+            await enrolment.start()
+            self._servers.append(enrolment)
+        await server.start()
+        self._servers.append(server)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -174,15 +201,15 @@ class ControlPlane:
             self._policy_wait.cancel()
         self._publisher.close()
         self._hub.close()
-        if self._server is not None:
+        if self._servers:
             await self._health.enter_graceful_shutdown()
-            await self._server.stop(grace)
-            self._server = None
+            await asyncio.gather(*(server.stop(grace) for server in self._servers))
+            self._servers.clear()
         tasks = [*self._tasks, *([self._serving] if self._serving is not None else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close_database()
+        await self._close_stores()
         self._done.set()
 
     async def wait(self) -> None:
@@ -254,7 +281,9 @@ class ControlPlane:
         services = {name: service.published for name, service in view.services.items()}
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
-    async def _close_database(self) -> None:
+    async def _close_stores(self) -> None:
+        if self.authority is not None:
+            await self.authority.close()
         if self._registry.database is not None:
             await self._registry.database.close()
 
@@ -275,6 +304,8 @@ async def serve(options: ControlPlaneOptions) -> None:
         loop.add_signal_handler(number, asked.set)
     await plane.start()
     try:
+        if plane.enrolment_address:
+            sys.stdout.write(f"mesh control-plane enrols on {plane.enrolment_address}\n")
         sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
         sys.stdout.flush()
         failed = asyncio.create_task(plane.wait())

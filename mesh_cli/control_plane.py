@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from mesh_cli.options import DEFAULT_CONTROL_PLANE
+from mesh_cli.options import DEFAULT_CONTROL_PLANE, Insecure, span
 from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
+from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN
 
 _LONGEST = 7 * 86_400.0
 """Seconds; nothing is worth remembering or holding back for longer than a week."""
@@ -41,10 +42,72 @@ def control_plane(
             "--data-dir",
             envvar="MESH_DATA_DIR",
             file_okay=False,
-            help="For the embedded registry and the last good policies. Default: grpc-mesh in XDG_STATE_HOME.",
+            help="For the embedded registry, the last good policies and the certificate authority. "
+            "Default: grpc-mesh in XDG_STATE_HOME.",
             show_default=False,
         ),
     ] = None,
+    enrol_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--enrol-listen",
+            metavar="HOST:PORT",
+            help="Where workloads get their first certificates. Default: the port after --listen's.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_domain: Annotated[
+        str,
+        typer.Option(
+            "--trust-domain", envvar="MESH_TRUST_DOMAIN", metavar="NAME", help="Of every identity; never changes."
+        ),
+    ] = DEFAULT_TRUST_DOMAIN,
+    leaf_lifetime: Annotated[
+        float,
+        typer.Option(
+            "--leaf-lifetime",
+            parser=span,
+            metavar="TIME",
+            show_default="24h",
+            help="How long certificates are good, such as 24h; they are renewed at two thirds of it.",
+        ),
+    ] = 86_400.0,
+    ca_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-certificate",
+            exists=True,
+            dir_okay=False,
+            help="PEM file of an intermediate of an offline root that signs certificates, with --ca-key and "
+            "--ca-roots; read again when it changes. Without them: an own root, in --data-dir.",
+            show_default=False,
+        ),
+    ] = None,
+    ca_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca-key",
+            exists=True,
+            dir_okay=False,
+            help="PEM file of its key, with mode 0600.",
+            show_default=False,
+        ),
+    ] = None,
+    ca_roots: Annotated[
+        Path | None,
+        typer.Option("--ca-roots", exists=True, dir_okay=False, help="PEM file of the roots.", show_default=False),
+    ] = None,
+    connection_age: Annotated[
+        float,
+        typer.Option(
+            "--connection-age",
+            parser=span,
+            metavar="TIME",
+            show_default="10m",
+            help="Connections end after this long; clients come back at once.",
+        ),
+    ] = 600.0,
+    insecure: Insecure = False,
     consul_token_file: Annotated[
         Path | None,
         typer.Option(
@@ -103,12 +166,16 @@ def control_plane(
     ] = 600.0,
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")] = "info",
 ) -> None:
-    """Run a control plane until Ctrl-C or SIGTERM. It writes one line when it is ready.
+    """Run a control plane until Ctrl-C or SIGTERM. It writes where it enrols and where it listens when it is ready.
+
+    Everybody who connects proves who they are: workloads by join tokens (`mesh token create`), operators by files
+    (`mesh operator create`).
 
     Exit code 0 after a clean stop, 1 when it cannot run, 2 when an option is wrong.
     """
     try:
         from control_plane.catalog import CatalogSettings
+        from control_plane.identity.options import IdentityOptions
         from control_plane.options import ControlPlaneOptions
         from control_plane.server import serve
     except ModuleNotFoundError as error:
@@ -119,6 +186,16 @@ def control_plane(
             address=listen,
             registry=registry,
             data_dir=data_dir or default_data_dir(),
+            insecure=insecure,
+            enrolment_address=enrol_listen,
+            identity=IdentityOptions(
+                trust_domain=trust_domain,
+                leaf_lifetime=leaf_lifetime,
+                ca_certificate=ca_certificate,
+                ca_key=ca_key,
+                ca_roots=ca_roots,
+            ),
+            connection_age=connection_age,
             consul_token_file=consul_token_file,
             max_streams=max_streams,
             debounce_quiet=debounce_quiet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -12,10 +13,29 @@ from mesh_client.addresses import CONTROL_PLANE_VARIABLE, parse_control_planes
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.model import check_service_name
 
+INSECURE_VARIABLE = "MESH_INSECURE"
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 
 _COMPLETION_TIMEOUT = 1.0
 """Seconds for which somebody who presses the tabulator key waits at most."""
+
+
+_SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def span(text: str | float) -> float:
+    """Seconds from ``90s``, ``1.5h`` or ``30d``; a default is a number already.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    if isinstance(text, float):
+        return text
+    match = _SPAN.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r}: expected a time such as 90s, 10m, 24h or 30d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _checked_addresses(text: str) -> str:
@@ -46,6 +66,14 @@ def complete_service(context: typer.Context, incomplete: str) -> list[str]:
     return [service.service for service in status.services if service.service.startswith(incomplete)]
 
 
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        envvar=INSECURE_VARIABLE,
+        help="Plaintext, and nobody proves who they are. Never by itself: only when asked for.",
+    ),
+]
 ControlPlane = Annotated[
     str,
     typer.Option(

@@ -38,7 +38,7 @@ async def test_the_example_of_adoption_serves_calls_and_stops_cleanly(tmp_path: 
         "    def __init__(self, inventory):\n"
         "        super().__init__(type(inventory).__name__)\n"
     )
-    plane = ControlPlane(ControlPlaneOptions())
+    plane = ControlPlane(ControlPlaneOptions(insecure=True))
     await plane.start()
     environment = clean_environment()
     environment |= {

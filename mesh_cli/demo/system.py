@@ -216,7 +216,7 @@ class System:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("MESH_", "SHOP_", "CONSUL_"))
         }
-        return {**inherited, "PYTHONUNBUFFERED": "1"}
+        return {**inherited, "PYTHONUNBUFFERED": "1", "MESH_INSECURE": "1"}
 
 
 def _can_write(database: Path) -> bool:

@@ -41,7 +41,7 @@ async def running(plane: ControlPlane) -> AsyncIterator[ControlPlane]:
 @pytest.fixture
 async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
     async with running(
-        ControlPlane(ControlPlaneOptions(data_dir=tmp_path / "state", control_plane_id="cp-1"))
+        ControlPlane(ControlPlaneOptions(insecure=True, data_dir=tmp_path / "state", control_plane_id="cp-1"))
     ) as plane:
         yield plane
 
@@ -219,7 +219,7 @@ async def test_a_stored_policy_that_is_invalid_is_shown_everywhere(run: Run, tmp
     await database.open()
     await EmbeddedPolicyStore(database).put("orders", b"service: orders\ntimeout: never\n", None)
     await database.close()
-    async with running(ControlPlane(ControlPlaneOptions(data_dir=tmp_path))) as plane:
+    async with running(ControlPlane(ControlPlaneOptions(insecure=True, data_dir=tmp_path))) as plane:
         mesh = against(plane, run)
         await status_in_which(mesh, lambda status: len(status["policy_problems"]) == 1)
         shown = (await mesh("status")).stdout
@@ -253,7 +253,7 @@ class Listing:
 
 async def test_held_removals_are_shown_and_confirmed(run: Run, tmp_path: Path) -> None:
     source = Listing()
-    async with running(ControlPlane(ControlPlaneOptions(data_dir=tmp_path), source=source)) as plane:
+    async with running(ControlPlane(ControlPlaneOptions(insecure=True, data_dir=tmp_path), source=source)) as plane:
         mesh = against(plane, run)
         await status_in_which(mesh, lambda status: [item["healthy"] for item in status["services"]] == [6])
         source.vanish.set()

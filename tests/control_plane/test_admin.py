@@ -165,7 +165,7 @@ class TestRemovals:
             assert not (await status(world)).HasField("removal_hold")
 
     async def test_a_hold_that_runs_out_is_published_by_itself(self) -> None:
-        options = ControlPlaneOptions(debounce_quiet=0.0, catalog=CatalogSettings(guard_hold=0.2))
+        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(guard_hold=0.2))
         async with running(options) as world, world.client() as client:
             await world.source.lists("orders", "1", "2", "3", "4")
             await client.subscribe("orders")
@@ -175,7 +175,7 @@ class TestRemovals:
             await client.follow("orders")
 
     async def test_a_service_that_is_forgotten_is_withdrawn_by_itself(self) -> None:
-        options = ControlPlaneOptions(debounce_quiet=0.0, catalog=CatalogSettings(forget_after=0.2))
+        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(forget_after=0.2))
         async with running(options) as world, world.client() as client:
             await world.source.lists("orders", "1")
             await client.subscribe("orders")
@@ -292,7 +292,7 @@ class BadStore:
 class TestBadStoredPolicies:
     async def test_they_are_shown_with_their_errors_and_can_be_replaced(self) -> None:
         store = BadStore()
-        plane = ControlPlane(ControlPlaneOptions(), source=HandSource(), policies=store)
+        plane = ControlPlane(ControlPlaneOptions(insecure=True), source=HandSource(), policies=store)
         await plane.start()
         async with grpc.aio.insecure_channel(plane.address) as channel:
             world = World(plane, HandSource(), channel)

@@ -217,7 +217,7 @@ class TestRefusals:
             await good.follow("orders", "1")
 
     async def test_streams_past_the_limit_are_refused_by_its_name_until_one_ends(self) -> None:
-        options = ControlPlaneOptions(max_streams=1)
+        options = ControlPlaneOptions(insecure=True, max_streams=1)
         async with running(options) as world:
             async with world.client() as first:
                 await first.subscribe("orders")

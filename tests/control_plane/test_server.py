@@ -59,7 +59,7 @@ class TestReadiness:
 
     async def test_policies_that_cannot_be_read_do_not_keep_it_from_serving_for_ever(self) -> None:
         source = HandSource()
-        options = ControlPlaneOptions(policy_wait=0.05)
+        options = ControlPlaneOptions(insecure=True, policy_wait=0.05)
         database = Database(None)
         store = DeafStore(database)
         plane = ControlPlane(options, source=source, policies=store)
@@ -84,7 +84,7 @@ class TestReadiness:
     async def test_stopping_does_not_wait_for_policies(self) -> None:
         source = HandSource()
         database = Database(None)
-        plane = ControlPlane(ControlPlaneOptions(), source=source, policies=DeafStore(database))
+        plane = ControlPlane(ControlPlaneOptions(insecure=True), source=source, policies=DeafStore(database))
         await plane.start()
         await source.lists("orders")
         await plane.stop()
@@ -108,7 +108,7 @@ class TestReadiness:
 
 class TestRegistries:
     async def test_an_endpoint_that_registers_is_published_while_its_stream_is_open(self) -> None:
-        plane = ControlPlane(ControlPlaneOptions())
+        plane = ControlPlane(ControlPlaneOptions(insecure=True))
         await plane.start()
         async with grpc.aio.insecure_channel(plane.address) as channel:
             world = World(plane, HandSource(), channel)
@@ -127,7 +127,7 @@ class TestRegistries:
         await plane.stop()
 
     async def test_with_consul_it_starts_although_nobody_answers_and_says_so(self) -> None:
-        with_consul = ControlPlaneOptions(registry="consul://127.0.0.1:1")
+        with_consul = ControlPlaneOptions(insecure=True, registry="consul://127.0.0.1:1")
         plane = ControlPlane(with_consul)
         logging.getLogger("control_plane.sources").setLevel(logging.CRITICAL)
         await plane.start()
@@ -149,7 +149,9 @@ class TestRegistries:
         logging.getLogger("control_plane.sources").setLevel(logging.NOTSET)
 
     async def test_a_token_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
-        options = ControlPlaneOptions(registry="consul://127.0.0.1:1", consul_token_file=tmp_path / "none")
+        options = ControlPlaneOptions(
+            insecure=True, registry="consul://127.0.0.1:1", consul_token_file=tmp_path / "none"
+        )
         with pytest.raises(ConfigError, match="none"):
             ControlPlane(options)
 
@@ -157,7 +159,7 @@ class TestRegistries:
 class TestFailures:
     async def test_an_address_that_is_taken_is_named(self) -> None:
         async with running() as world:
-            second = ControlPlane(ControlPlaneOptions(address=world.plane.address))
+            second = ControlPlane(ControlPlaneOptions(insecure=True, address=world.plane.address))
             with pytest.raises(ConfigError, match=world.plane.address):
                 await second.start()
 
@@ -188,7 +190,7 @@ class TestFailures:
                 await world.plane.wait()
 
     async def test_what_was_not_started_can_be_stopped(self) -> None:
-        await ControlPlane(ControlPlaneOptions()).stop()
+        await ControlPlane(ControlPlaneOptions(insecure=True)).stop()
 
     async def test_waiting_ends_when_it_was_stopped(self) -> None:
         async with running() as world:
@@ -202,7 +204,7 @@ SERVE = """
 import asyncio
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import serve
-asyncio.run(serve(ControlPlaneOptions()))
+asyncio.run(serve(ControlPlaneOptions(insecure=True)))
 """
 
 FAIL = """
@@ -215,7 +217,7 @@ class Broken(server.ControlPlane):
         raise ZeroDivisionError("a defect")
 
 server.ControlPlane = Broken
-asyncio.run(server.serve(ControlPlaneOptions()))
+asyncio.run(server.serve(ControlPlaneOptions(insecure=True)))
 """
 
 

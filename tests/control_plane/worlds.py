@@ -84,7 +84,9 @@ class World:
 @asynccontextmanager
 async def running(options: ControlPlaneOptions | None = None, source: HandSource | None = None) -> AsyncIterator[World]:
     source = source or HandSource()
-    plane = ControlPlane(options or ControlPlaneOptions(debounce_quiet=0.001, debounce_maximum=0.01), source=source)
+    plane = ControlPlane(
+        options or ControlPlaneOptions(insecure=True, debounce_quiet=0.001, debounce_maximum=0.01), source=source
+    )
     await plane.start()
     try:
         async with grpc.aio.insecure_channel(plane.address) as channel:

@@ -113,7 +113,9 @@ class Rig:
 async def open_rig(directory: Path) -> AsyncIterator[Rig]:
     """A rig with a control plane that publishes changes at once."""
     plane = ControlPlane(
-        ControlPlaneOptions(address="127.0.0.1:0", data_dir=directory, debounce_quiet=0.002, debounce_maximum=0.02)
+        ControlPlaneOptions(
+            insecure=True, address="127.0.0.1:0", data_dir=directory, debounce_quiet=0.002, debounce_maximum=0.02
+        )
     )
     await plane.start()
     try:

@@ -64,7 +64,7 @@ async def running(servicer: Orders | None = None, **options: Any) -> AsyncIterat
 @asynccontextmanager
 async def control_plane(**options: Any) -> AsyncIterator[ControlPlane]:
     """A real control plane."""
-    plane = ControlPlane(ControlPlaneOptions(**options))
+    plane = ControlPlane(ControlPlaneOptions(**{"insecure": True, **options}))
     await plane.start()
     try:
         yield plane

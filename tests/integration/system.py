@@ -218,7 +218,7 @@ class System:
     async def run_control_plane(self, **options: Any) -> ControlPlane:
         """A control plane in this process, that publishes changes at once."""
         options = {"debounce_quiet": 0.005, "debounce_maximum": 0.05, **options}
-        plane = ControlPlane(ControlPlaneOptions(**options))
+        plane = ControlPlane(ControlPlaneOptions(**{"insecure": True, **options}))
         await plane.start()
         self._stack.push_async_callback(plane.stop, 0.0)
         return plane
@@ -272,7 +272,7 @@ class System:
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would steer the mesh, for processes that import the tests."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "CONSUL_"))}
-    return {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+    return {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY), "MESH_INSECURE": "1"}
 
 
 def orders_of(mesh: Mesh) -> ServiceState:

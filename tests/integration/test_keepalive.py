@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mesh.v1 import discovery_pb2, discovery_pb2_grpc, resource_pb2
 
-import control_plane.server
+import control_plane.ports
 from mesh_client.transport import CHANNEL_OPTIONS, SERVER_OPTIONS, open_channel
 from tests.integration import orders
 from tests.integration.orders import running
@@ -144,7 +144,7 @@ async def test_a_quiet_call_to_a_server_outlives_pings() -> None:
 
 
 async def test_a_quiet_discovery_stream_outlives_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_plane.server, "SERVER_OPTIONS", hurried(control_plane.server.SERVER_OPTIONS))
+    monkeypatch.setattr(control_plane.ports, "SERVER_OPTIONS", hurried(control_plane.ports.SERVER_OPTIONS))
     endpoints = resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS
     async with asyncio.timeout(PATIENCE), orders.control_plane() as plane, pinged(plane.address) as (relay, channel):
         stream = discovery_pb2_grpc.DiscoveryServiceStub(channel).DeltaResources()

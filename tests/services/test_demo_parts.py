@@ -142,7 +142,7 @@ def test_the_policies_are_valid(algorithm: Algorithm) -> None:
 
 
 async def test_the_operator_applies_policies_and_asks_for_endpoints(tmp_path: Path) -> None:
-    plane = ControlPlane(ControlPlaneOptions(data_dir=tmp_path))
+    plane = ControlPlane(ControlPlaneOptions(insecure=True, data_dir=tmp_path))
     await plane.start()
     try:
         async with Operator(plane.address) as operator, mesh_client.connect(plane.address, cache_dir="") as mesh:
