@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from mesh_client.context import current_caller
 from mesh_client.core.caller import Caller
-from mesh_client.errors import MeshError, MeshErrorDetail, MeshRpcError, Reason
+from mesh_client.errors import IdentityError, MeshError, MeshErrorDetail, MeshRpcError, Reason
+from mesh_client.identity import IdentityState
 from mesh_client.mesh import Mesh, MeshState, connect
 from mesh_client.server import server
 from mesh_client.server_status import Phase, ServerStatus
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Caller",
+    "IdentityError",
+    "IdentityState",
     "Mesh",
     "MeshError",
     "MeshErrorDetail",

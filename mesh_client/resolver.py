@@ -103,12 +103,17 @@ class Resolver:
         """
         if self._loop is not None:
             raise ConfigError("this mesh client has been entered already; make another with mesh_client.connect()")
+        self._loop = asyncio.get_running_loop()
         await self.transport.start()
         self._unsubscribe = self.transport.on_change(self._identity_changed)
         self._generation = self.transport.generation
-        self._loop = asyncio.get_running_loop()
         if self._cache is not None:
-            self._store.restore(*await asyncio.to_thread(self._cache.load))
+            try:
+                self._store.restore(*await asyncio.to_thread(self._cache.load))
+            except BaseException:
+                self._unsubscribe()
+                await self.transport.stop()
+                raise
         self._spawn(self.discovery.run())
 
     async def stop(self) -> None:

@@ -1,11 +1,11 @@
 """For tests of services that use the mesh: a control plane in the test's own process, and a clock that stands still.
 
     async with InMemoryControlPlane() as control_plane:
-        server = mesh_client.server("orders", control_plane=control_plane.address)
+        server = mesh_client.server("orders", control_plane=control_plane.address, insecure=True)
         add_OrderServiceServicer_to_server(Orders(), server)
         await server.start()
         await control_plane.registered("orders")
-        async with mesh_client.connect(control_plane.address, cache_dir="") as mesh:
+        async with mesh_client.connect(control_plane.address, cache_dir="", insecure=True) as mesh:
             await OrderServiceStub(mesh.channel("orders")).GetOrder(...)
 
 Sockets are real, on the loopback interface; nothing is patched. Needs the ``server`` extra only where a server is made.

@@ -76,6 +76,8 @@ class WorkloadIdentity:
         self._principal = Principal.service(settings.trust_domain or DEFAULT_TRUST_DOMAIN, settings.service)
         self._credential: Credential | None = None
         self._bundle: TrustBundle | None = None
+        self._root = ""
+        """Fingerprint of the trusted root that the certificate leads up to; empty when there is none any more."""
         self._renewal: Renewal | None = None
         self._generation = 0
         self._channel_credentials: grpc.ChannelCredentials | None = None
@@ -160,7 +162,7 @@ class WorkloadIdentity:
             credential.workload_id,
             credential.serial,
             credential.validity.not_after,
-            credential.root_in(bundle),
+            self._root,
             bundle.version,
             error,
             self._warning(credential, self._level_of(credential, now), now),
@@ -289,8 +291,7 @@ class WorkloadIdentity:
         """Renews while the certificate held can prove who this is, joins otherwise."""
         key = new_key()
         request, old = signing_request(key), self._credential
-        usable = old is not None and self._bundle is not None and old.root_in(self._bundle) != ""
-        if old is not None and usable and not old.validity.expired(self._clock()):
+        if old is not None and self._root and not old.validity.expired(self._clock()):
             answer, how = await self._authority.renew(request, self._transport), "renewed"
         else:
             answer = await self._authority.join(request, self._principal.trust_domain, self._bundle)
@@ -338,7 +339,8 @@ class WorkloadIdentity:
         self._generation += 1
 
     def _hasten_if_rotated(self, credential: Credential, bundle: TrustBundle) -> None:
-        if self._renewal is not None and bundle.signing_root and credential.root_in(bundle) != bundle.signing_root:
+        self._root = credential.root_in(bundle)
+        if self._renewal is not None and bundle.signing_root and self._root != bundle.signing_root:
             log.info("%s: another root signs now; renewing soon", self._principal)
             self._renewal.hasten(time.monotonic())
             self._wake.set()
