@@ -18,7 +18,7 @@ from mesh_cli.documents import read_documents
 from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Timeout, complete_service, connect
 from mesh_cli.output import console, printable, write_error, write_json
 from mesh_cli.policy_form import stated
-from mesh_client.core.authorization import HEALTH_SERVICE, Authorizer
+from mesh_client.core.authorization import HEALTH_METHODS, Authorizer
 from mesh_client.core.errors import ConfigError, InvalidPolicyError, InvalidValueError, MeshError
 from mesh_client.core.identity import OPERATOR_PREFIX, Principal, check_operator_name
 from mesh_client.core.model import check_service_name
@@ -177,7 +177,7 @@ def check(
 
 
 def _why_allowed(policy: ServicePolicy, method: str, number: int | None) -> str:
-    if method.startswith(f"{HEALTH_SERVICE}/"):
+    if f"/{method}" in HEALTH_METHODS:
         return "the health service is open to everybody of the mesh"
     if number is None:
         return "without authorization rules everybody of the mesh may call everything"

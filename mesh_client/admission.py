@@ -19,7 +19,7 @@ import grpc
 import grpc.aio
 
 from mesh_client.context import CALLER_METADATA_KEY, InboundCall, inbound, parse_peer_ip
-from mesh_client.core.authorization import HEALTH_SERVICE
+from mesh_client.core.authorization import HEALTH_METHODS
 from mesh_client.core.caller import Caller
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
@@ -33,7 +33,6 @@ SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
 
 _MAX_WRAPPED_METHODS = 1000
-_HEALTH_METHODS = f"/{HEALTH_SERVICE}/"
 
 
 class CallContext(Protocol):
@@ -191,12 +190,12 @@ class Admission:
 
     def _waits(self, method: str) -> bool:
         """Whether the call cannot be decided on yet."""
-        return self._guard.waits and not method.startswith(_HEALTH_METHODS)
+        return self._guard.waits and method not in HEALTH_METHODS
 
     def _enter(self, method: str, context: CallContext) -> InboundCall | Refusal:
         """Counts the call in, or says why it is refused."""
         caller = self._guard.caller(context)
-        if not method.startswith(_HEALTH_METHODS):
+        if method not in HEALTH_METHODS:
             denial = self._guard.refusal(caller, method, context)
             if denial is not None:
                 return denial

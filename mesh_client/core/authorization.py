@@ -11,13 +11,12 @@ if TYPE_CHECKING:
 
     from mesh_client.core.policy import AuthorizationRule
 
-HEALTH_SERVICE = "grpc.health.v1.Health"
-"""Open to everybody who can connect, whatever the rules say."""
+HEALTH_METHODS = frozenset(f"/grpc.health.v1.Health/{method}" for method in ("Check", "List", "Watch"))
+"""Open to everybody who can connect, whatever the rules say. By name: a server that passes every method on must not
+pass on others by that exception."""
 
 MAX_DECISIONS = 10_000
 """Decisions that are remembered, one for each caller and method; past it they are made anew."""
-
-_HEALTH_METHODS = f"{HEALTH_SERVICE}/"
 
 
 class Authorizer:
@@ -56,7 +55,7 @@ class Authorizer:
             caller: as rules name it: `Principal.caller`; empty for one without an identity.
             method: full name, with or without its leading slash.
         """
-        if not self._rules or method.removeprefix("/").startswith(_HEALTH_METHODS):
+        if not self._rules or f"/{method.removeprefix('/')}" in HEALTH_METHODS:
             return None
         key = (caller, method)
         try:

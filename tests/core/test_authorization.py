@@ -109,4 +109,6 @@ def test_what_is_remembered_is_bounded() -> None:
 def test_the_health_service_is_open_and_what_looks_like_it_is_not() -> None:
     authorizer = Authorizer([rule("orders", "a.B/*")], "v1")
     assert authorizer.check("gateway", "/grpc.health.v1.Health/Check") is None
-    assert authorizer.check("gateway", "/grpc.health.v1.Healthy/Check") is not None
+    assert authorizer.check("gateway", "grpc.health.v1.Health/Watch") is None
+    for other in ("/grpc.health.v1.Healthy/Check", "/grpc.health.v1.Health/Charge", "//grpc.health.v1.Health/Check"):
+        assert authorizer.check("gateway", other) is not None

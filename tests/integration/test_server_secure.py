@@ -177,24 +177,25 @@ async def test_a_workload_that_is_revoked_while_it_is_connected_is_refused_from_
 async def test_every_form_of_handler_serves_whom_a_rule_allows_and_refuses_others(
     generated: bool, world: World
 ) -> None:
-    with ThreadPoolExecutor(4) as threads:
-        made = world.server(policy=ONLY_GATEWAY, migration_thread_pool=threads)
-        forms = {f"M{number}": handler(kind, behavior) for number, (kind, behavior) in enumerate(FORMS)}
-        add_methods(made, forms, generated=generated)
-        await made.start()
-        target = made.endpoint.target
-        async with world.calling(target) as channel, world.calling(target, world.authority.service("shop")) as other:
-            for number, (kind, _) in enumerate(FORMS):
-                responses, _ = await call(channel, kind, f"M{number}", REQUESTS)
-                assert responses == EXPECTED[kind]
-                refused = await failure(other, kind, f"M{number}")
-                assert refused.code is grpc.StatusCode.PERMISSION_DENIED
-                assert refused.details == (
-                    f"shop may not call {SERVICE}/M{number}: "
-                    f"it is not allowed by the authorization rule of policy version {ONLY_GATEWAY.version}"
-                )
-        assert made.status().denied == len(FORMS)
-        await made.stop(0)
+    threads = ThreadPoolExecutor(4)
+    made = world.server(policy=ONLY_GATEWAY, migration_thread_pool=threads)
+    forms = {f"M{number}": handler(kind, behavior) for number, (kind, behavior) in enumerate(FORMS)}
+    add_methods(made, forms, generated=generated)
+    await made.start()
+    target = made.endpoint.target
+    async with world.calling(target) as channel, world.calling(target, world.authority.service("shop")) as other:
+        for number, (kind, _) in enumerate(FORMS):
+            responses, _ = await call(channel, kind, f"M{number}", REQUESTS)
+            assert responses == EXPECTED[kind]
+            refused = await failure(other, kind, f"M{number}")
+            assert refused.code is grpc.StatusCode.PERMISSION_DENIED
+            assert refused.details == (
+                f"shop may not call {SERVICE}/M{number}: "
+                f"it is not allowed by the authorization rule of policy version {ONLY_GATEWAY.version}"
+            )
+    assert made.status().denied == len(FORMS)
+    await made.stop(0)
+    await asyncio.to_thread(threads.shutdown)  # grpc's work in them ends with the loop's help
 
 
 async def test_handlers_know_who_calls_also_in_threads(world: World) -> None:
