@@ -7,6 +7,7 @@ name, `MutualTls` otherwise. Neither ever falls back to the other.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -45,6 +46,9 @@ SERVER_OPTIONS: tuple[tuple[str, object], ...] = (
 )
 """What servers need to be called by `CHANNEL_OPTIONS`: gRPC's own minimum of 300 s between pings would end such
 connections with GOAWAY too_many_pings. Without SO_REUSEPORT a port that is taken is an error, not a silent sharing."""
+
+CONTEXT_LIFE = 60.0
+"""Seconds for which a server resumes TLS sessions, and so the time by which a client can outlive its certificate."""
 
 CONTROL_PLANE = "mesh:control-plane"
 """The control plane in place of a service's name, as `Principal.caller` writes it. No service has such a name."""
@@ -215,7 +219,7 @@ class MutualTls:
             ConfigError: the port cannot be bound.
             IdentityError: there is no certificate yet.
         """
-        current = _CurrentConfiguration(self.identity)
+        current = CurrentConfiguration(self.identity)
         # Grpc takes None for "no change"; its type information does not say so.
         fetch = cast("Callable[[], grpc.ServerCertificateConfiguration]", current.news)
         credentials = grpc.dynamic_ssl_server_credentials(
@@ -230,19 +234,30 @@ class MutualTls:
         return Principal.service(trust_domain, server).dns_name
 
 
-class _CurrentConfiguration:
-    """What a port shows and trusts, asked for by grpc at each handshake, in threads of its own."""
+class CurrentConfiguration:
+    """What a port shows and trusts, asked for by grpc at each handshake, in threads of its own.
 
-    def __init__(self, identity: Identity) -> None:
+    Grpc makes a TLS context of each configuration, which is too much work for each handshake. But it resumes sessions
+    of a context for two days, without looking at the client's certificate again: one that has ended since would do.
+    So contexts are made anew every `CONTEXT_LIFE` seconds, changed or not.
+
+    Args:
+        identity: has the configuration.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, identity: Identity, clock: Callable[[], float] = time.monotonic) -> None:
         self._identity = identity
+        self._clock = clock
+        self._made_at = clock()
         self.configuration = identity.server_configuration()
 
     def news(self) -> grpc.ServerCertificateConfiguration | None:
-        """The configuration if it has changed. Grpc makes a TLS context of it: too much work for each handshake."""
-        configuration = self._identity.server_configuration()
-        if configuration is self.configuration:
+        """The configuration if a context is to be made of it; None to go on with the last one."""
+        configuration, now = self._identity.server_configuration(), self._clock()
+        if configuration is self.configuration and now < self._made_at + CONTEXT_LIFE:
             return None
-        self.configuration = configuration
+        self.configuration, self._made_at = configuration, now
         return configuration
 
 

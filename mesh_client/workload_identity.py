@@ -11,6 +11,7 @@ from random import Random
 from typing import Protocol
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import certificate_pb2
 
@@ -74,6 +75,7 @@ class WorkloadIdentity:
             else None
         )
         self._principal = Principal.service(settings.trust_domain or DEFAULT_TRUST_DOMAIN, settings.service)
+        self._key: ec.EllipticCurvePrivateKey | None = None
         self._credential: Credential | None = None
         self._bundle: TrustBundle | None = None
         self._root = ""
@@ -289,7 +291,8 @@ class WorkloadIdentity:
 
     async def _obtain(self) -> None:
         """Renews while the certificate held can prove who this is, joins otherwise."""
-        key = new_key()
+        # The same key until there is a certificate for it: should an answer get lost, the token is not spent twice.
+        key = self._key = self._key or new_key()
         request, old = signing_request(key), self._credential
         if old is not None and self._root and not old.validity.expired(self._clock()):
             answer, how = await self._authority.renew(request, self._transport), "renewed"
@@ -298,6 +301,7 @@ class WorkloadIdentity:
             how = "joined"
         bundle = TrustBundle.from_proto(answer.trust_bundle)
         credential = accept(key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal)
+        self._key = None
         self._failures, self._refused, self._renewal_error = 0, False, ""
         await self._save(credential, bundle)  # First: the token may be spent.
         self._use(credential, bundle, fresh=True)

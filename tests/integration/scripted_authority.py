@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mesh.v1 import certificate_pb2, certificate_pb2_grpc
 
@@ -65,6 +66,12 @@ def signed(authority: TestAuthority, request: Request, principal: Principal = OR
     assert isinstance(key, ec.EllipticCurvePublicKey)
     certificate = authority.issue(principal, public_key=key, **options)
     return Response(certificate_chain=from_pem(certificate.chain), trust_bundle=bundle_of(authority))
+
+
+def public_key(request: Request) -> bytes:
+    """The key that a request is for."""
+    key = x509.load_der_x509_csr(request.certificate_signing_request).public_key()
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 Sign = Callable[[Request, Context], Awaitable[Response]]

@@ -33,6 +33,7 @@ from tests.integration.scripted_authority import (
     bundle_of,
     join_token,
     mute,
+    public_key,
     serving,
     shows,
     signed,
@@ -238,6 +239,21 @@ async def test_a_busy_control_plane_is_left_alone_for_as_long_as_it_asks(authori
             assert "is busy: too often" in identity.problem
             await until(identity, lambda: not identity.problem)
             assert loop.time() - before > 0.25
+
+
+async def test_an_answer_that_got_lost_is_asked_for_again_with_the_same_key(authority: TestAuthority) -> None:
+    keys: list[bytes] = []
+
+    async def sign(request: Request, context: Context) -> Response:
+        keys.append(public_key(request))
+        if len(keys) == 1:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+        return signed(authority, request)
+
+    async with serving(Scripted(sign), at_the_control_plane(authority)) as address:
+        async with joining(address, token=join_token(authority)) as identity:
+            await until(identity, lambda: not identity.problem)
+    assert keys[0] == keys[1]
 
 
 async def test_a_token_file_is_read_each_time(authority: TestAuthority, tmp_path: Path) -> None:

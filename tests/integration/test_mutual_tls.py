@@ -18,8 +18,8 @@ from mesh_client.core.errors import ConfigError, IdentityError, Reason
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import Endpoint, Locality
 from mesh_client.mesh import Mesh, make_mesh
-from mesh_client.testing import InMemoryControlPlane
-from mesh_client.transport import CONTROL_PLANE, MutualTls, PlaintextTransport
+from mesh_client.testing import FakeClock, InMemoryControlPlane
+from mesh_client.transport import CONTEXT_LIFE, CONTROL_PLANE, CurrentConfiguration, MutualTls, PlaintextTransport
 from tests.certificates import Certificate, TestAuthority
 from tests.identities import TestIdentity
 
@@ -58,6 +58,11 @@ async def until(mesh: Mesh, condition: Callable[[], bool]) -> None:
             await mesh.changed()
 
 
+async def echo_on(channel: grpc.aio.Channel, request: bytes = b"hello", wait_for_ready: bool | None = None) -> bytes:
+    call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/test.Echo/Echo")
+    return await call(request, timeout=10, wait_for_ready=wait_for_ready)
+
+
 @dataclass
 class World:
     """A control plane that speaks mutual TLS, and one client of it."""
@@ -85,8 +90,7 @@ class World:
         return certificate.server_credentials(self.authority.roots)
 
     async def call(self, request: bytes = b"hello") -> bytes:
-        response: bytes = await self.mesh.channel("orders").unary_unary("/test.Echo/Echo")(request, timeout=10)
-        return response
+        return await echo_on(self.mesh.channel("orders"), request)
 
     async def failure(self) -> mesh_client.MeshRpcError:
         with pytest.raises(mesh_client.MeshRpcError) as caught:
@@ -192,7 +196,7 @@ async def test_a_plaintext_client_is_told_that_tls_may_be_wanted(world: World) -
     async with InMemoryControlPlane() as plane, mesh_client.connect(plane.address, cache_dir="") as mesh:
         plane.set_endpoints("orders", endpoint)
         with pytest.raises(mesh_client.MeshRpcError) as caught:
-            await mesh.channel("orders").unary_unary("/test.Echo/Echo")(b"", timeout=10)
+            await echo_on(mesh.channel("orders"))
     assert "it may require TLS, and this process speaks plaintext" in caught.value.mesh.hint
 
 
@@ -230,9 +234,7 @@ async def test_calls_fail_in_words_when_there_is_no_certificate_to_hope_for_and_
         assert error.mesh.reason is Reason.NO_IDENTITY
         assert "check MESH_ENROLMENT and the join token" in error.mesh.hint
         assert error.mesh.identity
-        waiting = asyncio.ensure_future(
-            world.mesh.channel("orders").unary_unary("/test.Echo/Echo")(b"hello", wait_for_ready=True, timeout=10)
-        )
+        waiting = asyncio.ensure_future(echo_on(world.mesh.channel("orders"), wait_for_ready=True))
         world.identity.take(world.authority.issue(BILLING), world.authority.roots)
         assert await waiting == b"hello"
         assert await world.call() == b"hello"
@@ -257,7 +259,10 @@ async def test_calls_in_flight_end_on_the_old_connection_and_new_ones_use_the_ne
     echo = await world.serve(world.shows(world.authority.service("orders")))
     held = asyncio.ensure_future(world.call(b"hold"))
     await echo.entered.wait()
-    stream = world.mesh.channel("orders").stream_stream("/test.Echo/Stream")()
+    method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = world.mesh.channel("orders").stream_stream(
+        "/test.Echo/Stream"
+    )
+    stream = method()
     await stream.write(b"before")
     assert await stream.read() == b"before"
 
@@ -329,6 +334,20 @@ async def test_servers_show_the_new_certificate_to_new_connections_and_trust_the
     assert "may not accept this process's certificate" in (await world.failure()).mesh.hint
 
 
+async def test_a_ports_tls_context_is_made_anew_now_and_then_so_that_sessions_do_not_outlive_certificates() -> None:
+    clock = FakeClock(100.0)
+    identity = TestIdentity(ORDERS, TestAuthority())
+    current = CurrentConfiguration(identity, clock)
+    clock.advance(CONTEXT_LIFE - 1)
+    assert current.news() is None
+    clock.advance(1)
+    assert current.news() is current.configuration
+    assert current.news() is None
+    identity.take(TestAuthority().issue(ORDERS), b"")
+    assert current.news() is identity.server_configuration()
+    assert current.news() is None
+
+
 async def test_a_port_that_is_taken_is_an_error(world: World) -> None:
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     transport = MutualTls(TestIdentity(ORDERS, world.authority))
@@ -346,10 +365,10 @@ async def test_nothing_overrides_whom_a_channel_is_for(world: World) -> None:
     sly: tuple[tuple[str, Any], ...] = (("grpc.ssl_target_name_override", "inventory.mesh.internal"),)
     async with MutualTls(world.identity).open_channel(endpoint.target, "orders", sly) as channel:
         with pytest.raises(grpc.aio.AioRpcError, match="Hostname Verification"):
-            await channel.unary_unary("/test.Echo/Echo")(b"", timeout=10)
+            await echo_on(channel)
     async with MutualTls(world.identity).open_channel(endpoint.target, CONTROL_PLANE) as channel:
         with pytest.raises(grpc.aio.AioRpcError, match="Hostname Verification"):
-            await channel.unary_unary("/test.Echo/Echo")(b"", timeout=10)
+            await echo_on(channel)
 
 
 async def test_plaintext_says_so_at_each_start(caplog: pytest.LogCaptureFixture) -> None:
