@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,13 +12,20 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import yaml
+from mesh.v1 import admin_pb2, admin_pb2_grpc
 
 import mesh_client
 from control_plane.identity.errors import RotationRefusedError
+from control_plane.options import ControlPlaneOptions
+from control_plane.server import ControlPlane
 from mesh_client import Caller, MeshRpcError, MeshServer, current_caller
 from mesh_client.core.errors import ConfigError, IdentityError
+from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.store import Resolution
 from tests.integration.identity_rig import IdentityRig, open_rig
+from tests.integration.mesh_rig import state_of, until
 from tests.integration.methods import EXPECTED, FORMS, REQUESTS, SERVICE, add_methods, call, handler
 
 ONLY_GATEWAY = ServicePolicy.parse(
@@ -44,8 +52,9 @@ async def arguments(rig: IdentityRig, service: str, **options: Any) -> dict[str,
 
 
 @asynccontextmanager
-async def serving(rig: IdentityRig, **options: Any) -> AsyncIterator[MeshServer]:
-    made = mesh_client.server("orders", **await arguments(rig, "orders", check_interval=0.05, **options))
+async def running(service: str, **options: Any) -> AsyncIterator[MeshServer]:
+    """A server of every form of handler, checked often so that tests are quick."""
+    made = mesh_client.server(service, check_interval=0.05, **options)
     forms = {f"M{number}": handler(kind, behavior) for number, (kind, behavior) in enumerate(FORMS)}
     add_methods(made, {**forms, "Caller": handler("unary_unary", name_of_caller)})
     await made.start()
@@ -74,7 +83,7 @@ async def test_a_server_joins_registers_serves_whom_its_policy_allows_and_leaves
     monkeypatch.setenv("MESH_CACHE_DIR", str(tmp_path))
     rig.plane.set_policy(ONLY_GATEWAY)
     async with (
-        serving(rig) as made,
+        running("orders", **await arguments(rig, "orders")) as made,
         mesh_client.connect(service="gateway", cache_dir="", **await arguments(rig, "gateway")) as gateway,
         mesh_client.connect(service="billing", cache_dir="", **await arguments(rig, "billing")) as billing,
     ):
@@ -101,13 +110,10 @@ async def test_one_use_of_a_token_is_enough_for_a_server_and_the_client_that_sha
     token = await rig.token(uses=1)
     told = await arguments(rig, "orders", token=token)
     async with mesh_client.connect(service="orders", cache_dir="", **told) as mesh:
-        made = mesh_client.server("orders", control_plane=rig.mesh, mesh=mesh)
-        add_methods(made, {"Caller": handler("unary_unary", name_of_caller)})
-        await made.start()
-        await made.registered()
-        (who,), _ = await call(mesh.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0)
-        assert who.decode().startswith("spiffe://mesh.internal/service/orders (workload ")
-        await made.stop(0)
+        async with running("orders", control_plane=rig.mesh, mesh=mesh) as made:
+            await made.registered()
+            (who,), _ = await call(mesh.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0)
+            assert who.decode().startswith("spiffe://mesh.internal/service/orders (workload ")
 
 
 async def test_a_server_that_nobody_lets_join_does_not_start_and_says_why(
@@ -138,7 +144,7 @@ async def keep_calling(channel: grpc.aio.Channel) -> None:
 async def test_a_revoked_workload_is_refused_by_servers(rig: IdentityRig) -> None:
     rig.plane.set_policy(OPEN)
     async with (
-        serving(rig) as made,
+        running("orders", **await arguments(rig, "orders")) as made,
         mesh_client.connect(service="gateway", cache_dir="", **await arguments(rig, "gateway")) as gateway,
     ):
         await made.registered()
@@ -167,7 +173,7 @@ async def test_the_root_is_rotated_under_calls_and_none_fails(tmp_path: Path) ->
     async with open_rig(tmp_path, leaf_lifetime=10.0) as rig:
         rig.plane.set_policy(ONLY_GATEWAY)
         async with (
-            serving(rig) as made,
+            running("orders", **await arguments(rig, "orders")) as made,
             mesh_client.connect(service="gateway", cache_dir="", **await arguments(rig, "gateway")) as gateway,
         ):
             await made.registered()
@@ -194,3 +200,69 @@ async def test_the_root_is_rotated_under_calls_and_none_fails(tmp_path: Path) ->
             await asyncio.gather(*callers)
             assert made.status().health.healthy
     assert failed == []
+
+
+@asynccontextmanager
+async def operator(plane: ControlPlane, directory: Path) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to the control plane's mesh port, as an operator."""
+    assert plane.authority is not None
+    files = await plane.authority.create_operator("anna", directory)
+    roots, key, chain = ((directory / name).read_bytes() for name in ("roots.pem", "operator.key", "operator.pem"))
+    del files
+    name = Principal.control_plane(DEFAULT_TRUST_DOMAIN).dns_name
+    credentials = grpc.ssl_channel_credentials(roots, key, chain)
+    async with grpc.aio.secure_channel(
+        plane.address, credentials, [("grpc.ssl_target_name_override", name)]
+    ) as channel:
+        yield channel
+
+
+async def known(mesh: mesh_client.Mesh) -> None:
+    """Returns when a client knows the service."""
+    mesh.channel("orders")
+    await until(mesh, lambda: state_of(mesh, "orders").resolution is Resolution.ACTIVE)
+
+
+async def test_with_a_real_control_plane_a_policy_that_is_stored_is_enforced_and_a_drain_is_acknowledged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mesh_client.membership")
+    plane = ControlPlane(ControlPlaneOptions(address="127.0.0.1:0", enrolment_address="127.0.0.1:0"))
+    await plane.start()
+    try:
+        assert plane.authority is not None
+
+        async def told(service: str) -> dict[str, Any]:
+            assert plane.authority is not None
+            token = (await plane.authority.create_token(service, 600.0, 1, "test")).text
+            return {
+                "control_plane": plane.address,
+                "enrolment": plane.enrolment_address,
+                "token": token,
+                "insecure": False,
+            }
+
+        async with (
+            running("orders", **await told("orders")) as made,
+            mesh_client.connect(service="gateway", cache_dir="", **await told("gateway")) as gateway,
+            mesh_client.connect(service="billing", cache_dir="", **await told("billing")) as billing,
+            operator(plane, tmp_path / "operator") as channel,
+        ):
+            await made.registered()
+            for mesh in (gateway, billing):
+                await known(mesh)
+                (who,), _ = await call(mesh.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0)
+                assert who.decode() == str(caller_of(mesh))
+            document = yaml.safe_dump(ONLY_GATEWAY.dump())
+            await admin_pb2_grpc.AdminServiceStub(channel).ApplyPolicy(
+                admin_pb2.ApplyPolicyRequest(document=document), timeout=10.0
+            )
+            with pytest.raises(MeshRpcError) as caught:
+                await keep_calling(billing.channel("orders"))
+            await call(gateway.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0)
+            await made.stop(0)  # while its callers are there
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert ONLY_GATEWAY.version in (caught.value.details() or "")
+        assert f"drain of orders/{made.instance_id}: acknowledged by 3 clients" in caplog.text
+    finally:
+        await plane.stop(0)
