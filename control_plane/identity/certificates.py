@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 from cryptography import x509
+from google.protobuf.message import DecodeError
 from mesh.v1 import certificate_pb2 as pb
 
 from control_plane.access import Access
@@ -45,6 +46,11 @@ _WatchContext = grpc.aio.ServicerContext[pb.WatchTrustBundleRequest, pb.WatchTru
 REFUSED = "the attestation is not accepted; the control plane's log says why"
 """Whatever is wrong with it: whoever guesses learns nothing."""
 
+MAX_AT_ONCE = 100
+"""First certificates that one address may be asking for at once: whoever begins many and ends none shuts nobody out."""
+SEND_TIMEOUT = 5.0
+"""Seconds that a caller without an identity has to send what it has begun to send."""
+
 MAX_STREAMS = 16
 """Streams of the trust bundle that one workload may have open: one would do."""
 
@@ -56,12 +62,21 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["CertificateService"]
 
 def add_certificate_service(servicer: EnrolmentServicer | RenewalServicer, server: grpc.aio.Server) -> None:
     """Adds one of the two to a server that is not started."""
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "SignCertificate": grpc.unary_unary_rpc_method_handler(
+    # Callers see no difference. A unary handler is not asked before the request is there, which for a caller that never
+    # sends one is never.
+    sign = (
+        grpc.stream_unary_rpc_method_handler(
+            servicer.SignCertificate, response_serializer=pb.SignCertificateResponse.SerializeToString
+        )
+        if isinstance(servicer, EnrolmentServicer)
+        else grpc.unary_unary_rpc_method_handler(
             servicer.SignCertificate,
             request_deserializer=pb.SignCertificateRequest.FromString,
             response_serializer=pb.SignCertificateResponse.SerializeToString,
-        ),
+        )
+    )
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "SignCertificate": sign,
         "WatchTrustBundle": grpc.stream_stream_rpc_method_handler(
             servicer.WatchTrustBundle,
             request_deserializer=pb.WatchTrustBundleRequest.FromString,
@@ -89,13 +104,23 @@ class EnrolmentServicer:
         self._authority = authority
         rate = authority.options.enrolments_per_second
         self._limits = CallerLimits(rate, math.ceil(5 * rate))
+        self._at_once = StreamLimits(MAX_AT_ONCE)
         self._consul = _consul(authority.options.consul)
 
     async def SignCertificate(
-        self, request: pb.SignCertificateRequest, context: _SignContext
+        self, requests: AsyncIterator[bytes], context: _SignContext
     ) -> pb.SignCertificateResponse:
         """A first certificate, by attestation."""
         peer = context.peer()
+        with self._at_once.admit(address_of(peer)) as admitted:
+            if not admitted:
+                _log.debug("%s asks for too many certificates at once", peer)
+                await _come_back(context, 1.0, "too many certificates are asked for at once")
+            return await self._sign(await _received(requests, context), peer, context)
+
+    async def _sign(
+        self, request: pb.SignCertificateRequest, peer: str, context: _SignContext
+    ) -> pb.SignCertificateResponse:
         await _admit(self._limits, address_of(peer), context)
         try:
             leaf = await self._attest(request, check_service_name(request.service), peer)
@@ -272,16 +297,32 @@ def _signed(leaf: ca.Leaf, authority: CertificateAuthority) -> pb.SignCertificat
     return pb.SignCertificateResponse(certificate_chain=leaf.chain(), trust_bundle=to_bundle(authority.bundle))
 
 
+async def _received(requests: AsyncIterator[bytes], context: _SignContext) -> pb.SignCertificateRequest:
+    """The request of somebody without an identity, who may never send it or send anything."""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT):
+            received = await anext(aiter(requests), None)
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"the request did not come within {SEND_TIMEOUT:g} s")
+    if received is None:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "there is no request")
+    try:
+        return pb.SignCertificateRequest.FromString(received)
+    except DecodeError:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is no SignCertificateRequest")
+
+
 async def _admit(limits: CallerLimits, caller: str, context: _SignContext) -> None:
     wait = limits.take(caller, time.monotonic())
     if wait:
         # One line for each refusal would let a caller fill the log.
         _log.debug("%s asks too often for certificates", caller)
-        await context.abort(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "certificates are asked for too often",
-            ((PUSHBACK_KEY, str(math.ceil(wait * 1000))),),
-        )
+        await _come_back(context, wait, "certificates are asked for too often")
+
+
+async def _come_back(context: _SignContext, wait: float, why: str) -> NoReturn:
+    pushback = (PUSHBACK_KEY, str(math.ceil(wait * 1000)))
+    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why, (pushback,))
 
 
 async def _refuse(context: _SignContext, code: grpc.StatusCode, words: str, reason: Exception) -> NoReturn:
