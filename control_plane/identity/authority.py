@@ -154,7 +154,7 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
                 found = await self._authority.revoke(service=request.service)
             else:
                 found = await self._authority.revoke(workload_id=request.workload_id)
-        except (InvalidValueError, StoreUnavailableError, IssuerNotValidError, OSError) as error:
+        except (InvalidValueError, StoreUnavailableError) as error:
             await _abort(context, error)
         if not found:
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such workload with a certificate that is good")

@@ -21,7 +21,7 @@ from control_plane.identity.authority import AuthorityServicer, add_authority_se
 from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
-from control_plane.identity.errors import IssuerNotValidError
+from control_plane.identity.errors import IssuerNotValidError, StoreUnavailableError
 from control_plane.identity.files import (
     data_directory,
     lock_directory,
@@ -149,8 +149,10 @@ class CertificateAuthority:
         """
         async with self._changing:
             now = self._clock()
-            self._authority.tick(now, self._dependents(await self._store.workloads(now), now))
-            await self._refresh(now)
+            try:
+                self._authority.tick(now, self._dependents(await self._store.workloads(now), now))
+            finally:
+                await self._refresh(now)
             if abs(now - self._forgot_at) >= FORGET_EVERY:
                 self._forgot_at = now
                 await self._store.forget(now)
@@ -344,7 +346,7 @@ class CertificateAuthority:
                 found = await self._store.revoke("spiffe_id", spiffe_id, now)
             else:
                 found = await self._store.revoke("id", workload_id, now)
-            await self._refresh(now)
+            await self._publish(now)
         return found
 
     # -- within
@@ -373,21 +375,50 @@ class CertificateAuthority:
         ]
 
     async def _refresh(self, now: float) -> None:
-        """Has bundle, own certificate and files follow what is in force, and tells whoever listens."""
-        revoked = await self._store.revoked(now)
+        """Has own certificate, bundle and files follow what is in force. One that fails does not stop the others.
+
+        Raises:
+            MeshError: something could not be done.
+            OSError: a file could not be written.
+        """
+        problems: list[MeshError | OSError] = []
         state = self._authority.state
-        trusted = state.trusted
-        if self._directory is not None:
-            self._write_roots(self._directory / ROOTS_FILE, ca.pem(trusted))
-        bundle = TrustBundle.of(self.trust_domain, map(ca.der, trusted), state.signing, revoked)
-        changed = self._bundle != bundle
-        self._bundle = bundle
         try:
-            self._own.refresh(state.issuer, trusted, now)
-        finally:
-            if changed:
-                for callback in list(self._callbacks):
-                    callback()
+            self._own.refresh(state.issuer, state.trusted, now)
+        except MeshError as error:
+            problems.append(error)
+        try:
+            await self._publish(now)
+        except MeshError as error:
+            problems.append(error)
+        try:
+            self._write_roots(ca.pem(state.trusted))
+        except (MeshError, OSError) as error:
+            problems.append(error)
+        if problems:
+            raise problems[0]
+
+    async def _publish(self, now: float) -> None:
+        """Has the bundle follow, and tells whoever listens.
+
+        Raises:
+            StoreUnavailableError: who was revoked cannot be read: what was known of it stays.
+        """
+        state = self._authority.state
+        problem: StoreUnavailableError | None = None
+        try:
+            revoked = await self._store.revoked(now)
+        except StoreUnavailableError as error:
+            if self._bundle is None:
+                raise
+            revoked, problem = self._bundle.revoked, error
+        bundle = TrustBundle.of(self.trust_domain, map(ca.der, state.trusted), state.signing, revoked)
+        if bundle != self._bundle:
+            self._bundle = bundle
+            for callback in list(self._callbacks):
+                callback()
+        if problem is not None:
+            raise problem
 
     def _choose(self, options: IdentityOptions) -> Authority:
         if options.ca_certificate is None or options.ca_key is None or options.ca_roots is None:
@@ -400,9 +431,11 @@ class CertificateAuthority:
             return []
         return ca.load_certificates(read_public(path), str(path))
 
-    def _write_roots(self, path: Path, content: bytes) -> None:
-        if not path.exists() or read_public(path) != content:
-            write_atomically(path, content, 0o644)
+    def _write_roots(self, content: bytes) -> None:
+        if self._directory is not None:
+            path = self._directory / ROOTS_FILE
+            if not path.exists() or read_public(path) != content:
+                write_atomically(path, content, 0o644)
 
     async def _maintain(self) -> None:
         interval = min(30.0, max(0.1, self.options.leaf_lifetime / 20))
