@@ -54,11 +54,6 @@ CONTROL_PLANE = "mesh:control-plane"
 """The control plane in place of a service's name, as `Principal.caller` writes it. No service has such a name."""
 
 
-TICKET_LIFETIME = 1800.0
-"""Seconds after which a port makes its TLS context anew. A session that is resumed by a ticket shows no certificate
-again, so this bounds for how long one that has ended is of use; tickets end with the context that gave them."""
-
-
 class Transport(Protocol):
     """Opens channels and ports. Bound to the event loop that started it."""
 
