@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -48,11 +49,18 @@ class DiskCache:
         return cls(directory / f"{service or 'client'}-{mesh}.snapshot")
 
     def load(self) -> tuple[list[PolicyResource], list[EndpointsResource]]:
-        """What was saved last; nothing when there is none, or when it is damaged (it is set aside then)."""
+        """What was saved last; nothing when there is none, or when it is damaged (it is set aside then).
+
+        Nothing either when somebody else could have written it: it says whom a server may serve.
+        """
         try:
-            if self.path.stat().st_size > MAX_BYTES:
-                raise InvalidValueError("cache", self.path.name, f"a file of at most {MAX_BYTES} bytes")
-            raw = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+                    raise PermissionError(errno.EPERM, "others can write it, so it is not believed")
+                if status.st_size > MAX_BYTES:
+                    raise InvalidValueError("cache", self.path.name, f"a file of at most {MAX_BYTES} bytes")
+                raw = file.read()
             return snapshot_from_proto(self._decode(raw))
         except FileNotFoundError:
             return [], []

@@ -42,6 +42,18 @@ def test_another_mesh_and_another_service_have_other_files(tmp_path: Path) -> No
     assert same[0] == same[1]
 
 
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_can_write_is_not_believed(
+    cache: DiskCache, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    cache.save([ACTIVE])
+    cache.path.chmod(mode)
+    assert cache.load() == ([], [])
+    assert "others can write it, so it is not believed" in caplog.text
+    assert cache.save([ACTIVE])
+    assert cache.load() == ([ACTIVE[0]], [ACTIVE[1]])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
