@@ -93,8 +93,9 @@ class WorkloadIdentity:
         self._changes: set[asyncio.Future[None]] = set()
         self._wake = asyncio.Event()
         self._starting = asyncio.Lock()
-        self._saving = asyncio.Lock()
-        self._save_running: asyncio.Future[None] | None = None
+        self._changing = asyncio.Lock()
+        """Held while a certificate or a trust bundle is saved and put in force."""
+        self._saving: asyncio.Future[None] | None = None
         self._users = 0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -236,8 +237,8 @@ class WorkloadIdentity:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        if self._save_running is not None:
-            await asyncio.gather(self._save_running, return_exceptions=True)
+        if self._saving is not None:
+            await asyncio.gather(self._saving, return_exceptions=True)
         if self._store is not None:
             self._store.close()
 
@@ -293,18 +294,21 @@ class WorkloadIdentity:
         """Renews while the certificate held can prove who this is, joins otherwise."""
         # The same key until there is a certificate for it: should an answer get lost, the token is not spent twice.
         key = self._key = self._key or new_key()
-        request, old = signing_request(key), self._credential
+        request, old, before = signing_request(key), self._credential, self._bundle
         if old is not None and self._root and not old.validity.expired(self._clock()):
             answer, how = await self._authority.renew(request, self._transport), "renewed"
         else:
             answer = await self._authority.join(request, self._principal.trust_domain, self._bundle)
             how = "joined"
-        bundle = TrustBundle.from_proto(answer.trust_bundle)
-        credential = accept(key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal)
-        self._key = None
-        self._failures, self._refused, self._renewal_error = 0, False, ""
-        await self._save(credential, bundle)  # First: the token may be spent.
-        self._use(credential, bundle, fresh=True)
+        async with self._changing:
+            bundle = TrustBundle.from_proto(answer.trust_bundle)
+            if self._bundle is not None and self._bundle is not before:
+                bundle = self._bundle  # It came while the answer was on its way, and is newer.
+            credential = accept(key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal)
+            self._key = None
+            self._failures, self._refused, self._renewal_error = 0, False, ""
+            await self._save(credential, bundle)  # First: the token may be spent.
+            self._use(credential, bundle, fresh=True)
         log.info(
             "%s: %s as workload %s, serial %s, for %s",
             self._principal,
@@ -365,18 +369,19 @@ class WorkloadIdentity:
         Raises:
             IdentityError: it is another mesh's.
         """
-        old, credential = self._bundle, self._credential
         if bundle.trust_domain != self._principal.trust_domain:
             raise IdentityError(f"the trust bundle is for {bundle.trust_domain}, not {self._principal.trust_domain}")
-        if bundle == old or credential is None:
-            return
-        self._bundle = bundle
-        if old is None or set(bundle.roots) != set(old.roots):
-            log.info("%s: %d trusted roots now, version %s", self._principal, len(bundle.roots), bundle.version)
-            self._make_credentials(credential, bundle)
-        self._hasten_if_rotated(credential, bundle)
-        self._changed()
-        await self._save(credential, bundle)
+        async with self._changing:
+            old, credential = self._bundle, self._credential
+            if bundle == old or old is None or credential is None:
+                return
+            self._bundle = bundle
+            if set(bundle.roots) != set(old.roots):
+                log.info("%s: %d trusted roots now, version %s", self._principal, len(bundle.roots), bundle.version)
+                self._make_credentials(credential, bundle)
+            self._hasten_if_rotated(credential, bundle)
+            self._changed()
+            await self._save(credential, bundle)
 
     def _followed(self, error: str) -> None:
         if error != self._watch_error:
@@ -389,12 +394,11 @@ class WorkloadIdentity:
     async def _save(self, credential: Credential, bundle: TrustBundle) -> None:
         if self._store is None:
             return
-        async with self._saving:  # An older state must not overtake a newer one.
-            self._save_running = asyncio.ensure_future(asyncio.to_thread(self._store.save, credential, bundle))
-            try:
-                await asyncio.shield(self._save_running)
-            except OSError as error:
-                log.error("the identity cannot be saved in %s: %s", self._store.directory, error.strerror)
+        self._saving = asyncio.ensure_future(asyncio.to_thread(self._store.save, credential, bundle))
+        try:
+            await asyncio.shield(self._saving)
+        except OSError as error:
+            log.error("the identity cannot be saved in %s: %s", self._store.directory, error.strerror)
 
     # -- warnings
 
