@@ -23,6 +23,7 @@ class Figure:
         goal: the value must not be above it; None for a figure without a goal.
         spread: smallest and largest value of any round.
         about: what it is, in words.
+        at_least: the value must not be below the goal instead.
     """
 
     id: str
@@ -31,16 +32,28 @@ class Figure:
     goal: float | None
     spread: tuple[float, float]
     about: str
+    at_least: bool = False
 
     @property
     def ok(self) -> bool | None:
         """Whether the goal is reached; None without a goal."""
-        return None if self.goal is None else self.value <= self.goal
+        if self.goal is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
 
     @classmethod
-    def of_rounds(cls, id: str, values: Sequence[float], unit: str, about: str, goal: float | None = None) -> Figure:
+    def of_rounds(
+        cls,
+        id: str,
+        values: Sequence[float],
+        unit: str,
+        about: str,
+        goal: float | None = None,
+        *,
+        at_least: bool = False,
+    ) -> Figure:
         """The figure that several rounds measured."""
-        return cls(id, median(values), unit, goal, (min(values), max(values)), about)
+        return cls(id, median(values), unit, goal, (min(values), max(values)), about, at_least)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -69,7 +82,7 @@ def show(figures: Sequence[Figure], console: Console) -> None:
             figure.id,
             f"{form(figure.value)} {figure.unit}",
             f"{form(low)} .. {form(high)}",
-            "" if figure.goal is None else f"<= {form(figure.goal)}",
+            "" if figure.goal is None else f"{'>=' if figure.at_least else '<='} {form(figure.goal)}",
             verdicts[figure.ok],
             figure.about,
         )
