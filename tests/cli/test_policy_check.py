@@ -104,8 +104,10 @@ def test_what_is_open_is_said_to_be(run: Run, admin: ScriptedAdmin, file: str) -
     assert (result.exit_code, result.stdout.splitlines()) == (
         0,
         [
-            "allowed: a may call b.C/D of orders: "
-            "without authorization rules everybody of the mesh may call everything",
+            (
+                "allowed: a may call b.C/D of orders: "
+                "without authorization rules everybody of the mesh may call everything"
+            ),
             "by the policy of orders: none is stored, so the defaults apply",
         ],
     )
