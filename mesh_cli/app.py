@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mesh_cli import control_plane, policy, removals
+from mesh_cli import ca, control_plane, operator, policy, removals, token
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
 from mesh_cli.status import status
@@ -48,6 +48,9 @@ app.command(epilog="Example: mesh status --watch")(status)
 app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
 app.add_typer(policy.app, name="policy")
 app.add_typer(removals.app, name="removals")
+app.add_typer(token.app, name="token")
+app.add_typer(operator.app, name="operator")
+app.add_typer(ca.app, name="ca")
 
 
 @app.command(epilog="Example: mesh demo --json promises.json")

@@ -8,7 +8,18 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mesh_cli.client import AdminClient, RefusedError
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Interval, Service, Timeout, Watch, connect
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    AsJson,
+    ControlPlane,
+    Insecure,
+    Interval,
+    Operator,
+    Service,
+    Timeout,
+    Watch,
+    connect,
+)
 from mesh_cli.output import Failure, add_row, age, printable, reports_errors, table, to_json, write_error
 from mesh_cli.watch import show
 
@@ -28,9 +39,11 @@ def endpoints(
     interval: Interval = 2.0,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show the endpoints of a service: those that clients get, and those that are leaving."""
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         show(
             lambda: _fetch(client, service),
             lambda answer: render_endpoints(answer, service),

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from mesh.v1 import admin_pb2
 
 from mesh_cli.client import AdminClient
+from mesh_cli.credentials import (
+    INSECURE_VARIABLE,
+    OPERATOR_VARIABLE,
+    OperatorCredentials,
+    default_operator_directory,
+)
 from mesh_client.addresses import CONTROL_PLANE_VARIABLE, parse_control_planes
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.model import check_service_name
 
-INSECURE_VARIABLE = "MESH_INSECURE"
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 
 _COMPLETION_TIMEOUT = 1.0
@@ -48,7 +54,8 @@ def _checked_addresses(text: str) -> str:
     return ",".join(addresses)
 
 
-def _checked_service(text: str) -> str:
+def checked_service(text: str) -> str:
+    """The name, if it can be a service's; for callbacks of options."""
     try:
         return check_service_name(text)
     except InvalidValueError as error:
@@ -59,7 +66,8 @@ def complete_service(context: typer.Context, incomplete: str) -> list[str]:
     """Names of known services for the shell's completion; none when the control plane does not answer at once."""
     addresses = context.params.get("control_plane") or DEFAULT_CONTROL_PLANE
     try:
-        with connect(addresses, _COMPLETION_TIMEOUT) as client:
+        insecure = bool(context.params.get("insecure"))
+        with connect(addresses, _COMPLETION_TIMEOUT, context.params.get("operator"), insecure=insecure) as client:
             status = client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
     except MeshError:
         return []
@@ -93,7 +101,7 @@ Service = Annotated[
     str,
     typer.Argument(
         metavar="SERVICE",
-        callback=_checked_service,
+        callback=checked_service,
         autocompletion=complete_service,
         help="Name of the service.",
         show_default=False,
@@ -106,6 +114,24 @@ Interval = Annotated[
 ]
 
 
-def connect(control_plane: str, timeout: float) -> AdminClient:
-    """The client that the options ask for; it connects when it is first used."""
-    return AdminClient(control_plane.split(","), timeout)
+Operator = Annotated[
+    Path | None,
+    typer.Option(
+        "--operator",
+        envvar=OPERATOR_VARIABLE,
+        metavar="DIRECTORY",
+        file_okay=False,
+        help="Your credentials, from `mesh operator create`. Default: grpc-mesh/operator in XDG_CONFIG_HOME.",
+        show_default=False,
+    ),
+]
+
+
+def connect(control_plane: str, timeout: float, operator: Path | None, *, insecure: bool) -> AdminClient:
+    """The client that the options ask for; it connects when it is first used.
+
+    Raises:
+        ConfigError: there are no operator's credentials, or they are of no use.
+    """
+    credentials = None if insecure else OperatorCredentials.load(operator or default_operator_directory())
+    return AdminClient(control_plane.split(","), timeout, credentials)

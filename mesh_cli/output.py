@@ -14,6 +14,7 @@ from typing import ParamSpec, cast
 import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -69,6 +70,11 @@ def seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
+def moment(value: Timestamp) -> str:
+    """A protobuf timestamp as RFC 3339 has it, to the second, UTC; a dash for none."""
+    return f"{value.ToDatetime():%Y-%m-%dT%H:%M:%SZ}" if value.seconds else "-"
+
+
 def age(value: float | Duration) -> str:
     """A span of time in its two largest units: ``3.2s``, ``42s``, ``4m12s``, ``2h05m``, ``3d04h``."""
     span = seconds(value) if isinstance(value, Duration) else value
@@ -92,7 +98,7 @@ def count(number: int, noun: str) -> str:
 
 
 def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:
-    """A message in the command's JSON form: protobuf's field names, durations as numbers of seconds.
+    """A message in the command's JSON form: protobuf's field names, durations in seconds, timestamps as in RFC 3339.
 
     Fields without presence are always there. A message field that is not set is null.
 
@@ -122,6 +128,8 @@ def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:
 def _value(value: object, choices: Mapping[int, str], sparse: bool) -> Json:
     if isinstance(value, Duration):
         return round(seconds(value), 9)
+    if isinstance(value, Timestamp):
+        return moment(value)
     if isinstance(value, Message):
         return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name == _POLICY)
     if isinstance(value, int) and value in choices:

@@ -13,7 +13,16 @@ from mesh.v1 import admin_pb2, policy_pb2
 from mesh_cli import policy_check
 from mesh_cli.client import AdminClient, RefusedError
 from mesh_cli.documents import Checked, check, read_documents
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Service, Timeout, connect
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    AsJson,
+    ControlPlane,
+    Insecure,
+    Operator,
+    Service,
+    Timeout,
+    connect,
+)
 from mesh_cli.output import (
     Failure,
     Json,
@@ -85,12 +94,14 @@ def apply(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Store policies. None is stored unless all of them are valid; clients obey them without a restart."""
     checked = check(read_documents(files))
     if if_version is not None and len(checked) > 1:
         raise typer.BadParameter(f"needs exactly one policy, and there are {len(checked)}", param_hint="'--if-version'")
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         if not any(item.errors for item in checked):
             _check_on_server(client, checked)
         if any(item.errors for item in checked):
@@ -117,9 +128,11 @@ def get(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show the stored policy of a service as YAML that `mesh policy apply` takes."""
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         try:
             stored = client.call(client.stub.GetPolicy, admin_pb2.GetPolicyRequest(service=service)).policy
         except RefusedError as error:
@@ -150,9 +163,11 @@ def list_policies(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """List the stored policies, with the settings in which each differs from the defaults."""
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         answer = client.call(client.stub.ListPolicies, admin_pb2.ListPoliciesRequest())
     if as_json:
         write_json(to_json(answer))
@@ -181,10 +196,12 @@ def delete(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Delete the stored policy of a service; the defaults apply to it from then on."""
     request = admin_pb2.DeletePolicyRequest(service=service, if_version=if_version)
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         try:
             client.call(client.stub.DeletePolicy, request)
         except RefusedError as error:

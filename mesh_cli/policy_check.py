@@ -15,7 +15,16 @@ from mesh.v1 import admin_pb2
 from mesh_cli.client import AdminClient, RefusedError
 from mesh_cli.documents import check as check_documents
 from mesh_cli.documents import read_documents
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Timeout, complete_service, connect
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    AsJson,
+    ControlPlane,
+    Insecure,
+    Operator,
+    Timeout,
+    complete_service,
+    connect,
+)
 from mesh_cli.output import console, printable, write_error, write_json
 from mesh_cli.policy_form import stated
 from mesh_client.core.authorization import HEALTH_METHODS, Authorizer
@@ -134,6 +143,8 @@ def check(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> int:
     """Whether the stored policy lets a caller call a method, and by which rule.
 
@@ -142,7 +153,7 @@ def check(
     if file is not None:
         source = _from_file(file, service, method)
     else:
-        with connect(control_plane, timeout) as client:
+        with connect(control_plane, timeout, operator, insecure=insecure) as client:
             source = _from_control_plane(client, service, method)
     policy = source.policy
     authorizer = Authorizer(policy.authorization, policy.version)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import typer
 from mesh.v1 import admin_pb2
 
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Timeout, connect
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    AsJson,
+    ControlPlane,
+    Insecure,
+    Operator,
+    Timeout,
+    connect,
+)
 from mesh_cli.output import console, count, reports_errors, to_json, write_json
 
 app = typer.Typer(
@@ -26,9 +34,11 @@ def confirm(
     as_json: AsJson = False,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Publish the removals that are held now: those endpoints are really gone."""
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         answer = client.call(client.stub.ConfirmRemovals, admin_pb2.ConfirmRemovalsRequest())
     if as_json:
         write_json(to_json(answer))

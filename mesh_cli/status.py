@@ -8,7 +8,17 @@ from mesh.v1 import admin_pb2, resource_pb2
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, AsJson, ControlPlane, Interval, Timeout, Watch, connect
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    AsJson,
+    ControlPlane,
+    Insecure,
+    Interval,
+    Operator,
+    Timeout,
+    Watch,
+    connect,
+)
 from mesh_cli.output import add_row, age, count, names, printable, reports_errors, table, to_json
 from mesh_cli.watch import show
 
@@ -25,9 +35,11 @@ def status(
     interval: Interval = 2.0,
     control_plane: ControlPlane = DEFAULT_CONTROL_PLANE,
     timeout: Timeout = 10.0,
+    operator: Operator = None,
+    insecure: Insecure = False,
 ) -> None:
     """Show the control plane: its sources, services and clients, rejected and invalid policies, held removals."""
-    with connect(control_plane, timeout) as client:
+    with connect(control_plane, timeout, operator, insecure=insecure) as client:
         show(
             lambda: client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest()),
             lambda answer: render_status(answer, client.address),

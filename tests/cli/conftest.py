@@ -20,7 +20,7 @@ Run = Callable[..., Result]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in this process, in a pipe of a fixed width; ``stdin`` is its standard input."""
-    for name in ("MESH_CONTROL_PLANE", "MESH_REGISTRY"):
+    for name in ("MESH_CONTROL_PLANE", "MESH_OPERATOR", "MESH_REGISTRY"):
         monkeypatch.delenv(name, raising=False)
     runner = CliRunner(env={"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb", "TERMINAL_WIDTH": str(WIDTH)})
 

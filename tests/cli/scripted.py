@@ -1,4 +1,4 @@
-"""A real gRPC server whose `AdminService` answers what a test has put into it."""
+"""A real gRPC server whose services for operators answer what a test has put into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from mesh.v1 import admin_pb2
+from mesh.v1 import admin_pb2, authority_pb2
+
+_SERVICES = ((admin_pb2, "AdminService"), (authority_pb2, "AuthorityService"))
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class ScriptedAdmin:
         """Answers wait for it; set unless a test clears it."""
         self.held.set()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        service = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
-        return grpc.method_handlers_generic_handler(
-            service.full_name, {method.name: self._handler(method) for method in service.methods}
-        )
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        services = [file.DESCRIPTOR.services_by_name[name] for file, name in _SERVICES]
+        return [
+            grpc.method_handlers_generic_handler(
+                service.full_name, {method.name: self._handler(method) for method in service.methods}
+            )
+            for service in services
+        ]
 
     def _handler(self, method: MethodDescriptor) -> grpc.RpcMethodHandler[Message, Message]:
         response = GetMessageClass(method.output_type)
@@ -61,7 +66,7 @@ def scripted_admin(address: str = "127.0.0.1:0") -> Iterator[ScriptedAdmin]:
     """Serves a `ScriptedAdmin` until the end of the block."""
     scripted = ScriptedAdmin()
     server = grpc.server(ThreadPoolExecutor(max_workers=2))
-    server.add_generic_rpc_handlers((scripted.handlers(),))
+    server.add_generic_rpc_handlers(scripted.handlers())
     scripted.address = f"127.0.0.1:{server.add_insecure_port(address)}"
     server.start()
     try:

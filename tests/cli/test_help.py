@@ -26,6 +26,20 @@ COMMANDS = [
     ("policy", "schema"),
     ("removals",),
     ("removals", "confirm"),
+    ("operator",),
+    ("operator", "create"),
+    ("token",),
+    ("token", "create"),
+    ("token", "list"),
+    ("token", "revoke"),
+    ("ca",),
+    ("ca", "status"),
+    ("ca", "roots"),
+    ("ca", "revoke"),
+    ("ca", "rotate"),
+    ("ca", "rotate", "add"),
+    ("ca", "rotate", "overlap"),
+    ("ca", "rotate", "retire"),
 ]
 
 
