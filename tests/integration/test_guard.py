@@ -111,40 +111,18 @@ async def test_every_form_of_handler_refuses_a_caller_whom_no_rule_allows(
     assert said.endswith(refused.details)
 
 
-class Untouched:
-    """Handlers that must not run, in every form; whatever runs is noted."""
-
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-
-    async def unary_unary(self, request: bytes, _: object) -> bytes:
-        self.ran.append("unary_unary")
-        return request
-
-    async def unary_stream(self, request: bytes, _: object) -> AsyncIterator[bytes]:
-        self.ran.append("unary_stream")
-        yield request
-
-    async def stream_unary(self, requests: AsyncIterator[bytes], _: object) -> bytes:
-        self.ran.append("stream_unary")
-        return b"".join([request async for request in requests])
-
-    async def stream_stream(self, requests: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
-        self.ran.append("stream_stream")
-        async for request in requests:
-            yield request
-
-
+@pytest.mark.parametrize("plain", [False, True], ids=["aio", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_refused_call_never_reaches_its_handler(kind: str, world: World) -> None:
-    untouched = Untouched()
+async def test_a_refused_call_never_reaches_its_handler(kind: str, plain: bool, world: World) -> None:
+    named = Named()
     world.admission.apply(ONLY_BILLING)
-    async with (
-        world.serving(("M", handler(kind, getattr(untouched, kind)))) as target,
-        world.channel(target) as channel,
-    ):
+    behavior = getattr(named, f"plain_{kind}" if plain else kind)
+    async with world.serving(("M", handler(kind, behavior))) as target, world.channel(target) as channel:
         await failure(channel, kind, "M")
-    assert untouched.ran == []
+        world.admission.apply(ONLY_GATEWAY)
+        assert named.seen == []
+        await call(channel, kind, "M", REQUESTS)
+        assert named.seen
 
 
 async def test_rules_tell_methods_apart_and_change_with_the_policy(world: World) -> None:
