@@ -215,9 +215,9 @@ class SecureMesh:
         finally:
             await made.stop(0.0)
 
-    async def connect(self, service: str = "gateway", **options: Any) -> Mesh:
+    async def connect(self, service: str = "gateway", *, uses: int = 100, **options: Any) -> Mesh:
         """A client in the test's own process that follows inventory and is in sync."""
-        told = {**await self.workload(service), "cache_dir": "", "rng": Random(7), **options}
+        told = {**await self.workload(service, uses=uses), "cache_dir": "", "rng": Random(7), **options}
         mesh = await self._stack.enter_async_context(mesh_client.connect(service=service, **told))
         mesh.channel(SERVICE)
         await until(mesh, lambda: mesh.state().in_sync)
