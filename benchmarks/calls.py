@@ -11,7 +11,7 @@ import gc
 import itertools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -106,7 +106,7 @@ async def _arms() -> AsyncIterator[Arms]:
             endpoint = endpoint_pb2.Endpoint(id=f"inventory-{number}", address="127.0.0.1", port=server.ready)
             await lease.write(registry_pb2.RegisterRequest(service=SERVICE, endpoint=endpoint))
             await lease.read()
-        mesh = await stack.enter_async_context(mesh_client.connect(plane.ready, cache_dir=""))
+        mesh = await stack.enter_async_context(mesh_client.connect(plane.ready, cache_dir="", insecure=True))
         channel = mesh.channel(SERVICE)
         while len(mesh.state().services[0].endpoints) < SERVERS:
             await mesh.changed()
@@ -114,10 +114,15 @@ async def _arms() -> AsyncIterator[Arms]:
             await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{server.ready}"))
             for server in servers
         ]
-        yield Arms(
-            {"raw": _raw_unary(raw), "raw again": _raw_unary(raw), "mesh": _mesh_unary(channel)},
-            {"raw": _raw_stream(raw), "raw again": _raw_stream(raw), "mesh": _mesh_stream(channel)},
-        )
+        yield arms_of(raw, channel)
+
+
+def arms_of(raw: list[grpc.aio.Channel], channel: grpc.aio.Channel) -> Arms:
+    """The operations through raw channels to each server, and through a channel of the mesh."""
+    return Arms(
+        {"raw": _raw_unary(raw), "raw again": _raw_unary(raw), "mesh": _mesh_unary(channel)},
+        {"raw": _raw_stream(raw), "raw again": _raw_stream(raw), "mesh": _mesh_stream(channel)},
+    )
 
 
 def _stub(channel: grpc.aio.Channel) -> Any:
@@ -196,9 +201,19 @@ def _figures(load: Load, rounds: list[dict[str, Slice]]) -> list[Figure]:
     ]
 
 
-async def _run(loads: tuple[Load, ...], kind: str, rounds: int) -> list[Figure]:
+async def measure(
+    loads: tuple[Load, ...], kind: str, rounds: int, open_arms: Callable[[], AbstractAsyncContextManager[Arms]]
+) -> list[Figure]:
+    """Figures of so many rounds of each load.
+
+    Args:
+        loads: what to measure.
+        kind: ``unary`` or ``stream``.
+        rounds: of all arms.
+        open_arms: starts everything.
+    """
     random = Random(1)
-    async with _arms() as arms:
+    async with open_arms() as arms:
         operations: dict[str, Operation] = getattr(arms, kind)
         for load in loads:  # connections, caches and the allocator warm up
             for operation in operations.values():
@@ -213,9 +228,9 @@ async def _run(loads: tuple[Load, ...], kind: str, rounds: int) -> list[Figure]:
 
 async def unary(quick: bool) -> list[Figure]:
     """Unary calls, 1, 16 and 64 at a time."""
-    return await _run(UNARY, "unary", 5 if quick else 25)
+    return await measure(UNARY, "unary", 5 if quick else 25, _arms)
 
 
 async def streams(quick: bool) -> list[Figure]:
     """Server streams of 10 responses, 1 and 16 at a time."""
-    return await _run(STREAMS, "stream", 5 if quick else 25)
+    return await measure(STREAMS, "stream", 5 if quick else 25, _arms)

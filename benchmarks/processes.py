@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -57,8 +58,8 @@ class Child:
 
 
 @asynccontextmanager
-async def child(module: str, *arguments: object) -> AsyncIterator[Child]:
-    """A child process that runs a module of this package, ready."""
+async def child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> AsyncIterator[Child]:
+    """A child process that runs a module of this package, ready; ``environment`` is added to this process's own."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -67,6 +68,7 @@ async def child(module: str, *arguments: object) -> AsyncIterator[Child]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=64 * 1024 * 1024,
+        env={**os.environ, **(environment or {})},
     )
     made = Child(process)
     async with AsyncExitStack() as stack:
