@@ -1,4 +1,4 @@
-"""A child process: a secure control plane in memory. Says its addresses, and join tokens for the services it is given."""
+"""A child process: a secure control plane in memory. Says its addresses, and join tokens for its arguments."""
 
 from __future__ import annotations
 
