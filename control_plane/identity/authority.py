@@ -131,7 +131,6 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
                 await self._authority.retire(force=request.force)
             else:
                 raise InvalidValueError("step", step, "ADD, OVERLAP or RETIRE")
-            status = await self._authority.status()
         except RotationRefusedError as error:
             _log.warning("%s was refused the rotation step %s: %s", caller, pb.RotationStep.Name(step), error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -140,7 +139,10 @@ class AuthorityServicer(authority_pb2_grpc.AuthorityServiceServicer):
         _log.warning(
             "%s took the rotation step %s%s", caller, pb.RotationStep.Name(step), " by force" if request.force else ""
         )
-        return pb.RotateTrustRootResponse(authority=_authority(status))
+        try:
+            return pb.RotateTrustRootResponse(authority=_authority(await self._authority.status()))
+        except StoreUnavailableError as error:
+            await _abort(context, error)
 
     async def RevokeWorkload(
         self,

@@ -231,16 +231,21 @@ def check_issuer(
 
 
 def root_of(chain: Sequence[x509.Certificate], roots: Iterable[x509.Certificate]) -> str:
-    """Fingerprint of the root that a leaf with the certificates it was sent with leads up to; empty when none is.
+    """Fingerprint of the root that a leaf leads up to by the certificates it was sent with; empty when none is.
 
-    Whether the chain may be trusted was decided before.
+    Only who signed whom is looked at, from the leaf on: the handshake has verified the rest.
     """
     trusted = tuple(roots)
-    for current in chain:
+    current, others = chain[0], list(chain[1:])
+    while True:
         root = next((each for each in trusted if _signed_by(current, each)), None)
         if root is not None:
             return fingerprint(root)
-    return ""
+        parent = next((each for each in others if _signed_by(current, each)), None)
+        if parent is None:
+            return ""
+        others.remove(parent)
+        current = parent
 
 
 def check_roots(roots: Sequence[x509.Certificate], now: float) -> tuple[x509.Certificate, ...]:

@@ -21,30 +21,31 @@ from control_plane.identity.authority import AuthorityServicer, add_authority_se
 from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
-from control_plane.identity.errors import IssuerNotValidError, StoreUnavailableError
+from control_plane.identity.errors import IssuerNotValidError
 from control_plane.identity.files import (
     data_directory,
     lock_directory,
-    read_public,
     remove_unfinished,
     secret_directory,
-    write_atomically,
 )
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.issuance import CreatedToken, InForce, Issuance
 from control_plane.identity.operators import DEFAULT_LIFETIME, OperatorFiles, write_operator
 from control_plane.identity.options import IdentityOptions
-from control_plane.identity.own_authority import ROOTS_FILE, OwnAuthority
+from control_plane.identity.own_authority import OwnAuthority
 from control_plane.identity.own_identity import OwnIdentity
 from control_plane.identity.rotation import Dependent
 from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
 from control_plane.identity.token_key import load_token_key
+from control_plane.identity.trust import Trust
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.identity import Kind, Principal
 
 FORGET_EVERY = 3600.0
 """Seconds between the times at which what ended long ago is forgotten."""
+MAX_NOTED = 100_000
+"""Workloads from elsewhere that are known to be stored; after that many it is looked up again."""
 WARN, WARN_LOUDLY = 60 * 86_400.0, 7 * 86_400.0
 """Seconds before the end of the issuer from when on there are warnings, and errors."""
 
@@ -88,9 +89,9 @@ class CertificateAuthority:
         self._store = IdentityStore(options.data_dir)
         self._own = OwnIdentity(options.trust_domain, options.leaf_lifetime)
         self._issuance: Issuance | None = None
-        self._bundle: TrustBundle | None = None
-        self._callbacks: list[Callable[[], None]] = []
+        self._trust = Trust(options.trust_domain, self._directory, self._store)
         self._changing = asyncio.Lock()
+        self._noted: set[str] = set()
         self._forgot_at = 0.0
         self._warned_at = 0.0
         self._maintenance: asyncio.Task[None] | None = None
@@ -110,7 +111,7 @@ class CertificateAuthority:
                 secret_directory(self._directory)
                 remove_unfinished(self._directory)
             now = self._clock()
-            self._authority.open(now, self._remembered_roots())
+            self._authority.open(now, self._trust.remembered())
             key = load_token_key(self._directory)
             await self._store.open()
             self._issuance = Issuance(
@@ -156,6 +157,7 @@ class CertificateAuthority:
             if abs(now - self._forgot_at) >= FORGET_EVERY:
                 self._forgot_at = now
                 await self._store.forget(now)
+                self._noted.clear()
             self._warn_of_end(now)
 
     # -- trust
@@ -163,19 +165,11 @@ class CertificateAuthority:
     @property
     def bundle(self) -> TrustBundle:
         """Whom to trust, now."""
-        if self._bundle is None:
-            raise RuntimeError("the certificate authority is not open")
-        return self._bundle
+        return self._trust.bundle
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Has ``callback`` called after each change of the bundle; the returned function ends that."""
-        self._callbacks.append(callback)
-
-        def unsubscribe() -> None:
-            with contextlib.suppress(ValueError):
-                self._callbacks.remove(callback)
-
-        return unsubscribe
+        return self._trust.on_change(callback)
 
     def is_revoked(self, workload_id: str) -> bool:
         """Whether the workload has been revoked, and a certificate of it has not ended."""
@@ -244,6 +238,8 @@ class CertificateAuthority:
         Raises:
             StoreUnavailableError: the store failed.
         """
+        if caller.workload_id in self._noted:
+            return
         leaf = chain[0]
         attested_by = "operator" if caller.is_operator else "certificate"
         root = ca.root_of(chain, self._authority.state.trusted)
@@ -252,6 +248,9 @@ class CertificateAuthority:
                 caller.workload_id, caller.spiffe_id, f"{leaf.serial_number:x}", ca.expires(leaf), root, attested_by
             )
         )
+        if len(self._noted) >= MAX_NOTED:
+            self._noted.clear()
+        self._noted.add(caller.workload_id)
 
     async def confirm(self, workload_id: str, bundle: TrustBundle) -> None:
         """Remembers that a workload has the bundle in force.
@@ -346,7 +345,7 @@ class CertificateAuthority:
                 found = await self._store.revoke("spiffe_id", spiffe_id, now)
             else:
                 found = await self._store.revoke("id", workload_id, now)
-            await self._publish(now)
+            await self._trust.publish(self._authority.state, now)
         return found
 
     # -- within
@@ -364,7 +363,8 @@ class CertificateAuthority:
             )
 
     def _in_force(self) -> InForce:
-        return InForce(self._authority.state.issuer, self.bundle)
+        state = self._authority.state
+        return InForce(state.issuer, state.trusted, self.bundle)
 
     def _dependents(self, workloads: list[WorkloadRecord], now: float) -> list[Dependent]:
         """Operators are left out: who has the CA's files makes their credentials anew, and nothing stands still."""
@@ -388,54 +388,20 @@ class CertificateAuthority:
         except MeshError as error:
             problems.append(error)
         try:
-            await self._publish(now)
+            await self._trust.publish(state, now)
         except MeshError as error:
             problems.append(error)
         try:
-            self._write_roots(ca.pem(state.trusted))
+            self._trust.write(state)
         except (MeshError, OSError) as error:
             problems.append(error)
         if problems:
             raise problems[0]
 
-    async def _publish(self, now: float) -> None:
-        """Has the bundle follow, and tells whoever listens.
-
-        Raises:
-            StoreUnavailableError: who was revoked cannot be read: what was known of it stays.
-        """
-        state = self._authority.state
-        problem: StoreUnavailableError | None = None
-        try:
-            revoked = await self._store.revoked(now)
-        except StoreUnavailableError as error:
-            if self._bundle is None:
-                raise
-            revoked, problem = self._bundle.revoked, error
-        bundle = TrustBundle.of(self.trust_domain, map(ca.der, state.trusted), state.signing, revoked)
-        if bundle != self._bundle:
-            self._bundle = bundle
-            for callback in list(self._callbacks):
-                callback()
-        if problem is not None:
-            raise problem
-
     def _choose(self, options: IdentityOptions) -> Authority:
         if options.ca_certificate is None or options.ca_key is None or options.ca_roots is None:
             return OwnAuthority(self._directory, options.trust_domain)
         return GivenAuthority(options.ca_certificate, options.ca_key, options.ca_roots)
-
-    def _remembered_roots(self) -> list[x509.Certificate]:
-        path = None if self._directory is None else self._directory / ROOTS_FILE
-        if path is None or not path.exists():
-            return []
-        return ca.load_certificates(read_public(path), str(path))
-
-    def _write_roots(self, content: bytes) -> None:
-        if self._directory is not None:
-            path = self._directory / ROOTS_FILE
-            if not path.exists() or read_public(path) != content:
-                write_atomically(path, content, 0o644)
 
     async def _maintain(self) -> None:
         interval = min(30.0, max(0.1, self.options.leaf_lifetime / 20))
@@ -445,3 +411,6 @@ class CertificateAuthority:
                 await self.maintain()
             except (MeshError, OSError) as error:
                 _log.error("the certificate authority cannot do its work: %s", error)
+            except Exception:
+                # Whatever it is: certificates have to be renewed.
+                _log.exception("the certificate authority cannot do its work")

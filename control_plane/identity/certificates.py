@@ -17,7 +17,7 @@ from mesh.v1 import certificate_pb2 as pb
 
 from control_plane.access import Access
 from control_plane.identity import ca
-from control_plane.identity.bundle import TrustBundle
+from control_plane.identity.bundle_stream import BundleStream, WatchContext, to_bundle
 from control_plane.identity.csr import check_request
 from control_plane.identity.errors import (
     AttestationUnavailableError,
@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 _SignContext = grpc.aio.ServicerContext[pb.SignCertificateRequest, pb.SignCertificateResponse]
-_WatchContext = grpc.aio.ServicerContext[pb.WatchTrustBundleRequest, pb.WatchTrustBundleResponse]
 
 REFUSED = "the attestation is not accepted; the control plane's log says why"
 """Whatever is wrong with it: whoever guesses learns nothing."""
 
 MAX_AT_ONCE = 100
 """First certificates that one address may be asking for at once: whoever begins many and ends none shuts nobody out."""
+MAX_CONSUL_AT_ONCE = 8
+"""Consul tokens of one address that Consul is asked about at once; one that it does not know takes half a second."""
 SEND_TIMEOUT = 5.0
 """Seconds that a caller without an identity has to send what it has begun to send."""
 
@@ -86,17 +87,6 @@ def add_certificate_service(servicer: EnrolmentServicer | RenewalServicer, serve
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
 
 
-def to_bundle(bundle: TrustBundle) -> pb.TrustBundle:
-    """The bundle as a message."""
-    return pb.TrustBundle(
-        trust_domain=bundle.trust_domain,
-        version=bundle.version,
-        roots=bundle.roots,
-        signing_root=bundle.signing_root,
-        revoked_workloads=sorted(bundle.revoked),
-    )
-
-
 class EnrolmentServicer:
     """On the enrolment port: nobody has a certificate yet."""
 
@@ -106,6 +96,7 @@ class EnrolmentServicer:
         self._limits = CallerLimits(rate, math.ceil(5 * rate))
         self._at_once = StreamLimits(MAX_AT_ONCE)
         self._consul = _consul(authority.options.consul)
+        self._consul_at_once = StreamLimits(MAX_CONSUL_AT_ONCE)
 
     async def SignCertificate(
         self, requests: AsyncIterator[bytes], context: _SignContext
@@ -137,7 +128,7 @@ class EnrolmentServicer:
         return _signed(leaf, self._authority)
 
     async def WatchTrustBundle(
-        self, request_iterator: AsyncIterator[pb.WatchTrustBundleRequest], context: _WatchContext
+        self, request_iterator: AsyncIterator[pb.WatchTrustBundleRequest], context: WatchContext
     ) -> None:
         """Not here."""
         del request_iterator
@@ -151,7 +142,10 @@ class EnrolmentServicer:
             case "consul_token" if self._consul is not None:
                 # Looked at before Consul is asked: whoever sends nonsense costs nobody else anything.
                 check_request(csr)
-                attested_by = await self._consul.attest(request.consul_token, service)
+                with self._consul_at_once.admit(address_of(peer)) as admitted:
+                    if not admitted:
+                        raise AttestationUnavailableError(f"{MAX_CONSUL_AT_ONCE} Consul tokens are asked about already")
+                    attested_by = await self._consul.attest(request.consul_token, service)
                 return await self._authority.issuance.attested(service, csr, attested_by, peer)
             case "consul_token":
                 raise InvalidTokenError("Consul's tokens attest nothing here: that takes a registry of Consul's")
@@ -181,7 +175,7 @@ class RenewalServicer:
             if request.service and request.service != caller.service:
                 raise WrongServiceError(f"{caller} asked for a certificate of another service")
             leaf = await self._authority.issuance.renew(
-                caller, chain[0], request.certificate_signing_request, context.peer()
+                caller, chain, request.certificate_signing_request, context.peer()
             )
         except (WrongServiceError, NotRenewableError, RevokedError) as error:
             await _refuse(context, grpc.StatusCode.PERMISSION_DENIED, str(error), error)
@@ -192,7 +186,7 @@ class RenewalServicer:
         return _signed(leaf, self._authority)
 
     async def WatchTrustBundle(
-        self, request_iterator: AsyncIterator[pb.WatchTrustBundleRequest], context: _WatchContext
+        self, request_iterator: AsyncIterator[pb.WatchTrustBundleRequest], context: WatchContext
     ) -> None:
         """The bundle now and at each change; what is acknowledged is remembered."""
         caller, chain = await self._identified(context, "watch the trust bundle")
@@ -205,59 +199,7 @@ class RenewalServicer:
                 await self._authority.note(caller, chain)
             except StoreUnavailableError as error:
                 _log.error("%s is not remembered: %s", caller, error)
-            await self._watch(request_iterator, context, caller)
-
-    async def _watch(
-        self, requests: AsyncIterator[pb.WatchTrustBundleRequest], context: _WatchContext, caller: Caller
-    ) -> None:
-        changed = asyncio.Event()
-        changed.set()
-        sent: dict[str, TrustBundle] = {}
-        cut = False
-
-        def end() -> None:
-            nonlocal cut
-            cut = True
-            changed.set()
-
-        reading = asyncio.create_task(self._read(requests, caller, sent), name="trust bundle acknowledgements")
-        reading.add_done_callback(lambda _: changed.set())
-        unsubscribe = self._authority.on_change(changed.set)
-        try:
-            with self._access.cut_when_revoked(caller, end):
-                while True:
-                    await changed.wait()
-                    changed.clear()
-                    if cut:
-                        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
-                    if reading.done():
-                        return
-                    bundle = self._authority.bundle
-                    if bundle.version not in sent:
-                        # What was in force before can still be acknowledged, but nothing older.
-                        while len(sent) > 1:
-                            sent.pop(next(iter(sent)))
-                        sent[bundle.version] = bundle
-                        await context.write(pb.WatchTrustBundleResponse(trust_bundle=to_bundle(bundle)))
-        finally:
-            unsubscribe()
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-
-    async def _read(
-        self, requests: AsyncIterator[pb.WatchTrustBundleRequest], caller: Caller, sent: dict[str, TrustBundle]
-    ) -> None:
-        confirmed = ""
-        async for request in requests:
-            bundle = sent.get(request.version)
-            if bundle is None or bundle.version == confirmed:
-                continue  # nothing that was sent on this stream, or nothing new
-            try:
-                await self._authority.confirm(caller.workload_id, bundle)
-            except StoreUnavailableError as error:
-                _log.error("an acknowledgement of %s is lost: %s", caller, error)
-            else:
-                confirmed = bundle.version
+            await BundleStream(self._authority, self._access, caller).run(request_iterator, context)
 
     async def _identified(
         self, context: grpc.aio.ServicerContext[_Request, _Response], action: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
@@ -47,6 +47,7 @@ class InForce:
     """What holds when a certificate is signed."""
 
     issuer: ca.Issuer = field(repr=False)
+    roots: tuple[x509.Certificate, ...]
     bundle: TrustBundle
 
 
@@ -152,29 +153,34 @@ class Issuance:
         await self._store.add_workload(_record(leaf, attested_by))
         return await self._finish("issued", leaf, key, attested_by, peer)
 
-    async def renew(self, caller: Caller, current: x509.Certificate, request: bytes, peer: str) -> ca.Leaf:
+    async def renew(self, caller: Caller, chain: Sequence[x509.Certificate], request: bytes, peer: str) -> ca.Leaf:
         """The next certificate of a caller that has one: for the same principal and the same workload.
 
         An operator's ends when the present one does: operators get their time from whoever has the CA's files.
 
         Args:
             caller: whom the certificate of the connection names.
-            current: that certificate.
+            chain: what the connection showed, that certificate first.
             request: PKCS #10, DER.
             peer: address of the caller, for the audit record.
 
         Raises:
-            NotRenewableError: the present certificate has ended since, or is a control plane's.
+            NotRenewableError: the present certificate has ended since, its root is not trusted any more, or it is a
+                control plane's.
             RevokedError: the workload has been revoked.
             InvalidValueError: the request is not allowed.
             IssuerNotValidError: nothing can be signed now.
             StoreUnavailableError: it cannot be stored.
         """
         now = self._clock()
+        current = chain[0]
         if caller.principal.kind is Kind.CONTROL_PLANE:
             raise NotRenewableError("control planes sign their own certificates")
         if not now < ca.expires(current):
             raise NotRenewableError("the connection's certificate has ended: enrol again")
+        # A connection outlives the root that it was made with, and what that root vouches for since may be forged.
+        if not ca.root_of(chain, self._in_force().roots):
+            raise NotRenewableError("the connection's certificate is below no root that is trusted now: enrol again")
         ends = ca.expires(current) if caller.principal.kind is Kind.OPERATOR else None
         key = check_request(request)
         leaf = self._sign(caller.principal, caller.workload_id, key, ends)
@@ -200,7 +206,7 @@ class Issuance:
         self, what: str, leaf: ca.Leaf, key: ec.EllipticCurvePublicKey, attested_by: str, peer: str
     ) -> ca.Leaf:
         # The root may have been retired while the certificate was being stored.
-        while leaf.root not in self._in_force().bundle.fingerprints:
+        while leaf.root not in map(ca.fingerprint, self._in_force().roots):
             leaf = self._sign(leaf.principal, leaf.workload_id, key, leaf.expires)
             await self._store.renew(_record(leaf, attested_by))
         record(what, leaf, attested_by, peer)

@@ -132,6 +132,8 @@ def test_an_issuer_that_was_given_is_taken_with_everything_up_to_its_root() -> N
     assert issuer.root == top
     assert ca.root_of([low, middle], [ROOT, top]) == ca.fingerprint(top)
     assert ca.root_of([low], [top]) == ""
+    # Only who signed the leaf counts, not who else was shown.
+    assert ca.root_of([leaf().certificate, middle, low], [top]) == ""
     with pytest.raises(ConfigError, match="leads up to none of the roots: who signed CN=low"):
         ca.check_issuer([low], low_key, [top])
 

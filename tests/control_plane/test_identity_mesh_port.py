@@ -22,6 +22,7 @@ from mesh.v1.certificate_pb2_grpc import CertificateServiceStub
 
 from control_plane.access import Caller
 from control_plane.identity import own_identity
+from control_plane.identity.ca import pem
 from control_plane.identity.certificates import MAX_STREAMS
 from control_plane.identity.errors import RevokedError
 from mesh_client.core.identity import Principal
@@ -216,8 +217,30 @@ async def test_a_revocation_while_a_renewal_is_under_way_wins(served: Plane) -> 
     issuance = served.authority.issuance
     who = Caller(Principal.parse(caller.spiffe_id), caller.id)
     await served.authority.revoke(workload_id=workload.id)
+    chain = x509.load_pem_x509_certificates(workload.chain)
     with pytest.raises(RevokedError):
-        await issuance.renew(who, workload.certificate, request_for(new_key()), "ipv4:127.0.0.1:1")
+        await issuance.renew(who, chain, request_for(new_key()), "ipv4:127.0.0.1:1")
+
+
+async def test_a_connection_whose_root_was_retired_gets_nothing_below_the_new_one(served: Plane) -> None:
+    workload = await served.join()
+    request = SignCertificateRequest(certificate_signing_request=request_for(new_key()))
+    await served.authority.add_root()
+    async with served.mesh(workload) as before:
+        await before.SignCertificate(request, timeout=TIMEOUT)
+        await served.authority.overlap(force=True)
+        await before.SignCertificate(request, timeout=TIMEOUT)
+        # It shows the new issuer too, which did not sign its own certificate.
+        new = served.authority._authority.state.issuer.certificate
+        shown = dataclasses.replace(workload, chain=workload.chain + pem([new]), roots=served.authority.roots_pem)
+        async with served.mesh(shown) as padded:
+            await padded.SignCertificate(request, timeout=TIMEOUT)
+            await served.authority.retire(force=True)
+            for stub in (before, padded):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.SignCertificate(request, timeout=TIMEOUT)
+                assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+                assert "below no root that is trusted now" in str(caught.value.details())
 
 
 async def test_a_certificate_that_ended_on_an_open_connection_is_not_renewed(served: Plane) -> None:
@@ -320,7 +343,7 @@ async def test_a_client_that_goes_away_leaves_nothing_behind(served: Plane) -> N
 
 
 async def _nobody_listens(served: Plane) -> bool:
-    return len(served.authority._callbacks) == 1
+    return len(served.authority._trust._callbacks) == 1
 
 
 # -- operators' API
