@@ -27,6 +27,8 @@ Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discover
 log = logging.getLogger(__name__)
 
 RECONNECT = Backoff(initial=0.2, max=10.0, multiplier=2.0)
+AGED = "max connection age"
+"""How grpc says that a server has ended a connection for its age."""
 FIRST_RESPONSE_TIMEOUT = 5.0
 """Seconds that a control plane has to answer on a new stream before the next one is tried."""
 
@@ -189,7 +191,11 @@ class Discovery:
 
     def _lost(self, address: str, why: str, answered: bool) -> None:
         self.detail = f"{address} unreachable: {why}"
-        if answered:
+        if answered and AGED in why:
+            # Connections are made anew now and then, so that both sides look at the other's certificate again.
+            self.detail = f"{address} reconnecting: {why}"
+            log.info("discovery stream to %s has reached its age; reconnecting", address)
+        elif answered:
             log.warning("discovery stream to %s is lost, calls go on with what is held: %s", address, why)
         else:
             log.warning("control plane %s cannot be reached: %s", address, why)

@@ -298,3 +298,24 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("MESH_SERVICE", "No Service")
     with pytest.raises(InvalidValueError, match="service"):
         mesh_client.connect()
+
+
+async def test_a_connection_that_the_control_plane_ends_for_its_age_is_no_trouble(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ages = (("grpc.max_connection_age_ms", 300), ("grpc.max_connection_age_grace_ms", 50))
+    plane, server = InMemoryControlPlane(), grpc.aio.server(options=ages)
+    plane.add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    plane.set_endpoints("orders", A)
+    async with mesh_client.connect(f"127.0.0.1:{port}", cache_dir="", insecure=True) as mesh:
+        mesh.channel("orders")
+        await mesh.synced()
+        caplog.clear()
+        for _ in range(2):
+            await until(mesh, lambda: "reconnecting: UNAVAILABLE: max connection age" in mesh.state().control_plane)
+            await mesh.synced()
+        assert mesh.state().services[0].endpoints
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+    await server.stop(None)
