@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -87,8 +88,8 @@ async def refuses(requests: Requests, context: Context) -> AsyncIterator[registr
 
 
 @asynccontextmanager
-async def serving(registry: Registry) -> AsyncIterator[str]:
-    server = grpc.aio.server()
+async def serving(registry: Registry, *options: tuple[str, Any]) -> AsyncIterator[str]:
+    server = grpc.aio.server(options=options)
     registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -123,6 +124,20 @@ async def until_true(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10.0):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_a_lease_goes_on_when_its_connection_ends_for_its_age_which_is_no_trouble(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "mesh_client.registration")
+    registry = Registry(holds)
+    ages = (("grpc.max_connection_age_ms", 200), ("grpc.max_connection_age_grace_ms", 10))
+    async with serving(registry, *ages) as address, registering(address) as registrar:
+        await until_true(lambda: registry.leases > 1)
+        await until(registrar, is_registered)
+    assert registry.requests[1].lease_token == "token-1"
+    assert "UNAVAILABLE: max connection age" in caplog.text
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_a_lease_is_held_and_given_back() -> None:
