@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh_client.certificates import Credential, TrustBundle, accept, from_pem
 from mesh_client.core.errors import ConfigError
@@ -90,6 +94,24 @@ def test_a_file_that_cannot_be_read_is_refused(store: IdentityStore, directory: 
         store.load()
 
 
+def test_another_process_cannot_have_the_directory_until_this_one_is_gone(directory: Path) -> None:
+    hold = (
+        "import sys; from pathlib import Path; from mesh_client.identity_store import IdentityStore; "
+        "IdentityStore(Path(sys.argv[1]), 'orders', None).open(); print('held', flush=True); sys.stdin.read()"
+    )
+    arguments = [sys.executable, "-c", hold, str(directory)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        store = IdentityStore(directory, "orders", None)
+        with pytest.raises(ConfigError, match="used by another process"):
+            store.open()
+        holder.kill()
+        holder.wait()
+    store.open()
+    store.close()
+
+
 def changed(document: dict[str, Any], **changes: Any) -> str:
     return json.dumps({**document, **changes})
 
@@ -126,6 +148,15 @@ def test_a_file_that_is_something_else_is_set_aside(store: IdentityStore, direct
     file.chmod(0o600)
     assert store.load() is None
     assert (directory / "identity.damaged").exists()
+
+
+@given(content=st.binary(max_size=300) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps))
+def test_no_content_breaks_it(tmp_path_factory: pytest.TempPathFactory, content: bytes | str) -> None:
+    store = IdentityStore(tmp_path_factory.mktemp("identity"), "orders", None)
+    file = store.directory / "identity.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.chmod(0o600)
+    assert store.load() is None
 
 
 def test_another_services_or_another_meshs_identity_is_left_where_it_is(store: IdentityStore, directory: Path) -> None:
