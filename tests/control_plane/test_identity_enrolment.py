@@ -136,7 +136,9 @@ async def test_tokens_that_do_not_hold_are_refused_without_saying_why(
     assert await served.authority.revoke_token(token_id)
     async with opened() as other:
         foreign = (await other.create_token("orders", 3600.0, 1, "x")).text
-    answers = [await refusal(served, asking(bad)) for bad in (spent, revoked, foreign, good[:-2] + "AA", "mesh1", "")]
+    middle = good.rindex(".") + 40
+    tampered = good[:middle] + ("B" if good[middle] == "A" else "A") + good[middle + 1 :]
+    answers = [await refusal(served, asking(bad)) for bad in (spent, revoked, foreign, tampered, "mesh1", "")]
     served.clock.ahead = 3601.0
     answers.append(await refusal(served, asking(ended)))
     answers.append(await refusal(served, SignCertificateRequest(service="orders", consul_token="0" * 36)))

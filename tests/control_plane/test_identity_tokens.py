@@ -157,7 +157,7 @@ def test_a_payload_has_one_text() -> None:
 
 
 def test_errors_do_not_show_the_token() -> None:
-    for text in (TEXT + "A", TEXT[:-4] + "AAAA", signed(payload(id=7)), "x" * 5000):
+    for text in (TEXT + "A", TEXT[:-40] + "A" * 40, signed(payload(id=7)), "x" * 5000):
         with pytest.raises(InvalidTokenError) as caught:
             verify(text)
         assert not any(part in str(caught.value) for part in text.split(".") if len(part) > 5)
