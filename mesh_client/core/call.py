@@ -125,6 +125,9 @@ _NEW, _WAITING, _ATTEMPTING, _OVER = _State
 _ACTIVE = Resolution.ACTIVE
 _SUCCESS = Outcome.SUCCESS
 
+_CONNECTION_AGED = "max connection age"
+"""How gRPC says that a server closed a connection for its age, and that the grace for calls on it was over."""
+
 
 class Call:
     """The machine of one call.
@@ -395,4 +398,7 @@ def _classify(failure: AttemptFailure, expired: bool, per_try: bool) -> Outcome:
         return Outcome.FAILURE if per_try else Outcome.NEUTRAL
     if failure.code is StatusCode.RESOURCE_EXHAUSTED:
         return Outcome.OVERLOAD
+    if failure.details == _CONNECTION_AGED and failure.code is StatusCode.UNAVAILABLE:
+        # All long streams of a connection end so at once; to count them would eject an endpoint that is well.
+        return Outcome.NEUTRAL
     return Outcome.FAILURE if failure.code in _FAILURES else Outcome.SUCCESS

@@ -72,7 +72,7 @@ class Outcome(enum.Enum):
     OVERLOAD = "overload"
     """It refused for load. Counts against the service breaker, never towards ejection."""
     NEUTRAL = "neutral"
-    """It says nothing: the caller gave up."""
+    """It says nothing: the caller gave up, or the connection had become old."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from mesh_client.core.breaker import BreakerState
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
 from mesh_client.core.errors import InvalidTransitionError, Reason
 from mesh_client.core.model import Outcome, StatusCode
@@ -54,6 +55,18 @@ def test_a_call_that_succeeds_is_one_attempt_and_leaves_nothing_behind() -> None
     assert not call.over
     call.succeeded(5.1)
     assert call.over
+    assert outstanding(world) == world.gate.in_flight == 0
+
+
+def test_streams_that_end_with_their_connection_for_its_age_say_nothing_of_the_endpoint() -> None:
+    world = service("a", retry=NO_RETRY)
+    for _ in range(20):
+        call = Call(world, METHOD)
+        attempt(call.begin(0.0))
+        result = failed(call.failed(AttemptFailure(StatusCode.UNAVAILABLE, "max connection age", committed=True), 0.1))
+        assert (result.code, result.from_attempt) == (StatusCode.UNAVAILABLE, True)
+    assert world.breaker.state(0.1) is BreakerState.CLOSED
+    assert not any(node.ejected for node in world.nodes)
     assert outstanding(world) == world.gate.in_flight == 0
 
 

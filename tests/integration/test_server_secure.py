@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from mesh_client import Caller, MeshServer, current_caller, server
+from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError, IdentityError
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import Locality
@@ -344,6 +345,35 @@ async def test_connections_end_when_they_have_become_old_and_calls_go_on(world: 
         while len(peers) < 2:
             await call(channel, "unary_unary", "M", [b""])
     await made.stop(0)
+
+
+async def test_long_streams_that_end_with_their_connection_leave_the_server_in_good_standing(world: World) -> None:
+    held = asyncio.Event()
+
+    async def hold(request: bytes, _: object) -> AsyncIterator[bytes]:
+        yield request
+        await held.wait()
+
+    gateway = TestIdentity(Principal.service(DOMAIN, "gateway"), world.authority)
+    async with secure_plane(world) as plane, mesh_of(gateway, plane.address, "gateway") as mesh:
+        options = {"registry": None, "control_plane": plane.address, "policy": OPEN}
+        made = world.server(max_connection_age=1.0, max_connection_age_grace=0.0, **options)
+        add_methods(made, {"Hold": handler("unary_stream", hold), "M": handler("unary_unary", echo)})
+        await made.start()
+        await plane.registered("orders")
+        channel = mesh.channel("orders")
+        method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/Hold")
+        streams = [method(b"", wait_for_ready=True) for _ in range(10)]
+        for stream in streams:
+            await stream.read()
+        codes = {await stream.code() for stream in streams}
+        (state,) = mesh.state().services
+        await call(channel, "unary_unary", "M", [b""], timeout=10.0)
+        held.set()
+        await made.stop(0)
+    assert codes == {grpc.StatusCode.UNAVAILABLE}
+    assert state.breaker is BreakerState.CLOSED
+    assert [endpoint.ejected for endpoint in state.endpoints] == [False]
 
 
 # -- the policy of a control plane
