@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
 import grpc
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 
-from mesh_client.core.caller import Caller, caller_from
+from mesh_client.core.caller import Caller, CallerCache, caller_from
 
 __all__ = ["Access", "Caller", "Context", "Revocations", "caller"]
 
@@ -36,8 +38,23 @@ class Context(Protocol):
 
 def caller(context: Context) -> Caller | None:
     """Who the verified certificate of the connection names; None when it names nobody of a mesh."""
-    properties = context.auth_context()
-    return caller_from(properties.get("peer_spiffe_id", ()), properties.get("x509_common_name", ()))
+    return _CALLERS.caller(context.auth_context())
+
+
+def _named(certificate: bytes) -> Caller | None:
+    try:
+        leaf = x509.load_pem_x509_certificate(certificate)
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return None
+    subject = [attribute.value for attribute in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    return caller_from(
+        [uri.encode() for uri in names.get_values_for_type(x509.UniformResourceIdentifier)],
+        [name if isinstance(name, bytes) else name.encode() for name in subject],
+    )
+
+
+_CALLERS = CallerCache(_named)
 
 
 class Revocations(Protocol):

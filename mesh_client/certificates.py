@@ -12,16 +12,18 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtensionOID, NameOID
+from cryptography.x509.oid import NameOID
 from mesh.v1 import certificate_pb2
 
-from mesh_client.core.caller import caller_from
+from mesh_client.core.caller import Caller, caller_from
 from mesh_client.core.errors import IdentityError, InvalidValueError
 from mesh_client.core.identity import Principal, check_trust_domain
 from mesh_client.core.renewal import Validity
 
 MAX_CHAIN = 8
 """Certificates between a leaf and its root that are looked at."""
+
+_MALFORMED = (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -172,20 +174,13 @@ def accept(key: bytes, chain: Sequence[bytes], bundle: TrustBundle, principal: P
         private_key = serialization.load_pem_private_key(key, None)
         certificates = [x509.load_der_x509_certificate(certificate) for certificate in chain]
         leaf = certificates[0]
-        subject = [attribute.value for attribute in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        names = leaf.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME).value
+        caller = _named(leaf)
         validity = Validity(leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp())
         key_matches = private_key.public_key() == leaf.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
+    except (*_MALFORMED, TypeError, UnsupportedAlgorithm) as error:
         raise IdentityError(f"the key or the certificate is malformed ({type(error).__name__})") from None
     if not key_matches:
         raise IdentityError("the certificate is for another key")
-    if not isinstance(names, x509.SubjectAlternativeName):
-        raise IdentityError("the certificate names nobody")
-    caller = caller_from(
-        [uri.encode() for uri in names.get_values_for_type(x509.UniformResourceIdentifier)],
-        [name if isinstance(name, bytes) else name.encode() for name in subject],
-    )
     if caller is None or caller.principal != principal:
         raise IdentityError(f"the certificate is for {caller or 'nobody of a mesh'}, not for {principal}")
     if not all(_issued(issued, issuer) for issued, issuer in itertools.pairwise(certificates)):
@@ -194,6 +189,23 @@ def accept(key: bytes, chain: Sequence[bytes], bundle: TrustBundle, principal: P
     if bundle.trust_domain != principal.trust_domain or not credential.root_in(bundle):
         raise IdentityError("the certificate leads up to none of the roots that are trusted")
     return credential
+
+
+def caller_of(certificate: bytes) -> Caller | None:
+    """Whom a certificate names, PEM; None for nobody of a mesh. Whether it may be believed was decided before."""
+    try:
+        return _named(x509.load_pem_x509_certificate(certificate))
+    except _MALFORMED:
+        return None
+
+
+def _named(certificate: x509.Certificate) -> Caller | None:
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    subject = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    return caller_from(
+        [uri.encode() for uri in names.get_values_for_type(x509.UniformResourceIdentifier)],
+        [name if isinstance(name, bytes) else name.encode() for name in subject],
+    )
 
 
 def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

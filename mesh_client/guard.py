@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from mesh_client.certificates import caller_of
 from mesh_client.core.authorization import Authorizer
 from mesh_client.core.caller import Caller, CallerCache
 from mesh_client.core.policy import ServicePolicy
@@ -76,7 +77,7 @@ class Guard:
         self._authorizer: Authorizer | None = None
         self._arrived = asyncio.Event()
         self._arrived_for_threads = threading.Event()
-        self._callers = CallerCache()
+        self._callers = CallerCache(caller_of)
         self._log = _RefusalLog(service, clock)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mesh_client.core.errors import InvalidValueError
@@ -72,26 +72,35 @@ def caller_from(spiffe_ids: Iterable[bytes], common_names: Iterable[bytes]) -> C
 
 
 class CallerCache:
-    """Reads the properties of authenticated connections, and remembers whom they name: certificates are few.
+    """Whom the certificates of authenticated connections name, read once for each: certificates are few.
 
     Args:
+        read: whom a certificate names, PEM; None for nobody of a mesh.
         most: bound on what is remembered.
     """
 
-    __slots__ = ("_known", "_most")
+    __slots__ = ("_known", "_most", "_read")
 
-    def __init__(self, most: int = 10_000) -> None:
+    def __init__(self, read: Callable[[bytes], Caller | None], most: int = 10_000) -> None:
+        self._read = read
         self._most = most
-        self._known: dict[tuple[tuple[bytes, ...], tuple[bytes, ...]], Caller | None] = {}
+        self._known: dict[bytes, Caller | None] = {}
 
     def caller(self, properties: Mapping[str, Iterable[bytes]]) -> Caller | None:
-        """Who is on the other side, by what grpc's ``auth_context()`` says; None for nobody of a mesh."""
-        key = (tuple(properties.get("peer_spiffe_id", ())), tuple(properties.get("x509_common_name", ())))
+        """Who is on the other side, by what grpc's ``auth_context()`` says; None for nobody of a mesh.
+
+        Of that the certificate alone counts: the names that grpc reads from it end at the first NUL byte, and of
+        several common names it shows one.
+        """
+        shown = tuple(properties.get("x509_pem_cert", ()))
+        if len(shown) != 1:
+            return None
+        certificate = shown[0]
         try:
-            return self._known[key]
+            return self._known[certificate]
         except KeyError:
             pass
         if len(self._known) >= self._most:
             self._known.clear()
-        found = self._known[key] = caller_from(*key)
+        found = self._known[certificate] = self._read(certificate)
         return found

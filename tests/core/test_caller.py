@@ -49,21 +49,22 @@ def test_what_is_not_exactly_a_certificate_of_the_mesh_names_nobody(
     assert caller_from(spiffe_ids, common_names) is None
 
 
+def read(certificate: bytes) -> Caller | None:
+    return caller_from([ORDERS], [certificate])
+
+
 @given(
     st.lists(
         st.fixed_dictionaries(
-            {},
-            optional={
-                "peer_spiffe_id": st.lists(st.sampled_from([ORDERS, ORDERS + b"-2", b"x"]), max_size=2),
-                "x509_common_name": st.lists(st.sampled_from([WORKLOAD, b"f" * 16]), max_size=2),
-            },
+            {"x509_common_name": st.just([WORKLOAD])},
+            optional={"x509_pem_cert": st.lists(st.sampled_from([WORKLOAD, *(b"%x" % n * 16 for n in range(4))]))},
         ),
         max_size=20,
     )
 )
 def test_what_is_remembered_is_what_would_be_read(connections: list[dict[str, list[bytes]]]) -> None:
-    cache = CallerCache(most=3)
+    cache = CallerCache(read, most=3)
     for properties in connections:
-        read = caller_from(properties.get("peer_spiffe_id", ()), properties.get("x509_common_name", ()))
-        assert cache.caller(properties) == read
+        shown = properties.get("x509_pem_cert", [])
+        assert cache.caller(properties) == (read(shown[0]) if len(shown) == 1 else None)
     assert len(cache._known) <= 3
