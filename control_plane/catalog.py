@@ -11,6 +11,7 @@ from typing import assert_never
 from control_plane.events import (
     EndpointDrained,
     EndpointEvent,
+    Registration,
     ServiceObserved,
     ServiceVanished,
     SourceConnected,
@@ -105,7 +106,7 @@ class _Listed:
     endpoint: Endpoint
     source: str
     changed_at: float
-    registration: str = ""
+    registration: Registration
 
 
 @dataclass(slots=True)
@@ -113,7 +114,7 @@ class _Drained:
     """The mark of an endpoint that asked to leave."""
 
     target: str
-    registration: str
+    registration: Registration
     was_away: bool
     """It was listed as unhealthy or leaving since."""
 
@@ -122,7 +123,7 @@ class _Drained:
         healthy = listed.endpoint.health is Health.HEALTHY
         if (listed.endpoint.target, listed.registration) != (self.target, self.registration):
             return False
-        if healthy and self.was_away:
+        if healthy and self.was_away and not self.registration.of_process:
             return False
         self.was_away |= not healthy
         return True
@@ -164,7 +165,7 @@ class Catalog:
     the operator confirms, or `CatalogSettings.guard_hold` passes. Additions and changes are never held.
 
     A drained endpoint stays unpublished until its source stops listing it, or lists another process under its id: at
-    another address, by another registration, or healthy after it was not.
+    another address, by another registration, or, where that does not tell processes apart, healthy after it was not.
     """
 
     def __init__(self, settings: CatalogSettings | None = None) -> None:
@@ -256,7 +257,7 @@ class Catalog:
         source: str,
         name: str,
         endpoints: tuple[Endpoint, ...],
-        registrations: Mapping[str, str],
+        registrations: Mapping[str, Registration],
         now: float,
     ) -> bool:
         service = self._services.setdefault(name, _Service())
@@ -264,7 +265,7 @@ class Catalog:
         known = before or {}
         after = {}
         for endpoint in endpoints:
-            registration = registrations.get(endpoint.id, "")
+            registration = registrations.get(endpoint.id, Registration())
             old = known.get(endpoint.id)
             same = old is not None and (old.endpoint, old.registration) == (endpoint, registration)
             after[endpoint.id] = old if old is not None and same else _Listed(endpoint, source, now, registration)

@@ -9,14 +9,24 @@ from mesh_client.core.model import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
+class Registration:
+    """What a source knows to tell an endpoint's registration from another one under the same id."""
+
+    text: str = ""
+    """Another text is another registration, hence another process."""
+    of_process: bool = False
+    """The same text is the same process, too. Otherwise a process may have taken the place of another one unseen."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceObserved:
     """A source's whole view of one service, in place of what it said of it before."""
 
     source: str
     service: str
     endpoints: tuple[Endpoint, ...]
-    registrations: Mapping[str, str] = field(default_factory=dict)
-    """By endpoint id, where the source can tell: another text for an id is another registration, so another process."""
+    registrations: Mapping[str, Registration] = field(default_factory=dict)
+    """By endpoint id, where the source can tell."""
 
 
 @dataclass(frozen=True, slots=True)

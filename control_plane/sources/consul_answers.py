@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from control_plane.events import Registration
 from control_plane.sources import StoredDocument
 from mesh_client.core.errors import InvalidValueError, MeshError
 from mesh_client.core.model import (
@@ -56,10 +57,9 @@ class ServiceHealth:
 
     endpoints: tuple[Endpoint, ...]
     """Ordered by id."""
-    registrations: Mapping[str, str]
-    """By endpoint id, a text that another process under this id has not: what the instance says of itself in its meta
-    ``mesh-registration``, else when Consul created the registration, which says less: it stays over a registration in
-    place."""
+    registrations: Mapping[str, Registration]
+    """By endpoint id: what the instance says of itself in its meta ``mesh-registration``, else when Consul created the
+    registration, which says less: it stays over a registration in place."""
     problems: tuple[str, ...]
     """What is wrong with what is left out."""
 
@@ -107,7 +107,7 @@ def parse_health(answer: object) -> ServiceHealth:
             instances.append(instance)
     uses = Counter(instance.id for instance in instances)
     endpoints: dict[str, Endpoint] = {}
-    registrations: dict[str, str] = {}
+    registrations: dict[str, Registration] = {}
     for instance in instances:
         shared = uses[instance.id] > 1 or instance.id == instance.service
         endpoint_id = f"{instance.id}:{instance.node}" if shared else instance.id
@@ -187,7 +187,7 @@ class _Instance:
     tags: tuple[object, ...]
     meta: Mapping[str, object]
     health: Health
-    registration: str
+    registration: Registration
 
     @classmethod
     def parse(cls, entry: object) -> _Instance:
@@ -203,7 +203,7 @@ class _Instance:
             tags=tuple(_list(service, "Tags")),
             meta=meta,
             health=_health(checks),
-            registration=str(meta.get(_REGISTRATION) or service.get("CreateIndex", "")),
+            registration=_registration(service, meta),
         )
 
     def endpoint(self, endpoint_id: str, problems: list[str]) -> Endpoint:
@@ -241,6 +241,12 @@ class _Instance:
         except InvalidValueError as error:
             problems.append(f"{where}: {error}; it counts as of no zone")
             return Locality()
+
+
+def _registration(service: Mapping[str, object], meta: Mapping[str, object]) -> Registration:
+    if own := meta.get(_REGISTRATION):
+        return Registration(str(own), of_process=True)
+    return Registration(str(service.get("CreateIndex", "")))
 
 
 def _health(checks: list[object]) -> Health:

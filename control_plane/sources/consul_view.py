@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from control_plane.events import ServiceObserved, ServiceVanished
+from control_plane.events import Registration, ServiceObserved, ServiceVanished
 from control_plane.sources.consul_answers import ServiceList
 from mesh_client.core.model import Endpoint, Health, sorted_endpoints
 
@@ -38,10 +38,10 @@ class _Service:
     """As answered last."""
     kept: dict[str, Endpoint] = field(default_factory=dict)
     """Not in the last answer, but kept until the hold ends."""
-    registrations: Mapping[str, str] = field(default_factory=dict)
+    registrations: Mapping[str, Registration] = field(default_factory=dict)
     """Of the last answer, by endpoint id."""
     emitted: tuple[Endpoint, ...] | None = None
-    emitted_registrations: Mapping[str, str] = field(default_factory=dict)
+    emitted_registrations: Mapping[str, Registration] = field(default_factory=dict)
 
 
 class ConsulView:
@@ -96,7 +96,7 @@ class ConsulView:
         endpoints: tuple[Endpoint, ...],
         restarted: bool,
         now: float,
-        registrations: Mapping[str, str] = MappingProxyType({}),
+        registrations: Mapping[str, Registration] = MappingProxyType({}),
     ) -> list[ViewEvent]:
         """Takes the endpoints of a service in. Those of a service that is not watched any more are ignored.
 
@@ -155,7 +155,10 @@ class ConsulView:
             if endpoint_id in ids or endpoint.target in targets:
                 del service.kept[endpoint_id]
         believed = sorted_endpoints((*service.truth, *service.kept.values()))
-        if (believed, service.registrations) == (service.emitted, service.emitted_registrations):
+        # What is kept is still the same registration: it may be leaving, which must not be forgotten.
+        before = service.emitted_registrations
+        registrations = {each: before[each] for each in service.kept if each in before} | dict(service.registrations)
+        if (believed, registrations) == (service.emitted, before):
             return []
-        service.emitted, service.emitted_registrations = believed, service.registrations
-        return [ServiceObserved(SOURCE, name, believed, service.registrations)]
+        service.emitted, service.emitted_registrations = believed, registrations
+        return [ServiceObserved(SOURCE, name, believed, registrations)]

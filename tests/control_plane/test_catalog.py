@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from control_plane.catalog import Catalog, CatalogSettings
-from control_plane.events import EndpointDrained, ServiceObserved, ServiceVanished, SourceConnected, SourceLost
+from control_plane.events import (
+    EndpointDrained,
+    Registration,
+    ServiceObserved,
+    ServiceVanished,
+    SourceConnected,
+    SourceLost,
+)
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import Endpoint, Health
 
@@ -150,7 +157,7 @@ class TestDrains:
         assert published(catalog, 2.0) == ["1"]
 
     def test_another_registration_of_the_same_id_and_address_is_not_drained(self, catalog: Catalog) -> None:
-        first, second = ({"1": text} for text in ("7", "8"))
+        first, second = ({"1": Registration(text)} for text in ("7", "8"))
         catalog.apply(ServiceObserved(A, "orders", endpoints("1"), first), 0.0)
         catalog.apply(EndpointDrained("orders", "1"), 1.0)
         assert not catalog.apply(ServiceObserved(A, "orders", endpoints("1"), dict(first)), 2.0)
@@ -175,6 +182,15 @@ class TestDrains:
         catalog.apply(EndpointDrained("orders", "1"), 1.0)
         catalog.apply(ServiceObserved(A, "orders", endpoints("1", health=Health.UNHEALTHY)), 2.0)
         assert published(catalog, 2.0) == []
+
+    def test_what_is_known_to_be_the_same_process_stays_drained_whatever_its_health(self, catalog: Catalog) -> None:
+        first, second = ({"1": Registration(text, of_process=True)} for text in ("x", "y"))
+        for now, health in enumerate((Health.HEALTHY, Health.UNHEALTHY, Health.DRAINING, Health.HEALTHY)):
+            catalog.apply(ServiceObserved(A, "orders", endpoints("1", health=health), first), now)
+            catalog.apply(EndpointDrained("orders", "1"), now)
+            assert published(catalog, now) == []
+        assert catalog.apply(ServiceObserved(A, "orders", endpoints("1"), second), 5.0)
+        assert published(catalog, 5.0) == ["1"]
 
     def test_removals_after_drains_are_not_held(self, catalog: Catalog) -> None:
         catalog.apply(observed("1", "2", "3", "4"), 0.0)

@@ -9,13 +9,15 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from control_plane.catalog import Catalog, CatalogSettings
-from control_plane.events import EndpointDrained, ServiceObserved, ServiceVanished
+from control_plane.events import EndpointDrained, Registration, ServiceObserved, ServiceVanished
 from mesh_client.core.model import Endpoint, Health
 
 SERVICES = st.sampled_from(["orders", "payments"])
 SOURCES = st.sampled_from(["consul", "embedded"])
 IDS = [f"e{number}" for number in range(6)]
-REGISTRATIONS = st.dictionaries(st.sampled_from(IDS), st.sampled_from(["1", "2"]), max_size=2)
+REGISTRATIONS = st.dictionaries(
+    st.sampled_from(IDS), st.builds(Registration, st.sampled_from(["1", "2"]), st.booleans()), max_size=2
+)
 FORGET_AFTER, HOLD, WINDOW = 30.0, 20.0, 3.0
 
 
@@ -37,8 +39,8 @@ class Fate:
     """What the model knows of one endpoint."""
 
     listed: dict[str, Endpoint] = dataclasses.field(default_factory=dict)
-    registrations: dict[str, str] = dataclasses.field(default_factory=dict)
-    drained: tuple[str, str] | None = None
+    registrations: dict[str, Registration] = dataclasses.field(default_factory=dict)
+    drained: tuple[str, Registration] | None = None
     """Target and registration of what asked to leave."""
     away: bool = False
     """It was not healthy since."""
@@ -49,8 +51,8 @@ class Fate:
     def endpoint(self) -> Endpoint | None:
         return self.listed[min(self.listed)] if self.listed else None
 
-    def registration(self) -> str:
-        return self.registrations.get(min(self.listed), "")
+    def registration(self) -> Registration:
+        return self.registrations.get(min(self.listed), Registration())
 
     def live(self) -> bool:
         endpoint = self.endpoint()
@@ -72,7 +74,7 @@ class CatalogModel(RuleBasedStateMachine):
 
     @rule(source=SOURCES, service=SERVICES, endpoints=listings(), registrations=REGISTRATIONS)
     def observe(
-        self, source: str, service: str, endpoints: tuple[Endpoint, ...], registrations: dict[str, str]
+        self, source: str, service: str, endpoints: tuple[Endpoint, ...], registrations: dict[str, Registration]
     ) -> None:
         self.catalog.apply(ServiceObserved(source, service, endpoints, registrations), self.now)
         self.listing.setdefault(service, set()).add(source)
@@ -136,7 +138,9 @@ class CatalogModel(RuleBasedStateMachine):
         if view.hold is not None:
             assert view.hold.since == self.hold_since
 
-    def replace(self, source: str, service: str, endpoints: dict[str, Endpoint], registrations: dict[str, str]) -> None:
+    def replace(
+        self, source: str, service: str, endpoints: dict[str, Endpoint], registrations: dict[str, Registration]
+    ) -> None:
         fates = self.fates.setdefault(service, {})
         loss = False
         leaving = 0
@@ -146,7 +150,7 @@ class CatalogModel(RuleBasedStateMachine):
             fate.listed.pop(source, None)
             if endpoint_id in endpoints:
                 fate.listed[source] = endpoints[endpoint_id]
-                fate.registrations[source] = registrations.get(endpoint_id, "")
+                fate.registrations[source] = registrations.get(endpoint_id, Registration())
             endpoint = fate.endpoint()
             if endpoint is None:
                 fate.drained = None
@@ -156,7 +160,7 @@ class CatalogModel(RuleBasedStateMachine):
                 fate.lost, fate.held = None, False
                 healthy = endpoint.health is Health.HEALTHY
                 same = fate.drained == (endpoint.target, fate.registration())
-                if not same or (healthy and fate.away):
+                if not same or (healthy and fate.away and not fate.registration().of_process):
                     fate.drained = None
                 fate.away = fate.away or not healthy
                 leaving += was_live and endpoint.health is Health.DRAINING

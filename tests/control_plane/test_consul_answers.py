@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control_plane.events import Registration
 from control_plane.sources import StoredDocument
 from control_plane.sources.consul_answers import (
     MalformedAnswerError,
@@ -96,7 +97,11 @@ def test_a_mark_in_the_metadata_means_leaving() -> None:
 def test_a_registration_is_told_apart_by_what_it_says_of_itself_else_by_when_consul_created_it() -> None:
     says = instance(ID="a", Meta={"mesh-registration": "x"}, CreateIndex=7)
     silent = instance(ID="b", CreateIndex=7)
-    assert parse_health([says, silent, instance(ID="c")]).registrations == {"a": "x", "b": "7", "c": ""}
+    assert parse_health([says, silent, instance(ID="c")]).registrations == {
+        "a": Registration("x", of_process=True),
+        "b": Registration("7"),
+        "c": Registration(),
+    }
     assert only(says).metadata == {}
 
 

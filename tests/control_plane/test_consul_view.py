@@ -7,7 +7,8 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from control_plane.events import ServiceObserved, ServiceVanished
+from control_plane.catalog import Catalog
+from control_plane.events import EndpointDrained, Registration, ServiceObserved, ServiceVanished
 from control_plane.sources.consul_answers import ServiceList
 from control_plane.sources.consul_view import EMPTY_CATALOG, FEWER_RIGHTS, ConsulView, ViewEvent
 from mesh_client.core.model import Endpoint, Health
@@ -51,7 +52,7 @@ def test_a_listed_service_is_watched_and_said_once_its_endpoints_are_known() -> 
 def test_another_registration_of_the_same_endpoint_is_said() -> None:
     made = ConsulView()
     made.services(services("a"), False, 0.0)
-    first, second = {"1": "7"}, {"1": "8"}
+    first, second = ({"1": Registration(text)} for text in ("7", "8"))
     assert made.endpoints("a", (ONE,), False, 0.0, first) == [ServiceObserved("consul", "a", (ONE,), first)]
     assert made.endpoints("a", (ONE,), False, 1.0, dict(first)) == []
     assert made.endpoints("a", (ONE,), False, 2.0, second) == [ServiceObserved("consul", "a", (ONE,), second)]
@@ -126,6 +127,35 @@ def test_additions_and_changes_are_believed_during_the_hold() -> None:
     sick = replace(ONE, health=Health.UNHEALTHY)
     three = Endpoint("3", "10.0.0.3", 80)
     assert made.endpoints("a", (sick, three), True, 10.0) == [observed(sick, TWO, three)]
+
+
+def test_what_is_kept_keeps_its_registration() -> None:
+    registrations = {"1": Registration("7"), "2": Registration("8")}
+    made = view()
+    made.endpoints("a", (ONE, TWO), False, 1.0, registrations)
+    assert made.endpoints("a", (ONE,), True, 10.0, {"1": registrations["1"]}) == []
+    newer = {"1": Registration("9")}
+    both = {**registrations, **newer}
+    assert made.endpoints("a", (ONE,), False, 11.0, newer) == [ServiceObserved("consul", "a", (ONE, TWO), both)]
+    assert made.tick(100.0) == [ServiceObserved("consul", "a", (ONE,), newer)]
+
+
+def test_an_endpoint_that_drained_and_deregistered_during_the_hold_is_not_published_again() -> None:
+    made, catalog = view(), Catalog()
+    registrations = {each: Registration(each, of_process=True) for each in ("1", "2")}
+
+    def read(endpoints: tuple[Endpoint, ...], restarted: bool, now: float) -> None:
+        listed = {endpoint.id: registrations[endpoint.id] for endpoint in endpoints}
+        for event in made.endpoints("a", endpoints, restarted, now, listed):
+            catalog.apply(event, now)
+
+    read((ONE, TWO), False, 1.0)
+    read((ONE, TWO), True, 2.0)
+    catalog.apply(EndpointDrained("a", "1"), 3.0)
+    read((replace(ONE, health=Health.UNHEALTHY), TWO), False, 4.0)
+    read((ONE, TWO), False, 5.0)
+    read((TWO,), False, 6.0)
+    assert catalog.view(6.0).services["a"].published == (TWO,)
 
 
 def test_what_comes_back_during_the_hold_is_not_missing() -> None:
