@@ -76,7 +76,8 @@ class Arms:
     stream: dict[str, Operation]
 
 
-async def _slice(operation: Operation, load: Load) -> Slice:
+async def run_slice(operation: Operation, load: Load) -> Slice:
+    """Makes one slice of calls."""
     latencies: list[float] = []
     clock = time.perf_counter
     per_worker = load.calls // load.concurrency
@@ -120,7 +121,7 @@ async def _arms() -> AsyncIterator[Arms]:
 def arms_of(raw: list[grpc.aio.Channel], channel: grpc.aio.Channel) -> Arms:
     """The operations through raw channels to each server, and through a channel of the mesh."""
     return Arms(
-        {"raw": _raw_unary(raw), "raw again": _raw_unary(raw), "mesh": _mesh_unary(channel)},
+        {"raw": raw_unary(raw), "raw again": raw_unary(raw), "mesh": _mesh_unary(channel)},
         {"raw": _raw_stream(raw), "raw again": _raw_stream(raw), "mesh": _mesh_stream(channel)},
     )
 
@@ -129,7 +130,8 @@ def _stub(channel: grpc.aio.Channel) -> Any:
     return inventory_pb2_grpc.InventoryServiceStub(channel)
 
 
-def _raw_unary(channels: list[grpc.aio.Channel]) -> Operation:
+def raw_unary(channels: list[grpc.aio.Channel]) -> Operation:
+    """One call through each of the channels in turn."""
     methods = [_stub(channel).GetStock for channel in channels]
     counter = itertools.count()
 
@@ -217,12 +219,12 @@ async def measure(
         operations: dict[str, Operation] = getattr(arms, kind)
         for load in loads:  # connections, caches and the allocator warm up
             for operation in operations.values():
-                await _slice(operation, load)
+                await run_slice(operation, load)
         measured: dict[str, list[dict[str, Slice]]] = {load.name: [] for load in loads}
         for _ in range(rounds):
             for load in loads:
                 order = random.sample(list(operations), len(operations))
-                measured[load.name].append({arm: await _slice(operations[arm], load) for arm in order})
+                measured[load.name].append({arm: await run_slice(operations[arm], load) for arm in order})
     return [figure for load in loads for figure in _figures(load, measured[load.name])]
 
 
