@@ -272,7 +272,7 @@ def load_certificates(content: bytes, what: str) -> list[x509.Certificate]:
     """
     try:
         return x509.load_pem_x509_certificates(content)
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         raise ConfigError(f"{what} holds no certificates that can be read; expected PEM") from None
 
 

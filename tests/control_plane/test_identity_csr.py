@@ -97,6 +97,13 @@ def test_nothing_can_be_cut_or_put_in(position: int, more: bytes) -> None:
             check_request(changed)
 
 
+def test_a_version_that_there_is_not_is_refused() -> None:
+    # cryptography's InvalidVersion is no ValueError.
+    position = GOOD.index(bytes([2, 1, 0])) + 2
+    with pytest.raises(InvalidValueError, match="PKCS #10 as DER"):
+        check_request(GOOD[:position] + b"\1" + GOOD[position + 1 :])
+
+
 def test_what_the_request_asks_for_is_not_looked_at() -> None:
     builder = (
         x509.CertificateSigningRequestBuilder()
