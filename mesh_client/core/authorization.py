@@ -55,18 +55,23 @@ class Authorizer:
             caller: as rules name it: `Principal.caller`; empty for one without an identity.
             method: full name, with or without its leading slash.
         """
-        if not self._rules or f"/{method.removeprefix('/')}" in HEALTH_METHODS:
+        if not self._rules:
             return None
         key = (caller, method)
         try:
             return self._decisions[key]
         except KeyError:
-            decision = None if self.allowing(caller, method) is not None else self._refusal(caller, method)
+            decision = self._decide(caller, method)
         if len(self._decisions) >= self._max_decisions:
             # Callers are few and methods are what the server has: only a proxy of any method gets here.
             self._decisions.clear()
         self._decisions[key] = decision
         return decision
+
+    def _decide(self, caller: str, method: str) -> str | None:
+        if f"/{method.removeprefix('/')}" in HEALTH_METHODS or self.allowing(caller, method) is not None:
+            return None
+        return self._refusal(caller, method)
 
     def allowing(self, caller: str, method: str) -> int | None:
         """Number of the first rule that allows the call, counted from 0; None when there is none."""
