@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from mesh_cli.demo.system import System
 
 
+_LEAF_LIFETIME = 86_400
+
+
 def up(*, consul: bool) -> int:
     """Runs the system until Ctrl-C or SIGTERM; returns the exit code.
 
@@ -32,7 +35,7 @@ async def _up(consul: bool) -> int:
 
     out = console()
     out.print("starting ...")
-    async with running_system(consul) as (system, _):
+    async with running_system(consul, _LEAF_LIFETIME) as (system, _):
         _describe(system, out)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -46,18 +49,25 @@ def _describe(system: System, out: Console) -> None:
     for instance in system.instances:
         add_row(rows, instance.name, instance.address, str(instance.process.pid), str(instance.process.log))
     out.print(rows)
-    out.print(f"\ncontrol plane  {system.address}")
+    out.print(f"\ncontrol plane  {system.address}, enrolment {system.enrolment_address}")
+    out.print(f"operator       {system.identities.operator}", soft_wrap=True)
     if system.consul_address:
         out.print(f"Consul         http://{system.consul_address}/ui/")
     victim = system.of("orders")[0]
     outage = " ".join(str(instance.process.pid) for instance in system.of("payments"))
-    out.print(f"""
+    out.print(
+        f"""
 Try in another terminal:
   export MESH_CONTROL_PLANE={system.address}
+  export MESH_OPERATOR={system.identities.operator}
   mesh status --watch
   mesh endpoints orders
   mesh policy get orders
+  mesh policy check reviews shop.v1.PaymentService/Charge
+  mesh ca status           # who is who, with every certificate
   kill -9 {victim.process.pid}       # {victim.name} dies
   kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on
   kill -USR1 {outage}    # payments fails as a whole; -USR2 ends that
-Logs and databases are in {system.directory} until this ends. Ctrl-C stops everything.""")
+Logs and databases are in {system.directory} until this ends. Ctrl-C stops everything.""",
+        soft_wrap=True,
+    )

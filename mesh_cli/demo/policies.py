@@ -13,8 +13,10 @@ import grpc
 from mesh.v1 import admin_pb2, admin_pb2_grpc
 from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_POLICY
 
+from mesh_cli.client import CHANNEL_OPTIONS
+from mesh_cli.demo.identity import Identities
+from mesh_cli.demo.system import CUSTOMERS
 from mesh_client.core.policy import Algorithm
-from mesh_client.transport import open_channel
 
 Policy = dict[str, object]
 
@@ -43,12 +45,26 @@ def orders(algorithm: Algorithm = Algorithm.LEAST_REQUEST) -> Policy:
     balancer: Policy = {"algorithm": algorithm.value}
     if algorithm is Algorithm.RING_HASH:
         balancer["hash_key"] = {"source": "EXPLICIT"}
-    return {"service": "orders", "retry": _RETRY, "outlier_detection": _OUTLIERS, "load_balancer": balancer}
+    return {
+        "service": "orders",
+        "retry": _RETRY,
+        "outlier_detection": _OUTLIERS,
+        "load_balancer": balancer,
+        "authorization": [_rule(CUSTOMERS, "shop.v1.OrderService/*")],
+    }
 
 
 def inventory() -> Policy:
     """Inventory: as orders."""
-    return {"service": "inventory", "retry": _RETRY, "outlier_detection": _OUTLIERS}
+    return {
+        "service": "inventory",
+        "retry": _RETRY,
+        "outlier_detection": _OUTLIERS,
+        "authorization": [
+            _rule("orders", "shop.v1.InventoryService/*"),
+            _rule(CUSTOMERS, "shop.v1.InventoryService/GetStock"),
+        ],
+    }
 
 
 def payments() -> Policy:
@@ -58,15 +74,38 @@ def payments() -> Policy:
         "retry": {**_RETRY, "max_attempts": 2},
         "circuit_breaker": {"consecutive_failures": 5, "open_duration": f"{OPEN_DURATION}s"},
         "outlier_detection": {"enabled": False},
+        "authorization": [_rule("orders", "shop.v1.PaymentService/*"), _rule(CUSTOMERS, "shop.v1.PaymentService/*")],
     }
 
 
-class Operator:
-    """Applies policies through the control plane's `AdminService`, and asks it what it knows."""
+def _rule(caller: str, method: str) -> Policy:
+    return {"callers": [caller], "methods": [method]}
 
-    def __init__(self, control_plane: str) -> None:
-        self._channel = open_channel(control_plane)
+
+class Operator:
+    """Applies policies through the control plane's `AdminService`, and asks it what it knows.
+
+    Args:
+        address: ``host:port`` of the control plane.
+        identities: has the credentials to show it.
+    """
+
+    def __init__(self, address: str, identities: Identities) -> None:
+        self._address = address
+        self._identities = identities
+        self._connect()
+
+    def _connect(self) -> None:
+        credentials = self._identities.credentials()
+        self._channel = grpc.aio.secure_channel(
+            self._address, credentials.channel_credentials, credentials.channel_options(CHANNEL_OPTIONS)
+        )
         self._stub = admin_pb2_grpc.AdminServiceStub(self._channel)
+
+    async def reconnect(self) -> None:
+        """Connects anew, with the credentials of this moment."""
+        await self._channel.close()
+        self._connect()
 
     async def __aenter__(self) -> Self:
         return self

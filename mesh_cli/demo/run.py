@@ -22,7 +22,7 @@ from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_most, closing_table, exactly, write_json
 from mesh_cli.demo.scenarios import SCENARIOS
 from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
-from mesh_cli.demo.system import SERVICES, System
+from mesh_cli.demo.system import CUSTOMERS, SERVICES, System
 from mesh_cli.demo.view import Screen
 from mesh_cli.output import console, write_error
 from mesh_client.core.errors import MeshError
@@ -33,6 +33,9 @@ INTERRUPTED = 130
 
 TIME_LIMIT = 120.0
 """Seconds that the whole demo may take."""
+
+LEAF_LIFETIME = 30
+"""Seconds for which certificates are good, so that all of them are renewed several times while the demo runs."""
 
 _SYNC_TIMEOUT = 20.0
 
@@ -65,11 +68,14 @@ def run_interruptible(main: Callable[[], Coroutine[object, object, int]]) -> int
 
 
 @contextlib.asynccontextmanager
-async def running_system(consul: bool) -> AsyncIterator[tuple[System, Operator]]:
+async def running_system(consul: bool, leaf_lifetime: int) -> AsyncIterator[tuple[System, Operator]]:
     """A running system with its policies in force. Its directory goes, unless something went wrong."""
     directory = Path(tempfile.mkdtemp(prefix="grpc-mesh-"))
     try:
-        async with System(directory, consul=consul) as system, Operator(system.address) as operator:
+        async with (
+            System(directory, consul=consul, leaf_lifetime=leaf_lifetime) as system,
+            Operator(system.address, system.identities) as operator,
+        ):
             for policy in (policies.orders(), policies.inventory(), policies.payments()):
                 await operator.apply(policy)
             yield system, operator
@@ -88,8 +94,15 @@ async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
     began = time.monotonic()
     promises: list[Promise] = []
     screen.tell(f"starting a control plane on {'Consul' if consul else 'the embedded registry'}, and the shop")
-    async with running_system(consul) as (system, operator):
-        async with mesh_client.connect(system.address, service="demo", cache_dir="") as mesh:
+    async with running_system(consul, LEAF_LIFETIME) as (system, operator):
+        async with mesh_client.connect(
+            system.address,
+            service=CUSTOMERS,
+            enrolment=system.enrolment_address,
+            token_file=system.identities.token_file(CUSTOMERS),
+            insecure=False,
+            cache_dir="",
+        ) as mesh:
             stage = await _set_up(system, mesh, operator, screen, profile)
             background = [
                 asyncio.create_task(stage.customers.run()),

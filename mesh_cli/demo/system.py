@@ -14,14 +14,19 @@ from types import TracebackType
 from typing import Self
 
 from mesh_cli.demo.consul import find_consul, start_consul
+from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
 
 SERVICES = ("orders", "inventory", "payments")
+
+CUSTOMERS, STRANGER = "demo", "reviews"
+"""Services without instances: the demo itself, which places orders, and one that the policies do not know."""
 
 ROOT = Path(__file__).parents[2]
 """The checkout: the shop is not part of the wheel."""
 
 _CONTROL_PLANE_READY = re.compile(r"^mesh control-plane listening on (\S+)$")
+_ENROLS = re.compile(r"^mesh control-plane enrols on (\S+)$")
 _SERVICE_READY = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 """What a mesh server logs once it answers."""
 _FREEZE_ATTEMPTS = 50
@@ -66,9 +71,12 @@ class System:
         directory: for logs, databases and the registry's state.
         consul: register with a real Consul in place of the embedded registry.
         layout: what to run.
+        leaf_lifetime: how long certificates are good, seconds.
     """
 
-    def __init__(self, directory: Path, *, consul: bool = False, layout: Layout | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, consul: bool = False, layout: Layout | None = None, leaf_lifetime: int = 86_400
+    ) -> None:
         self.directory = directory
         self.layout = layout or Layout()
         self.instances: list[Instance] = []
@@ -76,9 +84,14 @@ class System:
         """``host:port`` of Consul's HTTP API; empty without Consul."""
         self.address = ""
         """``host:port`` of the control plane."""
+        self.enrolment_address = ""
+        """``host:port`` where workloads get their first certificates."""
+        self.identities = Identities(directory)
+        """Operator and join tokens."""
         self.exit_codes: dict[str, int] = {}
         """Of the instances that were asked to stop, by name."""
         self._consul = consul
+        self._leaf_lifetime = leaf_lifetime
         self._supervisor = Supervisor(directory)
         self._control_plane: Process | None = None
         self._started: dict[str, int] = {}
@@ -89,6 +102,7 @@ class System:
                 binary = find_consul(ROOT)
                 _, self.consul_address = await start_consul(self._supervisor, binary, self._environment())
             await self.start_control_plane()
+            await self.identities.set_up(self._data_dir, self.address, (*SERVICES, CUSTOMERS, STRANGER))
             started = await asyncio.gather(
                 *(
                     self.start(service, number)
@@ -116,6 +130,10 @@ class System:
         """As ``mesh control-plane --registry`` takes it."""
         return f"consul://{self.consul_address}" if self._consul else "embedded"
 
+    @property
+    def _data_dir(self) -> Path:
+        return self.directory / "control-plane"
+
     def of(self, service: str) -> list[Instance]:
         """The instances of one service, by number."""
         return [instance for instance in self.instances if instance.service == service]
@@ -133,15 +151,22 @@ class System:
             "control-plane",
             "--listen",
             self.address or "127.0.0.1:0",
+            "--enrol-listen",
+            self.enrolment_address or "127.0.0.1:0",
+            "--leaf-lifetime",
+            f"{self._leaf_lifetime}s",
             "--registry",
             self.registry,
             "--data-dir",
-            str(self.directory / "control-plane"),
+            str(self._data_dir),
         ]
         self._control_plane = await self._supervisor.start(
             "control-plane", command, self._environment(), _CONTROL_PLANE_READY
         )
         self.address = (await self._control_plane.wait_ready())[1]
+        self.enrolment_address = next(
+            match[1] for line in self._control_plane.tail().splitlines() if (match := _ENROLS.match(line))
+        )
 
     async def kill_control_plane(self) -> None:
         """``kill -9`` of the control plane."""
@@ -155,6 +180,8 @@ class System:
         environment = self._environment()
         environment |= {
             "MESH_CONTROL_PLANE": self.address,
+            "MESH_ENROLMENT": self.enrolment_address,
+            "MESH_TOKEN_FILE": str(self.identities.token_file(service)),
             "MESH_REGISTRY": self.registry if self._consul else "control-plane",
             "MESH_CACHE_DIR": str(self.directory / "cache" / name),
             "SHOP_DATABASE": str(self.database(service)),
@@ -216,7 +243,7 @@ class System:
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("MESH_", "SHOP_", "CONSUL_"))
         }
-        return {**inherited, "PYTHONUNBUFFERED": "1", "MESH_INSECURE": "1"}
+        return {**inherited, "PYTHONUNBUFFERED": "1"}
 
 
 def _can_write(database: Path) -> bool:

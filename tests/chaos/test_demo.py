@@ -30,6 +30,11 @@ PROMISES = {
     "spread.random",
     "spread.ring_hash",
     "spread.peak_ewma",
+    "rotation.failed",
+    "rotation.certificates",
+    "rotation.root",
+    "identity.refused",
+    "identity.denied",
     "kill.failed",
     "kill.avoided",
     "hang.failed",
@@ -212,8 +217,10 @@ def test_up_runs_until_it_is_interrupted(tmp_path: Path, registry: str) -> None:
     with running(tmp_path, "up", *["--consul"] * (registry == "consul")) as up:
         up.read_until("Ctrl-C stops everything", timeout=40)
         address = up.output.partition("MESH_CONTROL_PLANE=")[2].split()[0]
+        operator = up.output.partition("MESH_OPERATOR=")[2].split()[0]
         shown = subprocess.run(
-            [sys.executable, "-m", "mesh_cli", "status", "--json", "--control-plane", address],
+            [sys.executable, "-m", "mesh_cli", "status", "--json", "--control-plane", address, "--operator", operator],
+            env={**os.environ, "MESH_INSECURE": "0"},
             capture_output=True,
             timeout=30,
             check=True,

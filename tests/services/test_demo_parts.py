@@ -22,6 +22,7 @@ from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from mesh_cli.demo import policies
 from mesh_cli.demo.consul import find_consul, free_ports, start_consul
+from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.load import Customers
 from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_least, at_most, closing_table, exactly, figure, write_json
@@ -142,10 +143,22 @@ def test_the_policies_are_valid(algorithm: Algorithm) -> None:
 
 
 async def test_the_operator_applies_policies_and_asks_for_endpoints(tmp_path: Path) -> None:
-    plane = ControlPlane(ControlPlaneOptions(insecure=True, data_dir=tmp_path))
+    plane = ControlPlane(ControlPlaneOptions(data_dir=tmp_path / "state"))
     await plane.start()
+    identities = Identities(tmp_path)
     try:
-        async with Operator(plane.address) as operator, mesh_client.connect(plane.address, cache_dir="") as mesh:
+        await identities.set_up(tmp_path / "state", plane.address, ["orders"])
+        async with (
+            Operator(plane.address, identities) as operator,
+            mesh_client.connect(
+                plane.address,
+                service="orders",
+                enrolment=plane.enrolment_address,
+                token_file=identities.token_file("orders"),
+                insecure=False,
+                cache_dir="",
+            ) as mesh,
+        ):
             assert await operator.endpoints("orders") == set()
             server = mesh_client.server("orders", control_plane=plane.address, instance_id="orders-1", mesh=mesh)
             await server.start()
