@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
+
+import grpc
 
 from mesh_client.connection import Connection
 from mesh_client.context import inbound
@@ -15,6 +17,11 @@ from mesh_client.core.balancer import Node
 from mesh_client.core.policy import HashSource
 from mesh_client.core.service import Service
 from mesh_client.transport import Transport
+
+REPLACED_AT_ONCE = 8
+"""Connections of one service that are replaced at once when credentials have changed."""
+REPLACE_TIMEOUT = 5.0
+"""Seconds for which an old connection is used while the new one cannot be made."""
 
 _hash_key: ContextVar[str | None] = ContextVar("mesh_hash_key", default=None)
 
@@ -68,6 +75,8 @@ class Target:
         self._method_keys: dict[tuple[Any, ...], int] = {}
         self._connections: set[Connection] = set()
         """All that are open, those of endpoints that have left included."""
+        self._replacing: set[Connection] = set()
+        self._handshakes = asyncio.Semaphore(REPLACED_AT_ONCE)
 
     def method_key(self, *parts: Any) -> int:
         """A small number for what sets one grpc multicallable apart from others; equal parts, equal numbers."""
@@ -77,10 +86,12 @@ class Target:
         """The connection to a node, made on first use."""
         connection = node.connection
         if not isinstance(connection, Connection):
-            channel = self._transport.open_channel(node.endpoint.target, self.service.name)
-            connection = Connection(node, channel)
-            node.connection = connection
-            self._connections.add(connection)
+            connection = node.connection = self._open(node)
+        return connection
+
+    def _open(self, node: Node) -> Connection:
+        connection = Connection(node, self._transport.open_channel(node.endpoint.target, self.service.name))
+        self._connections.add(connection)
         return connection
 
     def changed(self, gone: Iterable[Node]) -> None:
@@ -88,12 +99,46 @@ class Target:
         self._disconnect(gone)
         for waiter in list(self.waiters):
             waiter.endpoints_changed()
-        for listener in self._listeners:
-            listener.set()
+        self._notify()
 
     def reconnect(self) -> None:
-        """Credentials have changed: the next pick of each endpoint opens a new connection in place of the old one."""
-        self._disconnect(self.service.nodes)
+        """Credentials have changed: every connection is replaced.
+
+        One that calls can use at once is used until the new one is there, so that no call waits for a handshake; only
+        a few are made at a time. In place of the others the next pick opens a new one.
+        """
+        unused = []
+        for node in self.service.nodes:
+            connection = node.connection
+            if not isinstance(connection, Connection) or connection in self._replacing:
+                continue
+            if connection.channel.get_state() is grpc.ChannelConnectivity.READY:
+                self._replacing.add(connection)
+                self._spawn(self._replace(node, connection))
+            else:
+                unused.append(node)
+        self._disconnect(unused)
+        self._notify()
+
+    async def _replace(self, node: Node, old: Connection) -> None:
+        try:
+            async with self._handshakes:
+                while node.connection is old:
+                    generation = self._transport.generation
+                    new = self._open(node)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(REPLACE_TIMEOUT):
+                            await new.channel.channel_ready()
+                    if node.connection is old and generation == self._transport.generation:
+                        node.connection, retired = new, old
+                    else:  # the endpoint has left, or credentials have changed again
+                        retired = new
+                    self._spawn(self._retire(retired))
+        finally:
+            self._replacing.discard(old)
+        self._notify()
+
+    def _notify(self) -> None:
         for listener in self._listeners:
             listener.set()
 

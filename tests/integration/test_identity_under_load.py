@@ -43,7 +43,8 @@ class Load:
 async def loaded(rig: IdentityRig, tmp_path: Path) -> AsyncIterator[tuple[Load, Mesh, MeshServer]]:
     """A server and a client with identities of their own, and calls from one to the other; none may fail."""
     common: dict[str, Any] = {"control_plane": rig.mesh, "enrolment": rig.enrolment, "insecure": False}
-    server = mesh_client.server("orders", token=await rig.token("orders"), **common)
+    ages: dict[str, Any] = {"max_connection_age": 1.0, "max_connection_age_grace": 1.0}
+    server = mesh_client.server("orders", token=await rig.token("orders"), **ages, **common)
     orders_pb2_grpc.add_OrderServiceServicer_to_server(Orders(), server)
     await server.start()
     try:
@@ -134,12 +135,15 @@ async def test_calls_go_on_while_the_control_plane_is_away_and_fail_in_words_onc
         async with asyncio.timeout(PATIENCE):
             while time.time() < expires + 0.1:
                 await mesh.changed()
-        mesh.channel("orders")
-        # Connections that are open stay so: a new one shows the certificate again.
-        for target in mesh._resolver.targets:
-            target.reconnect()
+        stub = orders_pb2_grpc.OrderServiceStub(mesh.channel("orders"))
+
+        async def call_on() -> None:
+            while True:
+                await stub.GetOrder(ORDER, timeout=10.0)
+
+        # A connection that is open stays so until its age.
         with pytest.raises(mesh_client.MeshRpcError) as caught:
-            await orders_pb2_grpc.OrderServiceStub(mesh.channel("orders")).GetOrder(ORDER, timeout=10.0)
+            await asyncio.wait_for(call_on(), PATIENCE)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "nobody accepts it; it is not renewed" in caught.value.mesh.identity
         assert "the certificate expired" in (caught.value.details() or "")

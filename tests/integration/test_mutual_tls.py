@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 import mesh_client
+from mesh_client import target
 from mesh_client.core.errors import ConfigError, IdentityError, Reason
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import Endpoint, Locality
@@ -268,8 +269,7 @@ async def test_calls_in_flight_end_on_the_old_connection_and_new_ones_use_the_ne
 
     renamed = Principal.service("mesh.internal", "renamed")
     world.identity.take(world.authority.issue(renamed), world.authority.roots)
-    assert await world.call() == b"hello"
-    assert echo.callers[-1] == renamed.spiffe_id.encode()
+    await calls_of(world, echo, renamed)
 
     await stream.write(b"after")
     assert await stream.read() == b"after"
@@ -277,6 +277,71 @@ async def test_calls_in_flight_end_on_the_old_connection_and_new_ones_use_the_ne
     assert await held == b"hold"
     await stream.done_writing()
     assert await stream.read() is grpc.aio.EOF
+
+
+async def calls_of(world: World, echo: Echo, principal: Principal) -> None:
+    """Calls until the server sees this caller."""
+    async with asyncio.timeout(10):
+        while not echo.callers or echo.callers[-1] != principal.spiffe_id.encode():
+            assert await world.call() == b"hello"
+
+
+async def test_a_connection_in_use_is_used_until_the_new_one_is_there(world: World) -> None:
+    identity = TestIdentity(ORDERS, world.authority)
+    server, echo = grpc.aio.server(), Echo()
+    server.add_generic_rpc_handlers((echo,))
+    port = MutualTls(identity).add_port(server, "127.0.0.1:0")
+    await server.start()
+    world.stack.push_async_callback(server.stop, None)
+    world.plane.set_endpoints("orders", Endpoint("a", "127.0.0.1", port))
+    assert await world.call() == b"hello"
+
+    # From now on the server accepts nobody whom it has not accepted before.
+    identity.take(world.authority.issue(ORDERS), TestAuthority().roots)
+    renamed = Principal.service("mesh.internal", "renamed")
+    world.identity.take(world.authority.issue(renamed), world.authority.roots)
+    for _ in range(50):
+        assert await world.call() == b"hello"
+    assert set(echo.callers) == {BILLING.spiffe_id.encode()}
+
+    identity.take(world.authority.issue(ORDERS), world.authority.roots)
+    await calls_of(world, echo, renamed)
+
+
+async def test_a_connection_whose_successor_cannot_be_made_is_given_up_after_a_while(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "REPLACE_TIMEOUT", 0.1)
+    identity = TestIdentity(ORDERS, world.authority)
+    server, echo = grpc.aio.server(), Echo()
+    server.add_generic_rpc_handlers((echo,))
+    port = MutualTls(identity).add_port(server, "127.0.0.1:0")
+    await server.start()
+    world.stack.push_async_callback(server.stop, None)
+    world.plane.set_endpoints("orders", Endpoint("a", "127.0.0.1", port))
+    assert await world.call() == b"hello"
+    identity.take(world.authority.issue(ORDERS), TestAuthority().roots)
+    world.identity.take(world.authority.issue(BILLING), world.authority.roots)
+
+    async def call_on() -> None:
+        while True:
+            await world.call()
+
+    with pytest.raises(mesh_client.MeshRpcError) as caught:
+        await asyncio.wait_for(call_on(), 10)
+    assert "may not accept this process's certificate" in caught.value.mesh.hint
+
+
+async def test_an_endpoint_that_leaves_while_its_connection_is_replaced_leaves_nothing_behind(world: World) -> None:
+    await world.serve(world.shows(world.authority.service("orders")))
+    await world.call()
+    (followed,) = world.mesh._resolver.targets
+    world.identity.take(world.authority.issue(BILLING), world.authority.roots)
+    world.plane.set_endpoints("orders")
+    async with asyncio.timeout(10):
+        while followed._connections:
+            await asyncio.sleep(0.01)
+    assert followed._replacing == set()
 
 
 async def test_no_call_fails_while_credentials_change_again_and_again(world: World) -> None:
@@ -295,43 +360,54 @@ async def test_no_call_fails_while_credentials_change_again_and_again(world: Wor
                 await asyncio.sleep(0)
 
     await asyncio.gather(*(call_on() for _ in range(8)), rotate())
-    assert len(echo.callers) == 801
+    renamed = Principal.service("mesh.internal", "renamed")
+    world.identity.take(world.authority.issue(renamed), world.authority.roots)
+    await calls_of(world, echo, renamed)
 
 
 async def test_old_connections_are_closed_when_their_calls_have_ended(world: World) -> None:
     await world.serve(world.shows(world.authority.service("orders")))
     await world.call()
-    target = next(iter(world.mesh._resolver.targets))
-    (old,) = target._connections
+    (followed,) = world.mesh._resolver.targets
+    (old,) = followed._connections
     world.identity.take(world.authority.issue(BILLING), world.authority.roots)
-    await world.call()
     async with asyncio.timeout(10):
-        while old in target._connections:
-            await asyncio.sleep(0)
+        while old in followed._connections:
+            await asyncio.sleep(0.01)
     assert old.channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN
-    assert len(target._connections) == 1
+    assert len(followed._connections) == 1
+    await world.call()
 
 
-async def test_servers_show_the_new_certificate_to_new_connections_and_trust_the_new_roots(world: World) -> None:
-    new_root = TestAuthority()
-    both = world.authority.roots + new_root.roots
-    server_identity = TestIdentity(ORDERS, world.authority)
-    server, echo = grpc.aio.server(), Echo()
-    server.add_generic_rpc_handlers((echo,))
-    port = MutualTls(server_identity).add_port(server, "127.0.0.1:0")
+async def test_servers_show_the_new_certificate_to_new_connections_and_trust_the_new_roots() -> None:
+    old_root, new_root = TestAuthority(), TestAuthority()
+    both = old_root.roots + new_root.roots
+    identity = TestIdentity(ORDERS, old_root)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Echo(),))
+    port = MutualTls(identity).add_port(server, "127.0.0.1:0")
     await server.start()
-    world.stack.push_async_callback(server.stop, None)
-    world.plane.set_endpoints("orders", Endpoint("a", "127.0.0.1", port))
-    assert await world.call() == b"hello"
 
-    server_identity.take(new_root.issue(ORDERS), both)
-    world.identity.take(world.authority.issue(BILLING), both)
-    assert await world.call() == b"hello"
-    world.identity.take(new_root.issue(BILLING), both)
-    assert await world.call() == b"hello"
-    server_identity.take(new_root.issue(ORDERS), new_root.roots)
-    world.identity.take(world.authority.issue(BILLING), both)
-    assert "may not accept this process's certificate" in (await world.failure()).mesh.hint
+    async def call_as(certificate: Certificate, roots: bytes) -> bytes:
+        caller = TestIdentity(BILLING, None)
+        caller.take(certificate, roots)
+        async with MutualTls(caller).open_channel(f"127.0.0.1:{port}", "orders") as channel:
+            return await echo_on(channel)
+
+    old, new = old_root.issue(BILLING), new_root.issue(BILLING)
+    assert await call_as(old, old_root.roots) == b"hello"
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call_as(new, both)
+    identity.take(new_root.issue(ORDERS), both)
+    assert await call_as(old, both) == b"hello"
+    assert await call_as(new, new_root.roots) == b"hello"
+    with pytest.raises(grpc.aio.AioRpcError, match="CERTIFICATE_VERIFY_FAILED"):
+        await call_as(old, old_root.roots)
+    identity.take(new_root.issue(ORDERS), new_root.roots)
+    assert await call_as(new, new_root.roots) == b"hello"
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call_as(old, both)
+    await server.stop(None)
 
 
 async def test_a_ports_tls_context_is_made_anew_now_and_then_so_that_sessions_do_not_outlive_certificates() -> None:
