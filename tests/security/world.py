@@ -23,6 +23,8 @@ from mesh.v1 import (
     certificate_pb2,
     certificate_pb2_grpc,
     discovery_pb2_grpc,
+    endpoint_pb2,
+    registry_pb2,
     registry_pb2_grpc,
 )
 
@@ -203,6 +205,19 @@ class World:
     async def revoke(self, workload_id: str) -> None:
         """Revokes one workload."""
         assert await self.authority.revoke(workload_id=workload_id) == [workload_id]
+
+    async def publish(self, service: str, target: str) -> None:
+        """Has the control plane believe that an instance of the service is there: an address that changed hands."""
+        host, _, port = target.rpartition(":")
+        request = registry_pb2.RegisterRequest(
+            service=service, endpoint=endpoint_pb2.Endpoint(id=f"{service}-1", address=host, port=int(port))
+        )
+        raw = await self.stack.enter_async_context(self.mesh(self.mint.service(service)))
+        lease = raw.registry.Register(timeout=6 * TIMEOUT)
+        self.stack.callback(lease.cancel)
+        await lease.write(request)
+        assert await lease.read()
+        await until(lambda: target in self.published(service))
 
     def published(self, service: str) -> tuple[str, ...]:
         """Targets of the endpoints that clients are told of."""
