@@ -41,11 +41,20 @@ def caller(context: Context) -> Caller | None:
     return _CALLERS.caller(context.auth_context())
 
 
+_MALFORMED = (
+    ValueError,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
+
 def _named(certificate: bytes) -> Caller | None:
     try:
         leaf = x509.load_pem_x509_certificate(certificate)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except _MALFORMED:
         return None
     subject = [attribute.value for attribute in leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     return caller_from(

@@ -23,7 +23,13 @@ from mesh_client.core.renewal import Validity
 MAX_CHAIN = 8
 """Certificates between a leaf and its root that are looked at."""
 
-_MALFORMED = (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+_MALFORMED = (
+    ValueError,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
