@@ -21,6 +21,7 @@ PURE = (
     "control_plane/identity/ca.py",
     "control_plane/identity/csr.py",
     "control_plane/identity/errors.py",
+    "control_plane/identity/records.py",
     "control_plane/identity/rotation.py",
     "control_plane/identity/tokens.py",
     "control_plane/policies.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import grpc
@@ -22,8 +21,8 @@ from control_plane.identity.errors import (
     TooManyTokensError,
 )
 from control_plane.identity.issuance import DEFAULT_TTL
-from control_plane.identity.rotation import unconfirmed
-from control_plane.identity.store import TokenRecord
+from control_plane.identity.records import TokenRecord
+from control_plane.identity.rotation import below, unconfirmed
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, InvalidValueError
 
@@ -193,7 +192,6 @@ def _token(record: TokenRecord) -> pb.JoinToken:
 
 def _authority(status: AuthorityStatus) -> pb.GetCertificateAuthorityResponse:
     state = status.state
-    leaves = Counter(each.root for each in status.dependents)
     return pb.GetCertificateAuthorityResponse(
         trust_domain=status.bundle.trust_domain,
         bundle_version=status.bundle.version,
@@ -202,7 +200,7 @@ def _authority(status: AuthorityStatus) -> pb.GetCertificateAuthorityResponse:
                 fingerprint=name,
                 expires=_when(ca.expires(root)),
                 signing=name == state.signing,
-                workloads=leaves[name],
+                workloads=len(below(name, status.dependents)),
                 unconfirmed=len(unconfirmed(name, status.dependents)),
             )
             for name, root in ((ca.fingerprint(root), root) for root in state.trusted)

@@ -34,8 +34,9 @@ from control_plane.identity.operators import DEFAULT_LIFETIME, OperatorFiles, wr
 from control_plane.identity.options import IdentityOptions
 from control_plane.identity.own_authority import OwnAuthority
 from control_plane.identity.own_identity import OwnIdentity
+from control_plane.identity.records import TokenRecord, WorkloadRecord
 from control_plane.identity.rotation import Dependent
-from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
+from control_plane.identity.store import IdentityStore
 from control_plane.identity.token_key import load_token_key
 from control_plane.identity.trust import Trust
 from mesh_client.core.caller import Caller
@@ -45,7 +46,7 @@ from mesh_client.core.identity import Kind, Principal
 FORGET_EVERY = 3600.0
 """Seconds between the times at which what ended long ago is forgotten."""
 MAX_NOTED = 100_000
-"""Workloads from elsewhere that are known to be stored; after that many it is looked up again."""
+"""Workloads whose certificate is known to be stored; after that many it is stored again."""
 WARN, WARN_LOUDLY = 60 * 86_400.0, 7 * 86_400.0
 """Seconds before the end of the issuer from when on there are warnings, and errors."""
 
@@ -91,7 +92,7 @@ class CertificateAuthority:
         self._issuance: Issuance | None = None
         self._trust = Trust(options.trust_domain, self._directory, self._store)
         self._changing = asyncio.Lock()
-        self._noted: set[str] = set()
+        self._noted: dict[str, str] = {}
         self._forgot_at = 0.0
         self._warned_at = 0.0
         self._maintenance: asyncio.Task[None] | None = None
@@ -229,7 +230,7 @@ class CertificateAuthority:
         return await self._store.revoke_token(token_id)
 
     async def note(self, caller: Caller, chain: list[x509.Certificate]) -> None:
-        """Remembers whoever came with a certificate from elsewhere: another control plane below the root, or files.
+        """Remembers which certificate somebody uses; it may be from elsewhere: another control plane, or files.
 
         Args:
             caller: whom the certificate names.
@@ -238,19 +239,20 @@ class CertificateAuthority:
         Raises:
             StoreUnavailableError: the store failed.
         """
-        if caller.workload_id in self._noted:
-            return
         leaf = chain[0]
-        attested_by = "operator" if caller.is_operator else "certificate"
+        serial = f"{leaf.serial_number:x}"
+        if self._noted.get(caller.workload_id) == serial:
+            return
         root = ca.root_of(chain, self._authority.state.trusted)
+        attested_by = "operator" if caller.is_operator else "certificate"
         await self._store.note(
             WorkloadRecord(
-                caller.workload_id, caller.spiffe_id, f"{leaf.serial_number:x}", ca.expires(leaf), root, attested_by
+                caller.workload_id, caller.spiffe_id, serial, ca.expires(leaf), root, attested_by, seen_root=root
             )
         )
         if len(self._noted) >= MAX_NOTED:
             self._noted.clear()
-        self._noted.add(caller.workload_id)
+        self._noted[caller.workload_id] = serial
 
     async def confirm(self, workload_id: str, bundle: TrustBundle) -> None:
         """Remembers that a workload has the bundle in force.
@@ -369,7 +371,7 @@ class CertificateAuthority:
     def _dependents(self, workloads: list[WorkloadRecord], now: float) -> list[Dependent]:
         """Operators are left out: who has the CA's files makes their credentials anew, and nothing stands still."""
         return [
-            Dependent(each.id, each.spiffe_id, each.root, each.trusted)
+            Dependent(each.id, each.spiffe_id, frozenset({each.root, each.seen_root} - {""}), each.trusted)
             for each in workloads
             if not each.revoked and each.expires > now and Principal.parse(each.spiffe_id).kind is not Kind.OPERATOR
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from control_plane.identity.audit import record
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.csr import check_request
 from control_plane.identity.errors import NotRenewableError, WrongServiceError
-from control_plane.identity.store import IdentityStore, TokenRecord, WorkloadRecord
+from control_plane.identity.records import TokenRecord, WorkloadRecord
+from control_plane.identity.store import IdentityStore
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.identity import Kind, Principal
@@ -137,7 +139,7 @@ class Issuance:
         workload_id = _joined_id(token.id, key)
         leaf = self._sign(Principal.service(self._trust_domain, token.service), workload_id, key)
         attested_by = f"join token {token.id}"
-        await self._store.join(_record(leaf, attested_by), token.id, token.service, now)
+        await self._store.join(self._joined(leaf, attested_by), token.id, token.service, now)
         return await self._finish("issued", leaf, key, attested_by, peer)
 
     async def attested(self, service: str, request: bytes, attested_by: str, peer: str) -> ca.Leaf:
@@ -150,7 +152,7 @@ class Issuance:
         """
         key = check_request(request)
         leaf = self._sign(Principal.service(self._trust_domain, service), secrets.token_hex(8), key)
-        await self._store.add_workload(_record(leaf, attested_by))
+        await self._store.add_workload(self._joined(leaf, attested_by))
         return await self._finish("issued", leaf, key, attested_by, peer)
 
     async def renew(self, caller: Caller, chain: Sequence[x509.Certificate], request: bytes, peer: str) -> ca.Leaf:
@@ -201,6 +203,10 @@ class Issuance:
             now=now,
             ends=now + self._lifetime if ends is None else ends,
         )
+
+    def _joined(self, leaf: ca.Leaf, attested_by: str) -> WorkloadRecord:
+        """The record of a first certificate. The bundle comes with it, so whoever has the one has the other."""
+        return dataclasses.replace(_record(leaf, attested_by), trusted=frozenset(self._in_force().bundle.fingerprints))
 
     async def _finish(
         self, what: str, leaf: ca.Leaf, key: ec.EllipticCurvePublicKey, attested_by: str, peer: str

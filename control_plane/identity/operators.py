@@ -15,7 +15,8 @@ from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.files import secret_directory, write_atomically
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.own_authority import OwnAuthority
-from control_plane.identity.store import WorkloadRecord, note_beside
+from control_plane.identity.records import WorkloadRecord
+from control_plane.identity.store import note_beside
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 

@@ -34,13 +34,14 @@ class Dependent:
     Attributes:
         workload_id: which one.
         spiffe_id: whose.
-        root: fingerprint of the root that its newest certificate leads up to.
+        roots: fingerprints of the roots that its certificates lead up to: of the newest one that was signed, and of the
+            one that it was seen with last, which may be older: an answer can be lost.
         trusted: fingerprints of the roots that it has confirmed to trust.
     """
 
     workload_id: str
     spiffe_id: str
-    root: str
+    roots: frozenset[str]
     trusted: frozenset[str]
 
 
@@ -133,8 +134,8 @@ def unconfirmed(root: str, dependents: Iterable[Dependent]) -> list[Dependent]:
 
 
 def below(root: str, dependents: Iterable[Dependent]) -> list[Dependent]:
-    """Whose certificate leads up to the root."""
-    return [each for each in dependents if each.root == root]
+    """Who has a certificate that leads up to the root."""
+    return [each for each in dependents if root in each.roots]
 
 
 def _refuse(what: str, blockers: list[Dependent]) -> None:

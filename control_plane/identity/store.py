@@ -9,12 +9,12 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
+from control_plane.identity.records import TokenRecord, WorkloadRecord
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "identity.sqlite"
@@ -45,6 +45,7 @@ CREATE TABLE workloads (
     root TEXT NOT NULL,
     bundle_version TEXT NOT NULL DEFAULT '',
     trusted TEXT NOT NULL DEFAULT '',
+    seen_root TEXT NOT NULL DEFAULT '',
     attested_by TEXT NOT NULL,
     revoked INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
@@ -53,8 +54,8 @@ PRAGMA user_version = 1;
 """
 
 _INSERT = (
-    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _GOOD = "SELECT 1 FROM join_tokens WHERE id = ? AND service = ? AND revoked = 0 AND expires > ?"
 _SPEND = (
@@ -67,45 +68,6 @@ _REVOKE = {
 }
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """A join token without what makes it one."""
-
-    id: str
-    service: str
-    expires: int
-    uses: int
-    uses_left: int
-    created_by: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkloadRecord:
-    """A workload with its newest certificate.
-
-    Attributes:
-        id: constant through renewals.
-        spiffe_id: whose.
-        serial: of the certificate, lower-case hex.
-        expires: when it ends, seconds since the epoch.
-        root: fingerprint of the root that it leads up to.
-        attested_by: how it was attested first.
-        bundle_version: that the workload has confirmed; empty for none.
-        trusted: fingerprints of the roots in it.
-        revoked: whether it has been revoked.
-    """
-
-    id: str
-    spiffe_id: str
-    serial: str
-    expires: float
-    root: str
-    attested_by: str
-    bundle_version: str = ""
-    trusted: frozenset[str] = frozenset()
-    revoked: bool = False
 
 
 class IdentityStore:
@@ -224,12 +186,13 @@ class IdentityStore:
         await self._run(lambda connection: connection.execute(_INSERT, _row(workload)))
 
     async def note(self, workload: WorkloadRecord) -> None:
-        """Remembers a workload that was not signed for here; one that is known already stays as it is.
+        """Remembers with which root a workload was seen, and all of one that was not signed for here.
 
         Raises:
             StoreUnavailableError: SQLite failed.
         """
-        await self._run(lambda connection: connection.execute(f"{_INSERT} ON CONFLICT (id) DO NOTHING", _row(workload)))
+        statement = f"{_INSERT} ON CONFLICT (id) DO UPDATE SET seen_root = excluded.seen_root"
+        await self._run(lambda connection: connection.execute(statement, _row(workload)))
 
     async def renew(self, workload: WorkloadRecord) -> None:
         """Remembers the newest certificate of a workload, be it known or not.
@@ -272,10 +235,12 @@ class IdentityStore:
                     attested_by=row[5],
                     bundle_version=row[6],
                     trusted=frozenset(row[7].split()),
-                    revoked=bool(row[8]),
+                    seen_root=row[8],
+                    revoked=bool(row[9]),
                 )
                 for row in connection.execute(
-                    "SELECT id, spiffe_id, serial, expires, root, attested_by, bundle_version, trusted, revoked "
+                    "SELECT id, spiffe_id, serial, expires, root, attested_by, bundle_version, trusted, "
+                    "seen_root, revoked "
                     "FROM workloads WHERE expires > ? ORDER BY spiffe_id, id",
                     (now,),
                 )
@@ -392,6 +357,8 @@ def _row(workload: WorkloadRecord) -> tuple[object, ...]:
         workload.expires,
         workload.root,
         workload.attested_by,
+        " ".join(sorted(workload.trusted)),
+        workload.seen_root,
     )
 
 

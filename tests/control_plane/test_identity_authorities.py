@@ -43,7 +43,7 @@ def names(directory: Path) -> list[str]:
 
 
 def workload(root: str, *trusted: str) -> Dependent:
-    return Dependent("0123456789abcdef", "spiffe://mesh.internal/service/orders", root, frozenset(trusted))
+    return Dependent("0123456789abcdef", "spiffe://mesh.internal/service/orders", frozenset({root}), frozenset(trusted))
 
 
 # -- own

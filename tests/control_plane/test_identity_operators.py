@@ -126,10 +126,10 @@ async def test_a_root_is_rotated_without_cutting_anybody_off(
         await watch.begin()
         before = await status(admin)
         (old,) = before.roots
-        assert (old.signing, old.workloads, old.unconfirmed) == (True, 1, 1)
+        assert (old.signing, old.workloads, old.unconfirmed) == (True, 1, 0)
 
         added = await rotate(admin, pb.ROTATION_STEP_ADD)
-        assert [(root.signing, root.unconfirmed) for root in added.roots] == [(True, 1), (False, 1)]
+        assert [(root.signing, root.unconfirmed) for root in added.roots] == [(True, 0), (False, 1)]
         new = added.roots[1].fingerprint
         error = await refused(admin, pb.ROTATION_STEP_OVERLAP)
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -150,6 +150,12 @@ async def test_a_root_is_rotated_without_cutting_anybody_off(
         roots = served.authority.roots_pem
         renewed = await served.renew(Workload(workload.key, workload.chain, roots))
         assert renewed.id == workload.id
+        # Whether the answer has come is known once the workload was seen with the new certificate.
+        assert "lead up to the old root" in str((await refused(admin, pb.ROTATION_STEP_RETIRE)).details())
+        async with served.mesh(renewed) as again:
+            seen = Watch(again)
+            await seen.begin()
+            await seen.end()
         retired = await rotate(admin, pb.ROTATION_STEP_RETIRE)
         assert [root.fingerprint for root in retired.roots] == [new]
         await watch.end()
@@ -173,6 +179,20 @@ async def test_a_root_is_rotated_without_cutting_anybody_off(
 
 async def _everybody_trusts(admin: AuthorityServiceAsyncStub, root: str) -> bool:
     return all(each.unconfirmed == 0 for each in (await status(admin)).roots if each.fingerprint == root)
+
+
+async def test_whoever_joins_during_a_rotation_holds_it_up_no_longer_than_it_must(
+    served: Plane, admin: AuthorityServiceAsyncStub
+) -> None:
+    await rotate(admin, pb.ROTATION_STEP_ADD)
+    # The bundle with both roots came with their certificates, and they were never seen since.
+    await served.join()
+    await rotate(admin, pb.ROTATION_STEP_OVERLAP)
+    error = await refused(admin, pb.ROTATION_STEP_RETIRE)
+    assert "lead up to the old root" in str(error.details())
+    await served.join()
+    (row,) = [root for root in (await status(admin)).roots if not root.signing]
+    assert row.workloads == 1
 
 
 async def test_a_step_can_be_forced_and_steps_have_an_order(served: Plane, admin: AuthorityServiceAsyncStub) -> None:

@@ -17,7 +17,7 @@ OVERLAPPING = ADDED.overlap([])
 
 
 def workload(number: int, root: str, *trusted: str) -> Dependent:
-    return Dependent(f"{number:016x}", "spiffe://mesh.internal/service/orders", root, frozenset(trusted))
+    return Dependent(f"{number:016x}", "spiffe://mesh.internal/service/orders", frozenset({root}), frozenset(trusted))
 
 
 def test_a_rotation_goes_through_its_phases() -> None:
@@ -57,6 +57,10 @@ def test_no_root_is_retired_that_somebody_needs() -> None:
     with pytest.raises(RotationRefusedError, match="have not confirmed"):
         OVERLAPPING.retire([workload(2, "b", "a")])
     assert OVERLAPPING.retire([workload(2, "b", "b")]) == Rotation("b")
+    # Renewed, but seen with its old certificate: the answer may have been lost.
+    both = Dependent("0", "spiffe://mesh.internal/service/orders", frozenset({"a", "b"}), frozenset({"a", "b"}))
+    with pytest.raises(RotationRefusedError, match="lead up to the old root"):
+        OVERLAPPING.retire([both])
     assert OVERLAPPING.retire([workload(1, "a")], force=True) == Rotation("b")
 
 

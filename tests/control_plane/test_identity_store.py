@@ -13,15 +13,8 @@ import pytest
 
 from control_plane.identity import store as store_module
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
-from control_plane.identity.store import (
-    FILE_NAME,
-    KEEP,
-    KEEP_REVOKED,
-    IdentityStore,
-    TokenRecord,
-    WorkloadRecord,
-    note_beside,
-)
+from control_plane.identity.records import TokenRecord, WorkloadRecord
+from control_plane.identity.store import FILE_NAME, KEEP, KEEP_REVOKED, IdentityStore, note_beside
 from mesh_client.core.errors import ConfigError
 
 NOW = 1_000.0
@@ -127,11 +120,11 @@ async def test_a_renewal_keeps_what_was_confirmed(store: IdentityStore) -> None:
     )
 
 
-async def test_workloads_from_elsewhere_are_remembered_once(store: IdentityStore) -> None:
-    await store.note(workload(1))
-    await store.note(replace(workload(1), serial="ff"))
+async def test_workloads_are_remembered_with_the_root_that_they_were_seen_with(store: IdentityStore) -> None:
+    await store.note(replace(workload(1), seen_root="r1"))
+    await store.note(replace(workload(1), serial="ff", seen_root="r2"))
     await store.renew(workload(2))
-    assert [each.serial for each in await store.workloads(NOW)] == ["1", "2"]
+    assert [(each.serial, each.seen_root) for each in await store.workloads(NOW)] == [("1", "r2"), ("2", "")]
     await store.confirm("unknown", "v1", ["r1"])
     assert len(await store.workloads(NOW)) == 2
 
