@@ -31,12 +31,14 @@ class Connection:
         channel: to it.
     """
 
-    __slots__ = ("channel", "multicallables", "node")
+    __slots__ = ("channel", "explained", "multicallables", "node")
 
     def __init__(self, node: Node, channel: grpc.aio.Channel) -> None:
         self.node = node
         self.channel = channel
         self.multicallables: dict[int, Any] = {}
+        self.explained = False
+        """Whether it has been logged why it cannot be made."""
 
     def multicallable(self, method: Method) -> Any:
         """Grpc's multicallable for the method on this connection."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from mesh.v1 import discovery_pb2
 
+from mesh_client.core.balancer import Node
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError, Reason
 from mesh_client.core.model import Locality, check_service_name
@@ -181,6 +182,9 @@ class Resolver:
         def transition(old: BreakerState, new: BreakerState) -> None:
             log.warning("breaker of %s: %s -> %s", name, old.value, new.value)
 
+        def unreached(node: Node, details: str) -> None:
+            self._targets[name].unreached(node, details)
+
         return Service(
             name,
             zone=self._zone,
@@ -190,6 +194,7 @@ class Resolver:
             snapshot_age=self.discovery.age,
             control_plane=lambda: self.discovery.detail,
             identity=self._describe_identity,
+            on_unreached=unreached,
         )
 
     def _describe_identity(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import contextmanager, suppress
@@ -14,9 +15,12 @@ import grpc
 from mesh_client.connection import Connection
 from mesh_client.context import inbound
 from mesh_client.core.balancer import Node
+from mesh_client.core.handshake import explain
 from mesh_client.core.policy import HashSource
 from mesh_client.core.service import Service
 from mesh_client.transport import Transport
+
+log = logging.getLogger(__name__)
 
 REPLACED_AT_ONCE = 8
 """Connections of one service that are replaced at once when credentials have changed."""
@@ -137,6 +141,18 @@ class Target:
         finally:
             self._replacing.discard(old)
         self._notify()
+
+    def unreached(self, node: Node, details: str) -> None:
+        """An attempt did not reach the endpoint. If certificates are the reason, that is logged, once per connection.
+
+        The call may succeed elsewhere, and nobody would learn of an endpoint that is not who it should be.
+        """
+        connection = node.connection
+        if isinstance(connection, Connection) and not connection.explained:
+            name, endpoint = self.service.name, node.endpoint
+            if why := explain(details, name, secure=self._transport.secure):
+                connection.explained = True
+                log.warning("call of %s to endpoint %s at %s: %s", name, endpoint.id, endpoint.target, why)
 
     def _notify(self) -> None:
         for listener in self._listeners:

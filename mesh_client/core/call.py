@@ -241,6 +241,8 @@ class Call:
         )
         node.load.finish(attempt.started_at, now, outcome)
         service.record(node, outcome, now)
+        if failure.code is StatusCode.UNAVAILABLE and not failure.received:
+            service.on_unreached(node, failure.details)
         delay = self._retry_delay(failure, per_try, now)
         if delay is not None:
             self._state = _WAITING

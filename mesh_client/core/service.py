@@ -63,6 +63,7 @@ class Service:
         snapshot_age: seconds since the control plane last confirmed what is held, for explanations.
         control_plane: the state of the discovery stream in words, for explanations.
         identity: the state of this process's certificate in words, for explanations; empty in plaintext.
+        on_unreached: told of each attempt that did not reach its endpoint, with the transport's message.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Service:
         snapshot_age: Callable[[float], float | None] = lambda now: None,
         control_plane: Callable[[], str] = str,
         identity: Callable[[], str] = str,
+        on_unreached: Callable[[Node, str], None] = lambda node, details: None,
     ) -> None:
         self.name = name
         self.snapshot_age = snapshot_age
         self.control_plane = control_plane
         self.identity = identity
+        self.on_unreached = on_unreached
         self.rng = rng
         self.resolution = Resolution.PENDING
         self.unreached: str = ""

@@ -317,6 +317,22 @@ def test_a_connection_that_was_refused_for_its_certificate_is_explained() -> Non
     assert "a certificate of somebody else than orders, and was refused" in detail.hint
 
 
+def test_an_attempt_that_did_not_reach_its_endpoint_is_told_of_whatever_becomes_of_the_call() -> None:
+    world = service("a", "b")
+    told: list[tuple[str, str]] = []
+    world.on_unreached = lambda node, details: told.append((node.endpoint.id, details))
+    call = Call(world, METHOD)
+    first = attempt(call.begin(0.0)).node.endpoint.id
+    pause(call.failed(DOWN, 0.1))
+    attempt(call.resumed(0.2))
+    call.succeeded(0.3)
+    assert told == [(first, "connection refused")]
+    call = Call(world, METHOD)
+    attempt(call.begin(1.0))
+    call.failed(AttemptFailure(StatusCode.UNAVAILABLE, "said the server", received=True), 1.1)
+    assert len(told) == 1
+
+
 def test_calls_wait_for_the_first_word_of_a_service() -> None:
     world = Service("orders", zone="", rng=Random(1), now=0.0)
     call = Call(world, METHOD, deadline=3.0)

@@ -141,6 +141,24 @@ async def test_a_server_with_a_good_certificate_of_another_service_is_refused_in
     assert echo.callers == []
 
 
+async def test_an_impostor_is_logged_once_though_the_calls_succeed_elsewhere(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.serve(world.shows(world.authority.service("inventory")))
+    (impostor,) = world.plane.endpoints("orders")
+    await world.serve(world.shows(world.authority.service("orders")))
+    (real,) = world.plane.endpoints("orders")
+    world.plane.set_endpoints("orders", Endpoint("impostor", "127.0.0.1", impostor.port), real)
+    world.mesh.channel("orders")
+    await world.plane.acknowledged("orders")
+    for _ in range(30):
+        assert await world.call() == b"hello"
+    said = [record.getMessage() for record in caplog.records if "somebody else than orders" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"call of orders to endpoint impostor at {impostor.target}: ")
+    assert "was refused" in said[0]
+
+
 @pytest.mark.parametrize(
     ("starts", "ends", "said"),
     [
