@@ -17,6 +17,7 @@ from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.handshake import explain
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
@@ -138,7 +139,9 @@ class Discovery:
                 self._on_state()
             self._lost(address, "it ended the stream", answered)
         except AioRpcError as error:
-            self._lost(address, f"{error.code().name}: {error.details()}", answered)
+            details = error.details() or ""
+            why = explain(details, "the control plane", secure=self._transport.secure)
+            self._lost(address, why or f"{error.code().name}: {details}", answered)
         except TimeoutError:
             self._lost(address, f"no response within {FIRST_RESPONSE_TIMEOUT:.0f} s", answered)
         except InvalidValueError as error:
