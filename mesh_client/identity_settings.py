@@ -27,9 +27,6 @@ CONSUL_TOKEN_FILE = "CONSUL_HTTP_TOKEN_FILE"
 
 CONSUL = "consul"
 
-SECURE_BY_DEFAULT = False
-"""Whether a process that says nothing of identity is refused; it is not while everything learns to be secure."""
-
 _WAYS = (
     f"a join token ({TOKEN_FILE} or {TOKEN}, from `mesh token create`), {ATTESTATION}={CONSUL} with {TRUST_ROOTS}, or "
     f"{IDENTITY_DIR} with an identity; or {INSECURE}=1 for plaintext"
@@ -163,8 +160,6 @@ def identity_settings(
         raise ConfigError(f"{ATTESTATION}: {attestation!r} is not allowed; expected {CONSUL}")
     directory = identity_dir or _env(IDENTITY_DIR)
     if not given and not directory:
-        if insecure is None and not SECURE_BY_DEFAULT:
-            return None
         raise ConfigError(f"this process has no way to prove who it is; give {_WAYS}")
     if not service:
         raise ConfigError("service: an identity is a service's; give service= or MESH_SERVICE, or insecure=True")

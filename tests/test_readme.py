@@ -15,6 +15,7 @@ import mesh_client
 from control_plane.documents import parse_document
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
+from mesh_cli.demo.identity import Identities
 from mesh_client.core.policy import Algorithm
 from tests.integration.orders import ORDER
 from tests.integration.system import PATIENCE, clean_environment
@@ -38,18 +39,31 @@ async def test_the_example_of_adoption_serves_calls_and_stops_cleanly(tmp_path: 
         "    def __init__(self, inventory):\n"
         "        super().__init__(type(inventory).__name__)\n"
     )
-    plane = ControlPlane(ControlPlaneOptions(insecure=True))
+    plane = ControlPlane(ControlPlaneOptions(data_dir=tmp_path / "state"))
     await plane.start()
+    identities = Identities(tmp_path)
+    await identities.set_up(tmp_path / "state", plane.address, ["orders", "checkout"])
     environment = clean_environment()
+    del environment["MESH_INSECURE"]
     environment |= {
         "MESH_CONTROL_PLANE": plane.address,
+        "MESH_ENROLMENT": plane.enrolment_address,
+        "MESH_TOKEN_FILE": str(identities.token_file("orders")),
         "MESH_REGISTRY": "embedded",
         "MESH_CACHE_DIR": str(tmp_path / "cache"),
         "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}",
     }
     app = await asyncio.create_subprocess_exec(sys.executable, str(tmp_path / "app.py"), env=environment)
+    checkout = mesh_client.connect(
+        plane.address,
+        service="checkout",
+        enrolment=plane.enrolment_address,
+        token_file=identities.token_file("checkout"),
+        insecure=False,
+        cache_dir="",
+    )
     try:
-        async with asyncio.timeout(PATIENCE), mesh_client.connect(plane.address, cache_dir="") as mesh:
+        async with asyncio.timeout(PATIENCE), checkout as mesh:
             stub = OrderServiceStub(mesh.channel("orders"))
             answer = await stub.GetOrder(ORDER, wait_for_ready=True)
             assert answer.order.taken_by == "InventoryServiceStub"
