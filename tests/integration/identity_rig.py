@@ -15,11 +15,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
 
 from control_plane.access import Access
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
+from mesh_client.core.caller import Caller
 from mesh_client.identity_settings import IdentitySettings, identity_settings
 from mesh_client.testing import InMemoryControlPlane
 from mesh_client.transport import SERVER_OPTIONS
@@ -66,15 +68,25 @@ class WatchedAuthority(CertificateAuthority):
 
     async def confirm(self, workload_id: str, bundle: TrustBundle) -> None:
         await super().confirm(workload_id, bundle)
+        self._tell()
+
+    async def note(self, caller: Caller, chain: list[x509.Certificate]) -> None:
+        await super().note(caller, chain)
+        self._tell()
+
+    def _tell(self) -> None:
         event, self._confirmed = self._confirmed, asyncio.Event()
         event.set()
 
     async def confirmed(self) -> None:
-        """Returns once every workload has the bundle of now in force."""
+        """Returns once every workload has the bundle of now in force, and was seen below its newest root."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 event = self._confirmed
-                if all(known.bundle_version == self.bundle.version for known in (await self.status()).workloads):
+                if all(
+                    known.bundle_version == self.bundle.version and known.seen_root == known.root
+                    for known in (await self.status()).workloads
+                ):
                     return
                 await event.wait()
 
