@@ -12,8 +12,8 @@ from urllib.parse import unquote
 from mesh_client.core.caller import Caller
 
 CALLER_METADATA_KEY = "mesh-caller"
-"""Metadata by which a client says which service it belongs to. Unproven: in plaintext it is good for sharing out load
-among callers, with identity it means nothing."""
+"""Metadata by which a client says, in plaintext, which service it belongs to. Unproven: it is good for sharing out load
+among callers. With identity it is not sent, and would mean nothing."""
 
 PREVIOUS_ATTEMPTS_KEY = "mesh-previous-attempts"
 """Metadata of a retry: how many attempts of the call came before. gRPC strips its own ``grpc-previous-rpc-attempts``

@@ -11,6 +11,7 @@ from typing import Any
 
 from mesh.v1 import discovery_pb2
 
+from mesh_client.context import CALLER_METADATA_KEY
 from mesh_client.core.balancer import Node
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError, Reason
@@ -146,7 +147,7 @@ class Resolver:
         if target is None:
             target = self._targets[name] = Target(
                 self._service(check_service_name(name)),
-                (("mesh-caller", self._node.service),) if self._node.service else (),
+                self._claim(),
                 self._loop,
                 self._spawn,
                 self._clock,
@@ -156,6 +157,10 @@ class Resolver:
             self._await_word_of(name)
             self._stream_changed()
         return target
+
+    def _claim(self) -> tuple[tuple[str, str], ...]:
+        """What servers are told of who calls. With identity they know, and each header of a call costs CPU time."""
+        return () if self.transport.secure or not self._node.service else ((CALLER_METADATA_KEY, self._node.service),)
 
     def watch_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
         """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that.
