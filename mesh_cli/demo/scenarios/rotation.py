@@ -11,7 +11,7 @@ from mesh.v1 import authority_pb2 as pb
 from mesh_cli.demo.promises import Promise, exactly
 from mesh_cli.demo.stage import Stage
 
-_PATIENCE = 30.0
+_PATIENCE = 45.0
 _POLL = 0.1
 
 
