@@ -53,13 +53,20 @@ class Authority(Protocol):
             ConfigError: files are broken, unsafe or missing.
         """
 
-    def tick(self, now: float, dependents: Sequence[Dependent]) -> None:
-        """Does what time or changed files ask for.
+    def tick(self, now: float) -> None:
+        """Does what time or changed files ask for, as far as it needs nobody's consent.
 
         Raises:
             MeshError: something could not be done; everything else goes on.
             OSError: a file could not be written.
         """
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for workloads, for `follow`."""
+
+    def follow(self, dependents: Sequence[Dependent]) -> None:
+        """Does what waits, as far as it cuts nobody off."""
 
     def add(self, now: float) -> None:
         """Trusts a next root.

@@ -152,7 +152,9 @@ class CertificateAuthority:
         async with self._changing:
             now = self._clock()
             try:
-                self._authority.tick(now, self._dependents(await self._store.workloads(now), now))
+                self._authority.tick(now)
+                if self._authority.pending:
+                    self._authority.follow(self._dependents(await self._store.workloads(now), now))
             finally:
                 await self._refresh(now)
             if abs(now - self._forgot_at) >= FORGET_EVERY:

@@ -63,29 +63,41 @@ class GivenAuthority:
         self._wanted = wanted
         self._state = AuthorityState((*kept, *wanted.trusted), wanted.issuer)
 
-    def tick(self, now: float, dependents: Sequence[Dependent]) -> None:
-        """Reads the files again when they changed, and does what they ask for as far as it cuts nobody off.
+    def tick(self, now: float) -> None:
+        """Reads the files again when they changed; roots that they have in addition are trusted from then on.
 
         Raises:
             ConfigError: they are broken; what was read before stays in force.
         """
         marks = self._marks()
-        if marks != self._seen:
-            self._seen = marks
-            wanted = self._read(now)
-            # Only what is complete and fits together replaces anything.
-            self._wanted = wanted
-            state = self.state
-            more = [root for root in wanted.trusted if root not in state.trusted]
-            self._state = AuthorityState((*state.trusted, *more), state.issuer)
-            _log.info("the files of the CA have changed and are read again: %d roots", len(wanted.trusted))
+        if marks == self._seen:
+            return
+        self._seen = marks
+        # Only what is complete and fits together replaces anything.
+        wanted = self._read(now)
+        state = self.state
+        more = [root for root in wanted.trusted if root not in state.trusted]
+        self._wanted = wanted
+        self._state = AuthorityState((*state.trusted, *more), state.issuer)
+        _log.info("the files of the CA have changed and are read again: %d roots", len(wanted.trusted))
+
+    @property
+    def pending(self) -> bool:
+        """Whether what the files ask for is not in force yet."""
+        state, wanted = self.state, self._wanted
+        return wanted is not None and (
+            wanted.issuer.certificate != state.issuer.certificate or set(wanted.trusted) != set(state.trusted)
+        )
+
+    def follow(self, dependents: Sequence[Dependent]) -> None:
+        """Goes over to the issuer of the files, and drops roots that they have no more, if that cuts nobody off."""
         for step in (self._go_over, self._drop):
             try:
                 step(dependents, force=False)
             except RotationRefusedError as error:
                 self._say(str(error))
                 return
-        self._say("")
+        self._said = ""
 
     def add(self, now: float) -> None:
         """Not from here.
@@ -167,6 +179,6 @@ class GivenAuthority:
 
     def _say(self, problem: str) -> None:
         """Logs what keeps the files from being followed, once for each."""
-        if problem and problem != self._said:
+        if problem != self._said:
             _log.error("the files of the CA are not followed yet: %s", problem)
         self._said = problem

@@ -101,12 +101,13 @@ class Issuance:
             raise InvalidValueError("ttl", f"{ttl:g} s", "1 min to 30 days")
         if not 1 <= uses <= MAX_USES:
             raise InvalidValueError("uses", uses, f"1 to {MAX_USES}")
-        now = self._clock()
+        now, bundle = self._clock(), self._in_force().bundle
         token = tokens.JoinToken(
             secrets.token_hex(8),
             service,
             tokens.ends_at(now, ttl),
-            self._in_force().bundle.fingerprints,
+            # The root that the enrolment port shows comes first: others may not fit in.
+            tuple(dict.fromkeys((bundle.signing_root, *bundle.fingerprints)))[: tokens.MAX_ROOTS],
             self._trust_domain,
         )
         details = TokenRecord(token.id, service, token.expires, uses, uses, created_by)

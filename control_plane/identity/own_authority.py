@@ -134,7 +134,13 @@ class OwnAuthority:
         self._stored = self._read(path)
         return True
 
-    def tick(self, now: float, dependents: Sequence[Dependent]) -> None:
+    pending = False
+    """The steps of a rotation are taken by operators."""
+
+    def follow(self, dependents: Sequence[Dependent]) -> None:
+        """Nothing waits."""
+
+    def tick(self, now: float) -> None:
         """Replaces the issuer when it is time and the root's key is there.
 
         Raises:
@@ -142,7 +148,6 @@ class OwnAuthority:
             IssuerNotValidError: the root has ended.
             OSError: a file could not be written.
         """
-        del dependents
         stored = self._now()
         certificate, root = stored.issuer.certificate, stored.issuer.root
         begins, ends = ca.begins(certificate), ca.expires(certificate)

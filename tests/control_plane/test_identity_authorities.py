@@ -123,29 +123,29 @@ def test_a_crash_at_any_write_leaves_the_state_before_or_after(
     assert names(tmp_path).count("root") == len(after.state.trusted)
     if seen:  # it had begun
         assert set(after.state.trusted) & set(seen[-1])
-    after.tick(NOW, [])
+    after.tick(NOW)
 
 
 def test_an_issuer_is_replaced_in_time_while_the_root_s_key_is_there(tmp_path: Path) -> None:
     authority = own(tmp_path)
     first = authority.state.issuer
-    authority.tick(NOW + 0.4 * ca.ISSUER_LIFETIME, [])
+    authority.tick(NOW + 0.4 * ca.ISSUER_LIFETIME)
     assert authority.state.issuer == first
-    authority.tick(NOW + 0.6 * ca.ISSUER_LIFETIME, [])
+    authority.tick(NOW + 0.6 * ca.ISSUER_LIFETIME)
     second = authority.state.issuer
     assert second.certificate != first.certificate
     assert second.root == first.root
     assert names(tmp_path) == ["authority.json", "issuer", "root"]
     (key,) = tmp_path.glob("root-*.key")
     key.rename(tmp_path / "away")
-    authority.tick(NOW + 1.5 * ca.ISSUER_LIFETIME, [])
+    authority.tick(NOW + 1.5 * ca.ISSUER_LIFETIME)
     assert authority.state.issuer == second
     assert own(tmp_path).state.issuer.certificate == second.certificate
     # An issuer that ends with its root cannot be replaced by a later one.
     late = own(None)
-    late.tick(NOW + ca.ROOT_LIFETIME - 1.0, [])
+    late.tick(NOW + ca.ROOT_LIFETIME - 1.0)
     replaced = late.state.issuer
-    late.tick(NOW + ca.ROOT_LIFETIME - 0.1, [])
+    late.tick(NOW + ca.ROOT_LIFETIME - 0.1)
     assert late.state.issuer == replaced
 
 
@@ -167,6 +167,10 @@ def test_the_new_root_s_key_has_to_be_there_for_the_overlap(tmp_path: Path) -> N
 
 def test_rotation_in_memory_needs_no_files() -> None:
     authority = own(None)
+    before = authority.state
+    assert not authority.pending
+    authority.follow([])
+    assert authority.state == before
     with pytest.raises(RuntimeError):
         _ = OwnAuthority(None, DOMAIN).state
     authority.add(NOW)
@@ -401,19 +405,21 @@ async def test_new_files_that_are_broken_or_half_written_change_nothing(
         for broken in (b"", content[:-40], b"nonsense"):
             path.write_bytes(broken)
             with pytest.raises(ConfigError):
-                authority.tick(NOW, [])
-            authority.tick(NOW, [])  # said once
+                authority.tick(NOW)
+            authority.tick(NOW)  # said once
             assert authority.state == before
         path.unlink()
         with pytest.raises(ConfigError):
-            authority.tick(NOW, [])
+            authority.tick(NOW)
         files.write_atomically(path, content)
     # A key that does not belong to the certificate yet.
     files.write_atomically(given.directory / "ca.key", ca.key_pem(intermediate().key))
     with pytest.raises(ConfigError, match="is not the key"):
-        authority.tick(NOW, [])
+        authority.tick(NOW)
     given.write(intermediate())
-    authority.tick(NOW, [])
+    authority.tick(NOW)
+    authority.follow([])
+    assert not authority.pending
     assert authority.state.issuer.certificate != before.issuer.certificate
 
 
@@ -426,25 +432,37 @@ def test_a_root_is_changed_by_files_without_cutting_anybody_off(given: Given, ca
     authority.open(NOW, ())
     given.write(new, old.root, new.root)
     somebody = workload(names_of["old"], names_of["old"])
-    authority.tick(NOW, [somebody])
+    authority.tick(NOW)
+    assert authority.pending
+    authority.follow([somebody])
     assert authority.state.trusted == (old.root, new.root)
     assert authority.state.issuer.certificate == old.certificate
-    authority.tick(NOW, [somebody])
+    authority.tick(NOW)
+    assert authority.pending
+    authority.follow([somebody])
     assert caplog.text.count("have not confirmed that they trust the new root") == 1
     somebody = workload(names_of["old"], *names_of.values())
-    authority.tick(NOW, [somebody])
+    authority.tick(NOW)
+    assert authority.pending
+    authority.follow([somebody])
     assert authority.state.issuer.certificate == new.certificate
     given.write(new)
-    authority.tick(NOW, [somebody])
+    authority.tick(NOW)
+    assert authority.pending
+    authority.follow([somebody])
     assert authority.state.trusted == (old.root, new.root)
     assert "have certificates that lead up to the old root" in caplog.text
     # A restart in between remembers what was trusted.
     restarted = given.authority()
     restarted.open(NOW, authority.state.trusted)
-    restarted.tick(NOW, [somebody])
+    restarted.tick(NOW)
+    assert restarted.pending
+    restarted.follow([somebody])
     assert restarted.state.trusted == (old.root, new.root)
     for each in (authority, restarted):
-        each.tick(NOW, [workload(names_of["new"], names_of["new"])])
+        each.tick(NOW)
+        assert each.pending
+        each.follow([workload(names_of["new"], names_of["new"])])
         assert each.state.trusted == (new.root,)
 
 
@@ -459,7 +477,9 @@ def test_steps_with_files_can_be_forced(given: Given) -> None:
     with pytest.raises(RotationRefusedError, match="no other roots"):
         authority.retire([], force=True)
     given.write(new)
-    authority.tick(NOW, [somebody])
+    authority.tick(NOW)
+    assert authority.pending
+    authority.follow([somebody])
     assert authority.state.issuer.certificate == old.certificate
     with pytest.raises(RotationRefusedError, match="signs still"):
         authority.retire([somebody], force=True)

@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from mesh.v1.certificate_pb2 import SignCertificateRequest
 
+from control_plane.identity import tokens
 from control_plane.identity.errors import StoreUnavailableError
 from control_plane.identity.options import IdentityOptions
-from control_plane.identity.tokens import parse_payload
+from control_plane.identity.tokens import JoinToken, parse_payload
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from tests.control_plane.identities import TIMEOUT, Plane, Watch, new_key, opened, plane, request_for, signed
 
@@ -130,9 +131,9 @@ async def test_tokens_that_do_not_hold_are_refused_without_saying_why(
     spent, revoked, ended, good = [await served.token() for _ in range(4)]
     async with served.enrolment() as stub:
         await stub.SignCertificate(asking(spent), timeout=TIMEOUT)
-    tokens = await served.authority.tokens()
+    listed = await served.authority.tokens()
     payload = revoked.split(".")[1]
-    token_id = next(each.id for each in tokens if each.id in str(parse(payload)))
+    token_id = next(each.id for each in listed if each.id in str(parse(payload)))
     assert await served.authority.revoke_token(token_id)
     async with opened() as other:
         foreign = (await other.create_token("orders", 3600.0, 1, "x")).text
@@ -244,6 +245,22 @@ async def test_a_client_that_has_the_root_s_hash_alone_finds_the_root(served: Pl
 
     chain = await asyncio.to_thread(fetch)
     assert [hashlib.sha256(each).hexdigest() for each in chain][-1] == known
+
+
+async def test_a_token_names_the_root_that_is_shown_however_many_there_are(
+    served: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await served.authority.add_root()
+    await served.authority.overlap()
+    assert len(named(await served.token())) == 2
+    monkeypatch.setattr(tokens, "MAX_ROOTS", 1)
+    assert named(await served.token()) == (served.authority.bundle.signing_root,)
+
+
+def named(token: str) -> tuple[str, ...]:
+    found = parse(token.split(".")[1])
+    assert isinstance(found, JoinToken)
+    return found.roots
 
 
 async def test_nothing_is_signed_when_the_clock_is_far_off(served: Plane, caplog: pytest.LogCaptureFixture) -> None:
