@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import logging
 import socket
@@ -154,7 +155,6 @@ async def test_tokens_that_do_not_hold_are_refused_without_saying_why(
 
 
 def parse(payload: str) -> object:
-    import base64
 
     return parse_payload(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
 
