@@ -194,6 +194,8 @@ class AdminClient:
                 )
         if code is grpc.StatusCode.UNIMPLEMENTED:
             details = "it is not a grpc-mesh control plane, or one of another version; check --control-plane"
+            if self.credentials is None:
+                details += ". A control plane that runs with --insecure has no tokens, operators and certificates"
         return RefusedError(code, details, self.address)
 
     def _other_language(self, cause: str) -> str:
