@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import grpc.aio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.identity import ca, files
-from control_plane.identity.errors import RotationRefusedError, StoreUnavailableError
+from control_plane.identity.errors import InvalidTokenError, RotationRefusedError, StoreUnavailableError
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.operators import create_operator_from_files
 from control_plane.identity.options import IdentityOptions
@@ -389,6 +390,29 @@ async def test_an_intermediate_signs_and_is_replaced_while_everything_runs(given
         created = create_operator_from_files(*given.paths, "alice", tmp_path / "o", now=time.time())
         alice = Workload(created.key.read_bytes(), created.chain.read_bytes(), created.roots.read_bytes())
         assert (await served.renew(alice)).id == created.workload_id
+
+
+async def test_control_planes_below_one_root_renew_each_other_s_workloads(given: Given, tmp_path: Path) -> None:
+    intermediate = offline()
+    given.write(intermediate())
+    second = Given(tmp_path / "second")
+    second.directory.mkdir(mode=0o700)
+    second.write(intermediate())
+    async with plane(given.options(tmp_path / "a")) as here, plane(second.options(tmp_path / "b")) as there:
+        token = await here.token()
+        workload = await here.join()
+        moved = await there.renew(workload)
+        assert moved.id == workload.id
+        (known,) = (await there.authority.status()).workloads
+        assert (known.id, known.attested_by) == (workload.id, "certificate")
+        await here.renew(moved)
+        # Join tokens and revocations are each control plane's own.
+        with pytest.raises(InvalidTokenError, match="did not sign"):
+            await there.authority.issuance.by_token(token, "orders", b"", "x")
+        await there.authority.revoke(workload_id=workload.id)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await there.renew(moved)
+        await here.renew(moved)
 
 
 async def test_new_files_that_are_broken_or_half_written_change_nothing(
