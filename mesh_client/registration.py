@@ -18,6 +18,7 @@ from mesh.v1 import registry_pb2, registry_pb2_grpc
 
 from mesh_client.convert import endpoint_to_proto
 from mesh_client.core.errors import IdentityError
+from mesh_client.core.handshake import explain
 from mesh_client.core.model import Endpoint, Health
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
 from mesh_client.transport import CONTROL_PLANE, Transport
@@ -199,7 +200,9 @@ class LeaseRegistrar:
                 async with self._transport.open_channel(address, CONTROL_PLANE) as channel:
                     await self._hold(address, registry_pb2_grpc.RegistryServiceStub(channel))
             except grpc.aio.AioRpcError as error:
-                self._broken(address, f"{error.code().name}: {error.details()}", refused=error.code() in _REFUSALS)
+                details = error.details() or ""
+                why = explain(details, "the control plane", secure=self._transport.secure)
+                self._broken(address, why or f"{error.code().name}: {details}", refused=error.code() in _REFUSALS)
             except IdentityError as error:
                 self._broken(address, str(error))
             except TimeoutError:
