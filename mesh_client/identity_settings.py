@@ -210,8 +210,8 @@ def _roots(value: str | Path | None) -> tuple[bytes, ...]:
         return ()
     path = Path(file).expanduser()
     try:
-        if path.stat().st_mode & 0o002:
-            raise ConfigError(f"{name}: {path} can be written by everybody; chmod o-w it, and check what is in it")
+        if path.stat().st_mode & 0o022:
+            raise ConfigError(f"{name}: {path} can be written by others; chmod go-w it, and check what is in it")
         return from_pem(read_small_file(path))
     except OSError as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None

@@ -77,13 +77,17 @@ class _Keys:
         else:
             remove(self._directory / name)
 
-    def drop_others(self, names: set[str]) -> None:
-        """Removes keys that nothing needs: of steps that did not come to their end."""
+    def set_aside_others(self, names: set[str]) -> None:
+        """Renames keys that nothing needs: of steps that did not come to their end, or newer than a state that was
+        restored, which is why they are not deleted."""
         if self._directory is not None:
             for path in (*self._directory.glob("root-*.key"), *self._directory.glob("issuer-*.key")):
                 if path.name not in names:
-                    _log.warning("%s is not in use and is removed", path)
-                    remove(path)
+                    aside = path.with_name(f"unused-{path.name}")
+                    _log.warning(
+                        "%s is not in use and is renamed to %s: delete it unless you miss it", path, aside.name
+                    )
+                    path.replace(aside)
 
 
 class OwnAuthority:
@@ -118,7 +122,7 @@ class OwnAuthority:
         del remembered
         if not self.load():
             self._create(now)
-        self._keys.drop_others({_issuer_key(self._now().issuer.certificate), *map(_root_key, self._now().roots)})
+        self._keys.set_aside_others({_issuer_key(self._now().issuer.certificate), *map(_root_key, self._now().roots)})
 
     def load(self) -> bool:
         """Reads what is stored; False when nothing is.
@@ -273,6 +277,8 @@ class OwnAuthority:
             raise ConfigError(
                 f"{path} is of the trust domain {trust_domain!r}, and {self._trust_domain!r} was asked for"
             )
+        for name, root in roots.items():
+            self._keys.find(_root_key(name), root)  # may be away; if it is there, it is safe and the root's own
         key = self._keys.find(_issuer_key(certificate), certificate)
         if key is None:
             raise ConfigError(f"{path.with_name(_issuer_key(certificate))} is missing: restore the issuer's key")

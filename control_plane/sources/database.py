@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -136,6 +138,8 @@ class Database:
                 return
 
     def _connect(self) -> sqlite3.Connection:
+        if self.path is not None:
+            _keep_to_ourselves(self.path)
         # Only this thread uses it; transactions are begun by hand.
         connection = sqlite3.connect(self.path or ":memory:", timeout=2.0, isolation_level=None)
         try:
@@ -181,6 +185,14 @@ class Database:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _keep_to_ourselves(path: Path) -> None:
+    """Makes the file for this user alone; who could write it could allow themselves whatever policies forbid."""
+    with contextlib.suppress(OSError):  # whatever is wrong, SQLite says so
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if path.stat().st_mode & 0o022:
+            raise ConfigError(f"others may write {path}, which holds policies: chmod 600 {path}")
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

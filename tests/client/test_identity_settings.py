@@ -162,7 +162,7 @@ def test_a_flag_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_roots_that_are_none_or_that_anybody_can_change_are_refused(tmp_path: Path, roots: Path) -> None:
     roots.chmod(0o666)
-    with pytest.raises(ConfigError, match="can be written by everybody; chmod o-w it"):
+    with pytest.raises(ConfigError, match="can be written by others; chmod go-w it"):
         settings(token=JOIN, trust_roots=roots)
     other = tmp_path / "other.pem"
     other.write_text("roots")
