@@ -78,8 +78,10 @@ class _Keys:
             remove(self._directory / name)
 
     def set_aside_others(self, names: set[str]) -> None:
-        """Renames keys that nothing needs: of steps that did not come to their end, or newer than a state that was
-        restored, which is why they are not deleted."""
+        """Renames keys that nothing needs: of steps that did not come to their end.
+
+        They may also be newer than a state that was restored, so they are not deleted.
+        """
         if self._directory is not None:
             for path in (*self._directory.glob("root-*.key"), *self._directory.glob("issuer-*.key")):
                 if path.name not in names:

@@ -127,6 +127,18 @@ def test_a_crash_at_any_write_leaves_the_state_before_or_after(
     after.tick(NOW)
 
 
+def test_a_key_that_a_restored_state_does_not_know_is_not_deleted(tmp_path: Path) -> None:
+    authority = own(tmp_path)
+    before = (tmp_path / "authority.json").read_bytes()
+    authority.add(NOW)
+    new = f"root-{ca.fingerprint(authority.state.trusted[1])[:16]}.key"
+    content = (tmp_path / new).read_bytes()
+    files.write_atomically(tmp_path / "authority.json", before)
+    assert len(own(tmp_path).state.trusted) == 1
+    assert (tmp_path / f"unused-{new}").read_bytes() == content
+    assert not (tmp_path / new).exists()
+
+
 def test_an_issuer_is_replaced_in_time_while_the_root_s_key_is_there(tmp_path: Path) -> None:
     authority = own(tmp_path)
     first = authority.state.issuer
