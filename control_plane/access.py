@@ -91,6 +91,11 @@ class Access:
         self.denials: Counter[str] = Counter()
 
     @property
+    def trust_domain(self) -> str:
+        """Whose identities are meant; empty without identity."""
+        return self._trust_domain or ""
+
+    @property
     def secure(self) -> bool:
         """Whether callers have identities."""
         return self._trust_domain is not None

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from mesh.v1 import admin_pb2, admin_pb2_grpc
 
+from control_plane.access import Access
 from control_plane.catalog import Catalog, RemovalHold, ServiceView, SourceState
 from control_plane.convert import (
     duration_to_proto,
@@ -39,6 +40,8 @@ from mesh_client.core.policy import ServicePolicy
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
+_SHOWN_DENIALS = 20
+
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """Serves ``mesh.v1.AdminService``. To be made inside the event loop.
@@ -50,6 +53,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         policies: where policies are stored.
         publisher: what is published.
         hub: who is connected.
+        access: who was refused; by default there are no identities.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         policies: PolicyStore,
         publisher: Publisher,
         hub: StreamHub,
+        access: Access | None = None,
     ) -> None:
+        self._access = access or Access(None)
         self._control_plane = control_plane
         self._catalog = catalog
         self._book = book
@@ -92,6 +98,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 for problem in self._book.problems
             ],
             removal_hold=None if view.hold is None else _hold_to_proto(view.hold, now),
+            trust_domain=self._access.trust_domain,
+            denials=[
+                admin_pb2.Denials(caller=caller, count=count)
+                for caller, count in self._access.denials.most_common(_SHOWN_DENIALS)
+            ],
         )
 
     async def ListEndpoints(
@@ -213,6 +224,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             peer=client.peer,
             connected=duration_to_proto(now - client.connected_at),
             subscriptions=[self._subscription_to_proto(state, now) for state in client.subscriptions],
+            workload_id=client.workload_id,
         )
 
     def _subscription_to_proto(self, state: SubscriptionState, now: float) -> admin_pb2.SubscriptionStatus:

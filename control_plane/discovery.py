@@ -60,6 +60,8 @@ class ClientState:
     peer: str
     connected_at: float
     subscriptions: Sequence[SubscriptionState]
+    workload_id: str = ""
+    """Which workload its certificate names; empty without identity."""
 
 
 _SHOWN = 63
@@ -73,7 +75,7 @@ def _nothing() -> None:
 class _Stream:
     """One open stream."""
 
-    __slots__ = ("connected_at", "ending", "peer", "stop_watching", "subscriptions", "task", "wake")
+    __slots__ = ("connected_at", "ending", "peer", "stop_watching", "subscriptions", "task", "wake", "workload_id")
 
     def __init__(
         self, subscriptions: Subscriptions, peer: str, connected_at: float, task: asyncio.Task[object]
@@ -86,6 +88,7 @@ class _Stream:
         self.ending = (grpc.StatusCode.CANCELLED, "the stream was cancelled")
         """The status to end with when the task is cancelled."""
         self.stop_watching: Callable[[], None] = _nothing
+        self.workload_id = ""
 
     @property
     def node_id(self) -> str:
@@ -94,6 +97,7 @@ class _Stream:
 
     def identify(self, access: Access, caller: Caller | None) -> None:
         """The stream is somebody's: it ends when they are revoked."""
+        self.workload_id = "" if caller is None else caller.workload_id
         revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
         self.stop_watching = access.when_revoked(caller, revoked)
 
@@ -182,7 +186,13 @@ class StreamHub:
     def clients(self) -> list[ClientState]:
         """Every connected client, in order of connection."""
         return [
-            ClientState(stream.subscriptions.node, stream.peer, stream.connected_at, stream.subscriptions.states())
+            ClientState(
+                stream.subscriptions.node,
+                stream.peer,
+                stream.connected_at,
+                stream.subscriptions.states(),
+                stream.workload_id,
+            )
             for stream in self._streams
         ]
 

@@ -164,7 +164,7 @@ class ControlPlane:
             RegistryServicer(self._registry.leases, self._hub, options.registry, self.access), server
         )
         admin = AdminServicer(
-            options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub
+            options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub, self.access
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -51,12 +51,17 @@ def status(
 def render_status(answer: admin_pb2.GetStatusResponse, address: str) -> RenderableType:
     """The whole status as tables, trouble first."""
     parts: list[RenderableType] = [
-        Text(f"Control plane {printable(answer.control_plane)} at {address}, up {age(answer.uptime)}", style="bold")
+        Text.assemble(
+            f"Control plane {printable(answer.control_plane)} at {address}, up {age(answer.uptime)}, ",
+            f"trust domain {printable(answer.trust_domain)}" if answer.trust_domain else ("insecure", "red"),
+            style="bold",
+        )
     ]
     for section in (
         _sources(answer),
         _removal_hold(answer),
         _policy_problems(answer),
+        _denials(answer),
         _services(answer),
         _clients(answer),
         _rejections(answer),
@@ -104,6 +109,16 @@ def _policy_problems(answer: admin_pb2.GetStatusResponse) -> Iterator[Renderable
         )
         for error in problem.errors:
             yield Text(printable(f"  {error.path}: {error.message}" if error.path else f"  {error.message}"))
+
+
+def _denials(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
+    if not answer.denials:
+        return
+    shown = table("REFUSED", "TIMES", right=["TIMES"])
+    for denials in answer.denials:
+        add_row(shown, denials.caller, str(denials.count))
+    yield shown
+    yield Text("They asked for what their identity does not allow; the control plane's log says for what.")
 
 
 def _services(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:

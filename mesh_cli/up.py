@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mesh_cli.demo import require_shop
 from mesh_cli.output import add_row, console, table
+from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,9 +46,10 @@ async def _up(consul: bool) -> int:
 
 
 def _describe(system: System, out: Console) -> None:
-    rows = table("instance", "address", "process", "log")
+    rows = table("instance", "identity", "address", "process", "log")
     for instance in system.instances:
-        add_row(rows, instance.name, instance.address, str(instance.process.pid), str(instance.process.log))
+        identity = Principal.service(DEFAULT_TRUST_DOMAIN, instance.service).spiffe_id
+        add_row(rows, instance.name, identity, instance.address, str(instance.process.pid), str(instance.process.log))
     out.print(rows)
     out.print(f"\ncontrol plane  {system.address}, enrolment {system.enrolment_address}")
     out.print(f"operator       {system.identities.operator}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """Settings of one instance, from environment variables.
 
-The mesh reads its own (``MESH_CONTROL_PLANE``, ``MESH_REGISTRY``, ``MESH_ZONE``, ...); these are the shop's.
+The mesh reads its own (``MESH_CONTROL_PLANE``, ``MESH_TOKEN_FILE``, ``MESH_REGISTRY``, ``MESH_ZONE``, ...); these are
+the shop's.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def healthy_status() -> admin_pb2.GetStatusResponse:
     return admin_pb2.GetStatusResponse(
         control_plane="control-plane-1f0c",
         uptime=span(3 * 3600 + 12 * 60 + 5),
+        trust_domain="mesh.internal",
         sources=[admin_pb2.SourceStatus(name="consul", connected=True, since=span(3 * 3600 + 12 * 60 + 4))],
         services=[
             admin_pb2.ServiceStatus(
@@ -134,6 +135,9 @@ def troubled_status() -> admin_pb2.GetStatusResponse:
     status.removal_hold.CopyFrom(
         admin_pb2.RemovalHold(endpoints=6, services=["inventory", "payments"], since=span(48), remaining=span(252))
     )
+    status.denials.append(admin_pb2.Denials(caller="spiffe://mesh.internal/service/reviews", count=17))
+    status.denials.append(admin_pb2.Denials(caller="nobody", count=2))
+    status.clients[0].workload_id = "1d2f0a9b8c7e6f50"
     status.clients[0].subscriptions[1].current_version = "b7de01a2c3f4e5d6"
     status.clients.append(
         admin_pb2.ClientStatus(

@@ -173,15 +173,18 @@ async def test_a_workload_drains_its_own_service_alone_and_operators_any(world: 
 
 
 async def test_a_node_is_of_the_service_that_its_certificate_names(world: World) -> None:
-    orders, _ = await world.workload("orders")
+    orders, workload = await world.workload("orders")
     stream = await watch(orders, discovery_pb2.Node(id="orders-1", service="orders"))
     assert isinstance(await stream.read(), discovery_pb2.DeltaResourcesResponse)
+    stub = admin_pb2_grpc.AdminServiceStub(await world.operator())
+    (client,) = (await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=TIMEOUT)).clients
+    assert (client.service, client.workload_id) == ("orders", workload)
     stream.cancel()
     for service in ("payments", ""):
         code, said = await end_of(await watch(orders, discovery_pb2.Node(id="orders-1", service=service)))
         assert code is DENIED
         assert "spiffe://mesh.internal/service/orders may not watch as" in said
-    stream = await watch(await world.operator(), discovery_pb2.Node(id="somebody"))
+    stream = await watch(await world.operator("bob"), discovery_pb2.Node(id="somebody"))
     assert isinstance(await stream.read(), discovery_pb2.DeltaResourcesResponse)
     stream.cancel()
 
@@ -204,7 +207,9 @@ async def test_the_services_of_operators_are_closed_to_workloads(world: World) -
     assert code is DENIED
     answer = await authority_pb2_grpc.AuthorityServiceStub(operator).GetCertificateAuthority(ask, timeout=TIMEOUT)
     assert answer.trust_domain == DEFAULT_TRUST_DOMAIN
-    assert world.plane.access.denials == {"spiffe://mesh.internal/service/orders": 2}
+    shown = await admin_pb2_grpc.AdminServiceStub(operator).GetStatus(status, timeout=TIMEOUT)
+    assert list(shown.denials) == [admin_pb2.Denials(caller="spiffe://mesh.internal/service/orders", count=2)]
+    assert shown.trust_domain == DEFAULT_TRUST_DOMAIN
 
 
 async def test_health_and_reflection_are_for_everybody_with_an_identity(world: World) -> None:
