@@ -52,6 +52,8 @@ MAX_CONSUL_AT_ONCE = 8
 SEND_TIMEOUT = 5.0
 """Seconds that a caller without an identity has to send what it has begun to send."""
 
+MAX_CHAIN = 8
+"""Certificates of a caller that are looked at, the leaf first."""
 MAX_STREAMS = 16
 """Streams of the trust bundle that one workload may have open: one would do."""
 
@@ -220,9 +222,10 @@ def peer_chain(properties: Mapping[str, Iterable[bytes]]) -> list[x509.Certifica
     try:
         first = x509.load_pem_x509_certificate(leaf[0])
         rest = [each for part in others for each in x509.load_pem_x509_certificates(part)]
-    except ValueError:
+    except (ValueError, x509.InvalidVersion):
         return []
-    return [first, *(each for each in rest if each != first)]
+    # Who signed whom is looked for among them, so there must not be many.
+    return [first, *(each for each in rest if each != first)][:MAX_CHAIN]
 
 
 def _consul(registry: str) -> ConsulAttestation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 
@@ -18,8 +19,9 @@ from mesh.v1.certificate_pb2 import SignCertificateRequest
 from control_plane.identity import own_identity
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.bundle_stream import MAX_UNACKNOWLEDGED, SentBundles
+from control_plane.identity.ca import der, load_certificates, pem, root_of
 from control_plane.identity.certificate_authority import CertificateAuthority
-from control_plane.identity.certificates import peer_chain
+from control_plane.identity.certificates import MAX_CHAIN, peer_chain
 from control_plane.identity.options import IdentityOptions
 from control_plane.identity.own_identity import OwnIdentity
 from mesh_client.core.identity import Principal
@@ -124,6 +126,20 @@ def test_certificates_of_a_connection_that_cannot_be_read_are_none() -> None:
     assert peer_chain({}) == []
     assert peer_chain({"x509_pem_cert": [b"a", b"b"]}) == []
     assert peer_chain({"x509_pem_cert": [b"nonsense"]}) == []
+
+
+async def test_few_of_the_certificates_that_a_caller_shows_are_looked_at(served: Plane) -> None:
+    workload = await served.join()
+    leaf = workload.certificate
+    others = [(await served.join()).certificate for _ in range(MAX_CHAIN)]
+    found = peer_chain({"x509_pem_cert": [pem([leaf])], "x509_pem_cert_chain": [pem([leaf, *others])]})
+    assert found == [leaf, *others[: MAX_CHAIN - 1]]
+    # A version that there is not is no ValueError of cryptography's.
+    content = der(others[0])
+    position = content.index(bytes([0xA0, 3, 2, 1, 2])) + 4
+    broken = ssl.DER_cert_to_PEM_cert(content[:position] + b"\x07" + content[position + 1 :]).encode()
+    assert peer_chain({"x509_pem_cert": [pem([leaf])], "x509_pem_cert_chain": [broken]}) == []
+    assert root_of([leaf, *load_certificates(workload.chain, "chain")], load_certificates(workload.roots, "roots"))
 
 
 async def test_a_certificate_authority_has_to_be_opened() -> None:
