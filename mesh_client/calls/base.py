@@ -254,6 +254,13 @@ class MeshCall(Generic[Request, Response]):
             await self._next_change()
         return self._call
 
+    async def _ended_well(self, call: GrpcCall) -> bool:
+        """Whether the call is a success, though grpc says that an attempt failed: see `StreamingRequests`."""
+        self.attempt_done(call)
+        while self._call is call and self._code is None:
+            await self._next_change()
+        return self._code is _OK
+
     async def _until_over(self) -> grpc.StatusCode:
         while (code := self._code) is None:
             await self._next_change()
@@ -349,6 +356,8 @@ class MeshCall(Generic[Request, Response]):
             try:
                 await call.wait_for_connection()
             except AioRpcError:
+                if await self._ended_well(call):
+                    return
                 if self._error is not None:
                     raise self._error from None
             else:

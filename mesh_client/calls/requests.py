@@ -9,15 +9,20 @@ from typing import Any, Generic
 
 import grpc
 import grpc.aio
-from grpc.aio import UsageError
+from grpc.aio import Metadata, UsageError
 
-from mesh_client.calls.base import MeshCall
+from mesh_client.calls.base import GrpcCall, MeshCall, at_once
 from mesh_client.multicallable import Request, Response
 
 REPLAY_BYTES = 256 * 1024
 """Serialised requests kept for a retry. A call that has sent more is not retried any more (gRFC A6, per-RPC buffer)."""
 
 MIXED_STYLES = "The iterator and read/write APIs may not be mixed on a single RPC."
+WRITE_FAILED = "Internal error from Core"
+"""What grpc says, with INTERNAL, of a call whose end a write has crossed, until it has read what the server said."""
+_FIRST_LOOK, _LAST_LOOK = 0.001, 5.0
+"""Seconds after which it is asked again: at first, and at most before that is given up; each time twice as many."""
+
 _FINISHED = "RPC already finished."
 _HALF_CLOSED = 'RPC is half closed after calling "done_writing".'
 
@@ -149,17 +154,59 @@ class StreamingRequests(MeshCall[Request, Response]):
 
     _payload: RequestLog[Request]
     _streams_requests = True
+    _look: asyncio.TimerHandle | None = None
+    """When grpc is asked again how the attempt ended; nobody takes requests then."""
+    _wait = _FIRST_LOOK
+    _said = (Metadata(), "")
+    """Trailing metadata and message of the last attempt."""
 
     @property
     def _done_writing_flag(self) -> bool:
         # Read by grpc's own interceptor machinery.
         return self._payload.ended
 
+    def attempt_done(self, call: GrpcCall) -> None:
+        """Grpc has the status of an attempt.
+
+        It ends a call as INTERNAL when it cannot write a request, though the server has ended the call, perhaps well.
+        What the server said it knows a moment later, and tells nobody: it has to be asked. Or it knew that before, has
+        said so, and forgets it.
+        """
+        if call is self._call and self._code is None:
+            if at_once(call.details()) == WRITE_FAILED and self._wait < _LAST_LOOK:
+                if self._look is None:
+                    self._look = self._method.target.loop.call_later(self._wait, self._look_again, call)
+                    self._wait *= 2.0
+                    self._payload.notify()
+                return
+            self._stop_looking()
+            self._wait = _FIRST_LOOK
+            self._said = at_once(call.trailing_metadata()), at_once(call.details())
+        super().attempt_done(call)
+
+    async def trailing_metadata(self) -> Metadata:
+        """The trailing metadata of the call's end."""
+        return self._said[0] if await self._until_over() is grpc.StatusCode.OK else await super().trailing_metadata()
+
+    async def details(self) -> str:
+        """The call's message, when it is over."""
+        return self._said[1] if await self._until_over() is grpc.StatusCode.OK else await super().details()
+
+    def _look_again(self, call: GrpcCall) -> None:
+        self._look = None
+        self.attempt_done(call)
+
+    def _stop_looking(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+
     def _committed(self) -> bool:
         return super()._committed() or not self._payload.replayable
 
     def _finish(self, code: grpc.StatusCode, error: BaseException | None) -> None:
         super()._finish(code, error)
+        self._stop_looking()
         self._payload.close()
 
     async def write(self, request: Request) -> None:
@@ -177,7 +224,7 @@ class StreamingRequests(MeshCall[Request, Response]):
             raise asyncio.InvalidStateError(_HALF_CLOSED)
         number = self._payload.append(self._payload.serialise(request))
         try:
-            while not self.done() and self._payload.sent < number:
+            while self._look is None and not self.done() and self._payload.sent < number:
                 await self._payload.changed()
         except asyncio.CancelledError:
             self.cancel()

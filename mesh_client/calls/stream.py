@@ -50,8 +50,8 @@ class StreamResponse(MeshCall[Request, Response]):
                         self._got()
                     yield response
             except AioRpcError:
-                if self._error is not None:
-                    raise self._error from None
+                if await self._settled_well(call):
+                    return
             except asyncio.CancelledError:
                 self.cancel()
                 raise
@@ -72,15 +72,19 @@ class StreamResponse(MeshCall[Request, Response]):
         while True:
             call = await self._live_attempt(call)
             try:
-                response = await call.read()
+                # Not by `read`, which forgets the responses that have come when a write has crossed the call's end.
+                response = await anext(aiter(call), grpc.aio.EOF)
             except AioRpcError:
-                if self._error is not None:
-                    raise self._error from None
+                if await self._settled_well(call):
+                    return grpc.aio.EOF
             except asyncio.CancelledError:
                 self.cancel()
                 raise
             else:
-                if response is not grpc.aio.EOF and not self._got_response:
+                if response is grpc.aio.EOF:
+                    if self._error is not None:
+                        raise self._error  # it was read before, and grpc tells it once
+                elif not self._got_response:
                     self._got()
                 return response
 
@@ -89,6 +93,22 @@ class StreamResponse(MeshCall[Request, Response]):
             self._style = style
         elif self._style is not style:
             raise UsageError(MIXED_STYLES)
+
+    async def _settled_well(self, failed: GrpcCall) -> bool:
+        """Whether the call is a success all the same; False when there is another attempt.
+
+        Raises:
+            MeshRpcError, asyncio.CancelledError: it has failed for good.
+        """
+        try:
+            if await self._ended_well(failed):
+                return True
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if self._error is not None:
+            raise self._error from None
+        return False
 
     async def _live_attempt(self, failed: GrpcCall | None) -> GrpcCall:
         try:

@@ -36,9 +36,12 @@ class UnaryResponse(MeshCall[Request, Response]):
                 try:
                     response: Response = yield from call.__await__()
                 except AioRpcError:
+                    yield from self._ended_well(call).__await__()
                     if self._error is not None:
                         raise self._error from None
                 else:
+                    if self._code is None:
+                        self.attempt_done(call)
                     return response
         except asyncio.CancelledError:
             self.cancel()
