@@ -23,6 +23,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", 16 * 1024),
+    # Whoever connects and says nothing is not waited for as long as gRPC would, 120 s. Thousands of clients that come
+    # back at once have their handshakes one after another.
+    ("grpc.server_handshake_timeout_ms", 30_000),
 )
 
 _OF_STRANGERS: tuple[tuple[str, int], ...] = (

@@ -43,9 +43,11 @@ SERVER_OPTIONS: tuple[tuple[str, object], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 30_000),
 )
 """What servers need to be called by `CHANNEL_OPTIONS`: gRPC's own minimum of 300 s between pings would end such
-connections with GOAWAY too_many_pings. Without SO_REUSEPORT a port that is taken is an error, not a silent sharing."""
+connections with GOAWAY too_many_pings. Without SO_REUSEPORT a port that is taken is an error, not a silent sharing.
+Whoever connects and says nothing is not waited for as long as gRPC would, 120 s."""
 
 CONTEXT_LIFE = 60.0
 """Seconds for which a server resumes TLS sessions, and so the time by which a client can outlive its certificate."""

@@ -114,6 +114,8 @@ async def test_whoever_stands_in_for_orders_gets_no_request(
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert said in caught.value.mesh.hint
     assert said in str(caught.value)
+    assert said in world.log.mesh_client
+    assert target in world.log.mesh_client
     assert echo.received == []
 
 
@@ -126,6 +128,22 @@ async def test_a_client_that_means_orders_and_reaches_payments_is_told_so(world:
         assert world.echoes[payments].received == []
     assert "a certificate of somebody else than orders, and was refused" in caught.value.mesh.hint
     assert "the address may belong to another service by now" in caught.value.mesh.hint
+
+
+async def test_an_impostor_beside_a_good_instance_gets_no_request_and_is_told_of(world: World) -> None:
+    """Calls succeed, so nobody but the log tells."""
+    credentials = world.mint.service("payments").for_server(asks=False)
+    async with (
+        world.serving("orders") as server,
+        world.impostor(credentials) as (target, echo),
+        world.client() as mesh,
+    ):
+        await world.publish("orders", target)
+        for _ in range(10):
+            assert await _call(mesh) == SECRET_REQUEST
+        await until(lambda: "a certificate of somebody else than orders, and was refused" in world.log.mesh_client)
+        assert echo.received == []
+        assert len(world.echoes[server].received) == 10
 
 
 async def test_a_secure_client_sends_plaintext_nothing_but_a_greeting(world: World) -> None:
