@@ -103,10 +103,9 @@ class Load:
     async def reaches(self, calls: int) -> None:
         """Returns when this many calls have succeeded since it began."""
         assert calls <= self._limit
-        async with asyncio.timeout(PATIENCE):
-            while self.done < calls:
-                self.check()
-                await self._changed.wait()
+        while self.done < calls:
+            self.check()
+            await asyncio.wait_for(self._changed.wait(), PATIENCE)
         self.check()
 
     async def _work(self) -> None:

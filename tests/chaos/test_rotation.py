@@ -45,7 +45,7 @@ async def refusal(secure: SecureMesh, step: pb.RotationStep.ValueType) -> str:
 
 
 async def test_no_call_of_10000_fails_while_certificates_are_renewed_on_both_ends(tmp_path: Path) -> None:
-    async with SecureMesh(tmp_path, leaf_lifetime=3.0) as secure:
+    async with SecureMesh(tmp_path, leaf_lifetime=4.0) as secure:
         await secure.start_servers(*SERVERS)
         async with Load(await secure.connect()) as load:
             first = serials(await secure.authority())
@@ -77,11 +77,11 @@ async def test_no_call_of_10000_fails_while_the_trust_root_is_replaced(tmp_path:
 
 
 async def test_connections_with_old_credentials_are_closed_once_their_calls_have_ended(tmp_path: Path) -> None:
-    async with SecureMesh(tmp_path, leaf_lifetime=2.0) as secure:
+    async with SecureMesh(tmp_path, leaf_lifetime=3.0) as secure:
         await secure.start_servers(*SERVERS)
         mesh = await secure.connect()
         async with Load(mesh, workers=2, pause=0.01, stream=False) as load:
-            for _ in range(3):
+            for _ in range(2):
                 await renewed(secure, serials(await secure.authority()))
                 await load.goes_on(20)
             # One to each server, one for discovery, one for the trust bundle.
