@@ -68,3 +68,16 @@ def test_what_is_remembered_is_what_would_be_read(connections: list[dict[str, li
         shown = properties.get("x509_pem_cert", [])
         assert cache.caller(properties) == (read(shown[0]) if len(shown) == 1 else None)
     assert len(cache._known) <= 3
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    asked: list[bytes] = []
+
+    def reading(certificate: bytes) -> Caller | None:
+        asked.append(certificate)
+        return read(certificate)
+
+    cache = CallerCache(reading, most=2)
+    for certificate in (b"a", b"a", b"b", b"c", b"a"):
+        assert cache.caller({"x509_pem_cert": [certificate]}) == read(certificate)
+    assert asked == [b"a", b"b", b"c", b"a"]
