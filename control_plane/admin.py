@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import grpc
 import grpc.aio
 from mesh.v1 import admin_pb2, admin_pb2_grpc
 
-from control_plane.access import Access
+from control_plane.access import Access, Context, caller
 from control_plane.catalog import Catalog, RemovalHold, ServiceView, SourceState
 from control_plane.convert import (
     duration_to_proto,
@@ -41,6 +42,8 @@ _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 _SHOWN_DENIALS = 20
+
+_log = logging.getLogger(__name__)
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -100,8 +103,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
             removal_hold=None if view.hold is None else _hold_to_proto(view.hold, now),
             trust_domain=self._access.trust_domain,
             denials=[
-                admin_pb2.Denials(caller=caller, count=count)
-                for caller, count in self._access.denials.most_common(_SHOWN_DENIALS)
+                admin_pb2.Denials(caller=who, count=count)
+                for who, count in self._access.denials.most_common(_SHOWN_DENIALS)
             ],
         )
 
@@ -183,6 +186,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
                 after = StoredDocument(policy.service, document, "")
             else:
                 after = await self._policies.put(policy.service, document, if_version)
+                _log.info("%s stored the policy of %s, version %s", _who(context), policy.service, after.version)
         return admin_pb2.ApplyPolicyResponse(
             before=admin_pb2.StoredPolicy(service=policy.service) if before is None else _stored_to_proto(before),
             after=_stored_to_proto(after),
@@ -196,9 +200,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.DeletePolicyResponse:
         """Deletes a stored policy."""
         async with _refusing(context):
-            await self._policies.delete(
-                check_service_name(request.service), request.if_version if request.HasField("if_version") else None
-            )
+            service = check_service_name(request.service)
+            await self._policies.delete(service, request.if_version if request.HasField("if_version") else None)
+        _log.info("%s deleted the policy of %s", _who(context), service)
         return admin_pb2.DeletePolicyResponse()
 
     async def ConfirmRemovals(
@@ -208,6 +212,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ConfirmRemovalsResponse:
         """Publishes what the mass removal guard holds."""
         confirmed = self._catalog.confirm_removals(_now())
+        _log.info("%s confirmed the removal of %d endpoints", _who(context), confirmed)
         self._publisher.publish_now()
         return admin_pb2.ConfirmRemovalsResponse(endpoints=confirmed)
 
@@ -270,6 +275,11 @@ async def _refusing(context: grpc.aio.ServicerContext[_Request, _Response]) -> A
         await context.abort(grpc.StatusCode.ABORTED, str(error))
     except StoreUnavailableError as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+def _who(context: Context) -> str:
+    """Who asks, for the log."""
+    return f"{caller(context) or 'somebody'} at {context.peer()}"
 
 
 def _now() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,9 @@ class ClientState:
     """Which workload its certificate names; empty without identity."""
 
 
+MAX_STREAMS_OF_ONE = 100
+"""Streams that one workload may have open, so that none of them keeps the others out: one for each client would do."""
+
 _SHOWN = 63
 """Characters of what somebody calls their service, in messages."""
 
@@ -95,9 +99,9 @@ class _Stream:
         node = self.subscriptions.node
         return node.id if node is not None else self.peer
 
-    def identify(self, access: Access, caller: Caller | None) -> None:
+    def identify(self, access: Access, caller: Caller) -> None:
         """The stream is somebody's: it ends when they are revoked."""
-        self.workload_id = "" if caller is None else caller.workload_id
+        self.workload_id = caller.workload_id
         revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
         self.stop_watching = access.when_revoked(caller, revoked)
 
@@ -168,6 +172,7 @@ class StreamHub:
         self._encoder = ResponseEncoder(control_plane)
         self._delta = DeltaCache()
         self._streams: dict[_Stream, None] = {}
+        self._open: Counter[str] = Counter()
         self._subscribers: dict[tuple[ResourceKind, str], dict[_Stream, None]] = {}
         self._drains: list[_DrainWait] = []
         publisher.listen(self._published)
@@ -275,13 +280,23 @@ class StreamHub:
                 raise ProtocolError("request", "is not a DeltaResourcesRequest") from None
             request = request_from_proto(message)
             if stream.subscriptions.node is None:
-                stream.identify(self._access, await self._may_watch(request.node, context))
+                await self._identify(stream, await self._may_watch(request.node, context), context)
             effect = stream.subscriptions.receive(request, loop.time())
             self._index(stream, request.kind, effect)
             for drain in self._drains:
                 drain.look(stream)
             if stream.subscriptions.ready():
                 stream.wake.set()
+
+    async def _identify(self, stream: _Stream, caller: Caller | None, context: _Context) -> None:
+        if caller is None:
+            return
+        if self._open[caller.workload_id] >= MAX_STREAMS_OF_ONE:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has {MAX_STREAMS_OF_ONE} streams open already"
+            )
+        self._open[caller.workload_id] += 1
+        stream.identify(self._access, caller)
 
     async def _may_watch(self, node: ClientNode | None, context: _Context) -> Caller | None:
         """Whoever calls: a node is a workload of the service that it says it is of."""
@@ -315,6 +330,10 @@ class StreamHub:
 
     def _forget(self, stream: _Stream) -> None:
         del self._streams[stream]
+        if stream.workload_id:
+            self._open[stream.workload_id] -= 1
+            if not self._open[stream.workload_id]:
+                del self._open[stream.workload_id]
         for state in stream.subscriptions.states():
             self._unindex(stream, state.kind, state.service)
         for drain in self._drains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol
@@ -20,6 +21,8 @@ from mesh_client.core.model import Endpoint, check_endpoint_id, check_service_na
 DEFAULT_DRAIN_TIMEOUT = 10.0
 MAX_DRAIN_TIMEOUT = 300.0
 MAX_PENDING = 100
+MAX_LEASES_OF_ONE = 100
+"""Endpoints that one workload may register, so that none of them keeps the others out: mostly it is one."""
 
 _RegisterContext = grpc.aio.ServicerContext[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
 _DrainContext = grpc.aio.ServicerContext[registry_pb2.DrainRequest, registry_pb2.DrainResponse]
@@ -69,6 +72,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self._drains = drains
         self._registry = registry
         self._streams: set[LeaseStream] = set()
+        self._registered: Counter[str] = Counter()
         self._closed = False
 
     async def Register(
@@ -93,8 +97,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, "the first request must state the service and the endpoint"
             )
         caller = await self._may_register(first, context)
+        if caller is not None and self._registered[caller.workload_id] >= MAX_LEASES_OF_ONE:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has registered {MAX_LEASES_OF_ONE} endpoints already"
+            )
         stream = await _register(leases, first, context)
         self._streams.add(stream)
+        self._count(caller, 1)
         stop_watching = self._access.when_revoked(caller, stream.ended.set)
         try:
             if self._closed:
@@ -126,12 +135,19 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             leases.closed(stream)
         finally:
             stop_watching()
+            self._count(caller, -1)
             self._streams.discard(stream)
             # Clients take whoever is published for the service: a revoked workload must not stay for the grace.
             if self._access.is_revoked(caller):
                 leases.closed(stream)
             else:
                 leases.broken(stream)
+
+    def _count(self, caller: Caller | None, change: int) -> None:
+        if caller is not None:
+            self._registered[caller.workload_id] += change
+            if not self._registered[caller.workload_id]:
+                del self._registered[caller.workload_id]
 
     async def _may_register(self, request: registry_pb2.RegisterRequest, context: _RegisterContext) -> Caller | None:
         try:

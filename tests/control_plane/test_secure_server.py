@@ -280,6 +280,46 @@ async def test_a_revoked_workload_loses_its_streams_and_its_lease_at_once(world:
     stays.cancel()
 
 
+async def test_one_workload_does_not_keep_the_others_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.discovery.MAX_STREAMS_OF_ONE", 2)
+    monkeypatch.setattr("control_plane.registry.MAX_LEASES_OF_ONE", 1)
+    greedy, _ = await world.workload("orders")
+    node = discovery_pb2.Node(id="orders-1", service="orders")
+    streams = [await watch(greedy, node) for _ in range(2)]
+    for stream in streams:
+        assert isinstance(await stream.read(), discovery_pb2.DeltaResourcesResponse)
+    code, said = await end_of(await watch(greedy, node))
+    assert (code, said) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "the workload has 2 streams open already")
+    lease = await register(greedy, "orders")
+    assert isinstance(await lease.read(), registry_pb2.RegisterResponse)
+    assert (await end_of(await register(greedy, "orders")))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    other, _ = await world.workload("orders")
+    modest = await watch(other, node)
+    assert isinstance(await modest.read(), discovery_pb2.DeltaResourcesResponse)
+    # What has ended counts no more.
+    ended: grpc.aio.StreamStreamCall[Any, Any]
+    for ended in (*streams, lease):
+        await ended.done_writing()
+        assert (await end_of(ended))[0] is grpc.StatusCode.OK
+    again = await watch(greedy, node)
+    assert isinstance(await again.read(), discovery_pb2.DeltaResourcesResponse)
+    assert isinstance(await (await register(greedy, "orders")).read(), registry_pb2.RegisterResponse)
+    modest.cancel()
+
+
+async def test_who_changes_policies_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "control_plane.admin")
+    admin = admin_pb2_grpc.AdminServiceStub(await world.operator())
+    await admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document="service: orders"), timeout=TIMEOUT)
+    await admin.DeletePolicy(admin_pb2.DeletePolicyRequest(service="orders"), timeout=TIMEOUT)
+    await admin.ConfirmRemovals(admin_pb2.ConfirmRemovalsRequest(), timeout=TIMEOUT)
+    stored, deleted, confirmed = caplog.messages
+    assert stored.startswith("spiffe://mesh.internal/operator/alice (workload ")
+    assert "stored the policy of orders, version 1" in stored
+    assert "deleted the policy of orders" in deleted
+    assert "confirmed the removal of 0 endpoints" in confirmed
+
+
 async def test_a_restarted_control_plane_is_the_same_authority(tmp_path: Path) -> None:
     async with running(tmp_path) as world:
         assert world.plane.authority is not None
