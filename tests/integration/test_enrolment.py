@@ -116,7 +116,9 @@ async def test_a_control_plane_that_does_not_answer_is_not_waited_for_long(
         return Response()
 
     async with serving(Scripted(never), at_the_control_plane(authority)) as address:
-        assert "no answer within 0.3 s" in await problem(address, token=join_token(authority))
+        async with joining(address, token=join_token(authority)) as identity:
+            # On a busy machine the handshake may take too long first.
+            await until(identity, lambda: "no answer within 0.3 s" in identity.problem)
 
 
 async def test_a_port_with_another_root_is_not_asked(authority: TestAuthority) -> None:

@@ -80,7 +80,7 @@ async def test_all_that_a_process_opens_has_one_identity(rig: IdentityRig) -> No
 
 
 async def test_a_certificate_is_renewed_before_it_ends_with_another_key_and_the_workload_stays_the_same() -> None:
-    async with open_rig(leaf_lifetime=1.5) as rig, rig.joined() as identity:
+    async with open_rig(leaf_lifetime=7.0) as rig, rig.joined() as identity:
         before, configuration = identity.state(time.time()), identity.server_configuration()
         credentials = identity.channel_credentials()
         await until(identity, lambda: identity.generation == 2)
@@ -133,7 +133,7 @@ async def test_revoked_workloads_are_known_and_nothing_reconnects_for_them(rig: 
 
 
 async def test_a_revoked_workload_is_not_renewed_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    async with open_rig(leaf_lifetime=1.5) as rig, rig.joined() as identity:
+    async with open_rig(leaf_lifetime=7.0) as rig, rig.joined() as identity:
         workload = identity.state(time.time()).workload_id
         await rig.authority.revoke(workload_id=workload)
         await until(identity, lambda: "cannot be renewed" in warning(identity))
@@ -211,7 +211,7 @@ async def test_a_damaged_identity_is_set_aside_and_the_workload_joins_again(
 
 
 async def test_an_expired_stored_identity_without_a_token_is_of_no_use(tmp_path: Path) -> None:
-    async with open_rig(leaf_lifetime=1.0) as rig:
+    async with open_rig(leaf_lifetime=3.0) as rig:
         settings = rig.settings(identity_dir=tmp_path / "identity")
         async with rig.joined(identity_dir=tmp_path / "identity"):
             pass
@@ -265,7 +265,7 @@ async def test_a_control_plane_that_is_away_past_half_of_a_life_is_warned_of_and
 async def test_an_expired_certificate_is_replaced_by_joining_again_once_that_is_possible(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with open_rig(leaf_lifetime=1.0) as rig:
+    async with open_rig(leaf_lifetime=3.0) as rig:
         async with rig.joined(token=await rig.token(uses=2)) as identity:
             first = identity.state(time.time())
             await rig.close_enrolment()
@@ -282,7 +282,7 @@ async def test_an_expired_certificate_is_replaced_by_joining_again_once_that_is_
 
 
 async def test_an_expired_certificate_without_a_token_says_what_to_do(tmp_path: Path) -> None:
-    async with open_rig(leaf_lifetime=1.0) as rig:
+    async with open_rig(leaf_lifetime=3.0) as rig:
         async with rig.joined(identity_dir=tmp_path / "identity"):
             pass
         identity = rig.identity(rig.settings(identity_dir=tmp_path / "identity"))
