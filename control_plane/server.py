@@ -95,7 +95,9 @@ class ControlPlane:
         self._source = source or self._registry.source
         self._policies = policies or self._registry.policies
         if options.data_dir is not None and policies is None:
-            self._policies = LastGoodPolicies(self._policies, options.data_dir)
+            store = self._policies
+            fresh = store.is_fresh if isinstance(store, EmbeddedPolicyStore) else None
+            self._policies = LastGoodPolicies(store, options.data_dir, fresh)
         self._catalog = Catalog(options.catalog)
         self._book = PolicyBook()
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))

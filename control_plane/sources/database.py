@@ -45,7 +45,7 @@ class Database:
     """Runs work on the file ``registry.sqlite`` in a thread of its own, each piece in one transaction.
 
     A file that SQLite finds damaged is moved aside, with an error in the log, and a fresh one is begun: endpoints come
-    back by themselves, policies have to be applied again.
+    back by themselves, and policies at the next start, as far as they were good (`last_good`).
 
     Args:
         directory: made when missing. None keeps everything in memory.
@@ -171,8 +171,8 @@ class Database:
             if part.exists():
                 part.rename(aside.with_name(aside.name + suffix))
         _logger.error(
-            "%s is damaged (%s): moved to %s and begun afresh; instances register again by themselves, stored policies "
-            "have to be applied again",
+            "%s is damaged (%s): moved to %s and begun afresh; instances register again by themselves, see whether "
+            "stored policies have to be applied again",
             self.path,
             problem,
             aside.name,

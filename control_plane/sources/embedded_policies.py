@@ -72,6 +72,14 @@ class EmbeddedPolicyStore:
         """
         return await self._database.run(_list)
 
+    async def is_fresh(self) -> bool:
+        """Whether the file has never held a policy: it is a new mesh's, or was begun afresh after a damage.
+
+        Raises:
+            StoreUnavailableError: the file cannot be read.
+        """
+        return await self._database.run(lambda connection: _last_version(connection) == 0)
+
     async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
         """Stores a document by compare-and-set.
 
@@ -113,6 +121,11 @@ def _get(connection: sqlite3.Connection, service: str) -> StoredDocument | None:
     return None if row is None else StoredDocument(service, row[0], str(row[1]))
 
 
+def _last_version(connection: sqlite3.Connection) -> int:
+    (version,) = connection.execute("SELECT version FROM last_version").fetchone()
+    return int(version)
+
+
 def _list(connection: sqlite3.Connection) -> list[StoredDocument]:
     rows = connection.execute("SELECT service, document, version FROM policies ORDER BY service")
     return [StoredDocument(service, document, str(version)) for service, document, version in rows]
@@ -121,7 +134,7 @@ def _list(connection: sqlite3.Connection) -> list[StoredDocument]:
 def _put(connection: sqlite3.Connection, service: str, document: bytes, if_version: str | None) -> StoredDocument:
     _check_version(service, if_version, _get(connection, service))
     connection.execute("UPDATE last_version SET version = version + 1")
-    (version,) = connection.execute("SELECT version FROM last_version").fetchone()
+    version = _last_version(connection)
     connection.execute("INSERT OR REPLACE INTO policies VALUES (?, ?, ?)", (service, document, version))
     return StoredDocument(service, document, str(version))
 

@@ -7,17 +7,19 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from control_plane.documents import parse_document
 from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
-from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument
+from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument, StoreUnavailableError
 from mesh_client.core.errors import InvalidPolicyError
 
 _logger = logging.getLogger(__name__)
 
 FILE_NAME = "last-good-policies.json"
+RETRY_DELAY = 0.5
+"""Seconds until a store that cannot be read is asked again whether it was lost."""
 
 
 class LastGoodPolicies:
@@ -29,10 +31,15 @@ class LastGoodPolicies:
     Args:
         store: where policies are.
         directory: for the file; made when it is first written.
+        is_fresh: says whether the store has never held a policy. What was good before is stored again then: that a file
+            was damaged or lost must not open to everybody what policies had closed. None for a store that is not ours.
     """
 
-    def __init__(self, store: PolicyStore, directory: Path) -> None:
+    def __init__(
+        self, store: PolicyStore, directory: Path, is_fresh: Callable[[], Awaitable[bool]] | None = None
+    ) -> None:
         self._store = store
+        self._is_fresh = is_fresh
         self._path = directory / FILE_NAME
         self._good: dict[str, bytes] = {}
         self._unconfirmed: set[str] = set()
@@ -50,6 +57,8 @@ class LastGoodPolicies:
         self._unconfirmed = set(self._good)
         for service, document in self._good.items():
             emit(PolicyStored(service, document, ""))
+        if self._good and self._is_fresh is not None:
+            await self._restore(self._is_fresh)
 
         def take(event: PolicyStoreEvent) -> None:
             if isinstance(event, SourceConnected):
@@ -88,6 +97,23 @@ class LastGoodPolicies:
     async def delete(self, service: str, if_version: str | None) -> None:
         """As the store's."""
         await self._store.delete(service, if_version)
+
+    async def _restore(self, is_fresh: Callable[[], Awaitable[bool]]) -> None:
+        while True:
+            try:
+                if await is_fresh():
+                    for service, document in self._good.items():
+                        await self._store.put(service, document, None)
+                    _logger.error(
+                        "%s were lost: those that were good before are stored again (%s); see whether any is missing",
+                        self.name,
+                        ", ".join(sorted(self._good)),
+                    )
+            except StoreUnavailableError as error:
+                _logger.error("stored policies cannot be read: %s", error)
+                await asyncio.sleep(RETRY_DELAY)
+            else:
+                return
 
     def _remember(self, event: PolicyStored) -> None:
         self._unconfirmed.discard(event.service)

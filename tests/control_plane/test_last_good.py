@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.sources import StoreUnavailableError
 from control_plane.sources.database import Database
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.last_good import FILE_NAME, LastGoodPolicies
@@ -114,3 +115,43 @@ async def test_a_directory_that_cannot_be_written_stops_nothing(
     (tmp_path / FILE_NAME).mkdir()
     assert await events(tmp_path, orders=GOOD) == [PolicyStored("orders", GOOD, "1"), CONNECTED]
     assert {path.name for path in tmp_path.iterdir()} == {"file", FILE_NAME}
+
+
+async def test_what_was_good_is_stored_again_in_a_file_that_was_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise a damaged file would open to everybody what policies had closed."""
+    await events(tmp_path, orders=GOOD)
+    async with (
+        stored() as store,
+        recorded(LastGoodPolicies(store, tmp_path, store.is_fresh)) as recording,
+    ):
+        await recording.until(lambda: recording.connected)
+        assert recording.events == [PolicyStored("orders", GOOD, ""), PolicyStored("orders", GOOD, "1"), CONNECTED]
+        assert await store.get("orders") is not None
+        assert "embedded-policies were lost: those that were good before are stored again (orders)" in caplog.text
+        await store.delete("orders", None)
+        assert not await store.is_fresh()
+    # A deletion is one: the file has held policies.
+    assert await events(tmp_path) == [CONNECTED]
+
+
+async def test_a_store_that_cannot_say_whether_it_was_lost_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("control_plane.sources.last_good.RETRY_DELAY", 0.0)
+    await events(tmp_path, orders=GOOD)
+    asked = 0
+    async with stored() as store:
+
+        async def is_fresh() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                raise StoreUnavailableError("the disk is away")
+            return await store.is_fresh()
+
+        async with recorded(LastGoodPolicies(store, tmp_path, is_fresh)) as recording:
+            await recording.until(lambda: recording.connected)
+            assert PolicyStored("orders", GOOD, "1") in recording.events
+    assert asked == 2

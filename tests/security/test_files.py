@@ -16,7 +16,7 @@ from control_plane.server import ControlPlane
 from mesh_cli.credentials import OperatorCredentials
 from mesh_client.core.errors import ConfigError
 from tests.security.mint import Mint
-from tests.security.world import Log, World
+from tests.security.world import Log, World, until
 
 
 async def started(directory: Path, identity: IdentityOptions | None = None) -> None:
@@ -89,6 +89,29 @@ async def test_a_control_plane_does_not_start_on_files_that_are_not_its_own(
     assert path.name in str(caught.value)
     assert path.lstat().st_mode == mode  # refused, not mended: whoever could read it has it
     assert not (directory / "ca" / "nowhere").exists()
+
+
+async def test_damage_to_the_registry_does_not_open_what_policies_close(log: Log, tmp_path: Path) -> None:
+    rules = b"service: orders\nauthorization: [{callers: [gateway], methods: ['*']}]\n"
+    directory = tmp_path / "data"
+    plane = ControlPlane(ControlPlaneOptions(data_dir=directory))
+    await plane.start()
+    await plane._publisher.opened.wait()
+    await plane._policies.put("orders", rules, None)
+    await until(lambda: plane._book.policy("orders")[0].authorization)
+    await plane.stop(0)
+    (directory / "registry.sqlite").write_bytes(b"not a database any more")
+    for path in (directory / "registry.sqlite-wal", directory / "registry.sqlite-shm"):
+        path.unlink(missing_ok=True)
+    for _ in range(2):
+        plane = ControlPlane(ControlPlaneOptions(data_dir=directory))
+        await plane.start()
+        await plane._publisher.opened.wait()
+        (rule,) = plane._book.policy("orders")[0].authorization
+        assert rule.callers == ("gateway",)
+        await plane.stop(0)
+    assert "registry.sqlite is damaged" in log.control_plane
+    assert "those that were good before are stored again (orders)" in log.control_plane
 
 
 async def test_what_a_control_plane_writes_is_for_its_user_alone(tmp_path: Path) -> None:
