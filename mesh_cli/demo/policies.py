@@ -20,11 +20,11 @@ from mesh_client.core.policy import Algorithm
 
 Policy = dict[str, object]
 
-PER_TRY_TIMEOUT = 0.5
+PER_TRY_TIMEOUT = 1.0
 """Seconds after which an attempt at orders is given up and another instance is tried."""
 
 OPEN_DURATION = 1.5
-"""Seconds that the breaker of payments stays open."""
+"""Seconds that a breaker stays open: even where a machine stands still for so long that one opens, the demo goes on."""
 
 _RETRY = {
     "max_attempts": 4,
@@ -35,6 +35,8 @@ _RETRY = {
 
 # Short times, so that the demo shows in seconds what a real policy does in minutes.
 _OUTLIERS = {"consecutive_failures": 3, "base_ejection": "2s", "max_ejection": "4s", "max_ejected_percent": 50}
+
+_BREAKER = {"consecutive_failures": 5, "open_duration": f"{OPEN_DURATION}s"}
 
 _POLL = 0.02
 _TIMEOUT = 10.0
@@ -48,6 +50,7 @@ def orders(algorithm: Algorithm = Algorithm.LEAST_REQUEST) -> Policy:
     return {
         "service": "orders",
         "retry": _RETRY,
+        "circuit_breaker": _BREAKER,
         "outlier_detection": _OUTLIERS,
         "load_balancer": balancer,
         "authorization": [_rule(CUSTOMERS, "shop.v1.OrderService/*")],
@@ -59,6 +62,7 @@ def inventory() -> Policy:
     return {
         "service": "inventory",
         "retry": _RETRY,
+        "circuit_breaker": _BREAKER,
         "outlier_detection": _OUTLIERS,
         "authorization": [
             _rule("orders", "shop.v1.InventoryService/*"),
@@ -72,7 +76,7 @@ def payments() -> Policy:
     return {
         "service": "payments",
         "retry": {**_RETRY, "max_attempts": 2},
-        "circuit_breaker": {"consecutive_failures": 5, "open_duration": f"{OPEN_DURATION}s"},
+        "circuit_breaker": _BREAKER,
         "outlier_detection": {"enabled": False},
         "authorization": [_rule("orders", "shop.v1.PaymentService/*"), _rule(CUSTOMERS, "shop.v1.PaymentService/*")],
     }

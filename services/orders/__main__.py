@@ -25,7 +25,9 @@ async def main() -> int:
             OrderStore(database), mesh.channel("inventory"), mesh.channel("payments"), settings.instance
         )
         add_OrderServiceServicer_to_server(service, server)
-        return await server.serve()
+        code = await server.serve()
+        await service.settled()
+        return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 
 import grpc
@@ -20,6 +22,9 @@ PRICES_CENTS = {"espresso-beans": 1250, "filter-paper": 450, "grinder": 18900}
 
 ROUNDS = 3
 """How often an attempt begins anew after another one took the order over, perhaps only to be cancelled itself."""
+
+RELEASE_TIMEOUT = 5.0
+"""Seconds in which stock is given back, whatever was left of the call's own time."""
 
 _STATES = {
     State.PENDING: pb.ORDER_STATE_PENDING,
@@ -42,6 +47,11 @@ class OrderService(OrderServiceServicer):
         self._inventory = InventoryServiceStub(inventory)
         self._payments = PaymentServiceStub(payments)
         self._instance = instance
+        self._releases: set[asyncio.Task[None]] = set()
+
+    async def settled(self) -> None:
+        """Returns when stock that was to be given back has been. For the end, once no calls are served any more."""
+        await asyncio.gather(*self._releases)
 
     async def PlaceOrder(
         self,
@@ -67,8 +77,12 @@ class OrderService(OrderServiceServicer):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "idempotency_key belongs to another order")
             try:
                 finished = order if order.state is not State.PENDING else await self._fulfil(order)
+            except asyncio.CancelledError:
+                # The caller has given up, and may never come back with this key.
+                self._give_up(order, "the call was cancelled")
+                raise
             except grpc.aio.AioRpcError as error:
-                await self._give_up(order, error)
+                await asyncio.shield(self._give_up(order, f"{error.code().name}: {error.details()}"))
                 # Not UNAVAILABLE: this instance is well, and the mesh must not try all others in turn.
                 await context.abort(
                     grpc.StatusCode.ABORTED, f"cannot be fulfilled now, try again with the same key: {error.details()}"
@@ -118,16 +132,29 @@ class OrderService(OrderServiceServicer):
         logger.info("rejected", extra={"order": order.order_id, "reason": refusal.details()})
         return await self._orders.finish(order, State.REJECTED, rejection=refusal.details() or "refused")
 
-    async def _give_up(self, order: StoredOrder, cause: grpc.aio.AioRpcError) -> None:
+    def _give_up(self, order: StoredOrder, cause: str) -> asyncio.Task[None]:
         """Gives the stock back. The order stays pending: a repetition finds out whether it was charged."""
-        logger.warning("given up", extra={"order": order.order_id, "code": cause.code().name, "cause": cause.details()})
+        logger.warning("given up", extra={"order": order.order_id, "cause": cause})
+        # In a context of its own, for it outlives the call, whose deadline outbound calls inherit.
+        task = asyncio.create_task(self._release_pending(order), context=contextvars.Context())
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+        return task
+
+    async def _release_pending(self, order: StoredOrder) -> None:
+        # What was begun of finishing it comes first in the file: it may be placed by now.
+        found = await self._orders.find(order.order_id)
+        if found is None or found.state is not State.PENDING:
+            return
         try:
             await self._release(order)
         except grpc.aio.AioRpcError as error:
             logger.warning("stock stays reserved", extra={"order": order.order_id, "cause": error.details()})
 
     async def _release(self, order: StoredOrder) -> None:
-        await self._inventory.Release(inventory_pb2.ReleaseRequest(order_id=order.order_id, attempt=order.attempt))
+        await self._inventory.Release(
+            inventory_pb2.ReleaseRequest(order_id=order.order_id, attempt=order.attempt), timeout=RELEASE_TIMEOUT
+        )
 
 
 def _message(order: StoredOrder) -> pb.Order:

@@ -79,6 +79,7 @@ class Shop:
         """A further instance of orders."""
         database = await self.stack.enter_async_context(Database(self.directory / "orders.sqlite", order_store.SCHEMA))
         service = OrderService(OrderStore(database), inventory, payments, instance)
+        self.stack.push_async_callback(service.settled)
         return await self.stack.enter_async_context(
             serve(lambda server: add_OrderServiceServicer_to_server(service, server))
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,12 +138,12 @@ async def test_an_order_left_half_done_is_shown_as_pending(shop: Stubs, tmp_path
     assert answer.order.state == ORDER_STATE_PENDING
 
 
-async def overtake(shop: Stubs, directory: Path, request: PlaceOrderRequest) -> asyncio.Task[Order]:
-    """An order that is being placed at payments while another attempt, which goes no further, has begun."""
-    async with (
-        Database(directory / "orders.sqlite", SCHEMA) as orders,
-        Database(directory / "payments.sqlite", "") as file,
-    ):
+@asynccontextmanager
+async def held_at_payments(
+    shop: Stubs, directory: Path, request: PlaceOrderRequest
+) -> AsyncIterator[asyncio.Task[Order]]:
+    """An order that has its stock and is being placed at payments, which cannot write until the end."""
+    async with Database(directory / "payments.sqlite", "") as file:
         release, held = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -154,15 +155,42 @@ async def overtake(shop: Stubs, directory: Path, request: PlaceOrderRequest) -> 
         await held.wait()
         before = await stock(shop)
         placing = asyncio.create_task(place(shop.orders, request))
-        watch = shop.inventory.WatchStock(WatchStockRequest(sku="grinder"), timeout=10)
-        async for change in watch:
-            if change.available < before:
-                break
-        watch.cancel()
+        await until_stock(shop, lambda available: available < before)
+        try:
+            yield placing
+        finally:
+            release.set()
+            await holding
+
+
+async def until_stock(shop: Stubs, holds: Callable[[int], bool]) -> None:
+    watch = shop.inventory.WatchStock(WatchStockRequest(sku="grinder"), timeout=10)
+    async for change in watch:
+        if holds(change.available):
+            break
+    watch.cancel()
+
+
+async def overtake(shop: Stubs, directory: Path, request: PlaceOrderRequest) -> asyncio.Task[Order]:
+    """An order that is being placed at payments while another attempt, which goes no further, has begun."""
+    async with (
+        Database(directory / "orders.sqlite", SCHEMA) as orders,
+        held_at_payments(shop, directory, request) as placing,
+    ):
         await OrderStore(orders).begin(request.idempotency_key, request.sku, request.quantity, 0, "orders-b")
-        release.set()
-        await holding
     return placing
+
+
+async def test_a_call_that_is_cancelled_halfway_gives_the_stock_back_and_the_same_key_succeeds_later(
+    shop: Stubs, tmp_path: Path
+) -> None:
+    request = an_order()
+    async with held_at_payments(shop, tmp_path, request) as placing:
+        placing.cancel()
+        await until_stock(shop, lambda available: available == STOCK)
+    order = await place(shop.orders_b, request)
+    assert order.state == ORDER_STATE_PLACED
+    assert await stock(shop) == STOCK - 2
 
 
 async def test_an_order_overtaken_by_an_attempt_that_was_cancelled_is_placed_all_the_same(
