@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 from mesh.v1 import discovery_pb2
 
 from control_plane.access import Access, Caller
+from control_plane.access import caller as connected_caller
 from control_plane.convert import ResponseEncoder, request_from_proto
 from control_plane.events import EndpointDrained
 from control_plane.publisher import Publisher
@@ -68,6 +70,9 @@ class ClientState:
 MAX_STREAMS_OF_ONE = 100
 """Streams that one workload may have open, so that none of them keeps the others out: one for each client would do."""
 
+REFUSAL_PATIENCE = 1.0
+"""Seconds that somebody who is refused has to say what they have begun to say."""
+
 _SHOWN = 63
 """Characters of what somebody calls their service, in messages."""
 
@@ -101,7 +106,6 @@ class _Stream:
 
     def identify(self, access: Access, caller: Caller) -> None:
         """The stream is somebody's: it ends when they are revoked."""
-        self.workload_id = caller.workload_id
         revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
         self.stop_watching = access.when_revoked(caller, revoked)
 
@@ -249,6 +253,7 @@ class StreamHub:
                 f"this control plane serves at most {self._max_streams} streams (max_streams); "
                 "use another control plane or raise the limit",
             )
+        workload_id = await self._connected(context)
         stream = _Stream(
             Subscriptions(self._delta, self._max_subscriptions),
             context.peer(),
@@ -256,6 +261,8 @@ class StreamHub:
             # A coroutine that runs has a task.
             cast("asyncio.Task[object]", asyncio.current_task()),
         )
+        stream.workload_id = workload_id
+        self._open[workload_id] += 1
         self._streams[stream] = None
         writer = asyncio.create_task(self._write(stream, context))
         writer.add_done_callback(lambda task: _end_with(task, stream))
@@ -280,7 +287,9 @@ class StreamHub:
                 raise ProtocolError("request", "is not a DeltaResourcesRequest") from None
             request = request_from_proto(message)
             if stream.subscriptions.node is None:
-                await self._identify(stream, await self._may_watch(request.node, context), context)
+                caller = await self._may_watch(request.node, context)
+                if caller is not None:
+                    stream.identify(self._access, caller)
             effect = stream.subscriptions.receive(request, loop.time())
             self._index(stream, request.kind, effect)
             for drain in self._drains:
@@ -288,15 +297,27 @@ class StreamHub:
             if stream.subscriptions.ready():
                 stream.wake.set()
 
-    async def _identify(self, stream: _Stream, caller: Caller | None, context: _Context) -> None:
-        if caller is None:
-            return
-        if self._open[caller.workload_id] >= MAX_STREAMS_OF_ONE:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has {MAX_STREAMS_OF_ONE} streams open already"
-            )
-        self._open[caller.workload_id] += 1
-        stream.identify(self._access, caller)
+    async def _connected(self, context: _Context) -> str:
+        """Which workload the stream is of, before it has said anything: silent ones are streams too. Empty for nobody.
+
+        What it may watch is decided by its first request.
+        """
+        if not self._access.secure:
+            return ""
+        who = connected_caller(context)
+        if who is None or self._open[who.workload_id] >= MAX_STREAMS_OF_ONE:
+            await self._turn_away(context)
+        return who.workload_id
+
+    async def _turn_away(self, context: _Context) -> NoReturn:
+        # A refusal that crosses the client's first write may reach it without the reason (grpc.aio).
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFUSAL_PATIENCE):
+                await context.read()
+        await self._access.require_caller(context, "watch")
+        await context.abort(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has {MAX_STREAMS_OF_ONE} streams open already"
+        )
 
     async def _may_watch(self, node: ClientNode | None, context: _Context) -> Caller | None:
         """Whoever calls: a node is a workload of the service that it says it is of."""
@@ -330,10 +351,9 @@ class StreamHub:
 
     def _forget(self, stream: _Stream) -> None:
         del self._streams[stream]
-        if stream.workload_id:
-            self._open[stream.workload_id] -= 1
-            if not self._open[stream.workload_id]:
-                del self._open[stream.workload_id]
+        self._open[stream.workload_id] -= 1
+        if not self._open[stream.workload_id]:
+            del self._open[stream.workload_id]
         for state in stream.subscriptions.states():
             self._unindex(stream, state.kind, state.service)
         for drain in self._drains:

@@ -110,6 +110,31 @@ async def test_nobody_watches_as_another_service(world: World) -> None:
             await denied(world, stream.read(), words)
 
 
+async def test_streams_that_say_nothing_do_not_keep_others_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.discovery.MAX_STREAMS_OF_ONE", 3)
+    monkeypatch.setattr("control_plane.discovery.REFUSAL_PATIENCE", 0.01)
+    stranger = world.mint.sign(Principal.service(DOMAIN, "orders"), common_names=["nobody"])
+    async with (
+        world.mesh(await world.join("payments")) as greedy,
+        world.mesh(stranger) as nobody,
+        world.mesh(await world.join("orders")) as other,
+    ):
+        silent = [greedy.discovery.DeltaResources(timeout=TIMEOUT) for _ in range(5)]
+        codes = [asyncio.ensure_future(each.code()) for each in silent]
+        await until(lambda: sum(each.done() for each in codes) == 2)
+        assert [each.result() for each in codes if each.done()] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
+        unnamed = nobody.discovery.DeltaResources(timeout=TIMEOUT)
+        assert await unnamed.code() is grpc.StatusCode.PERMISSION_DENIED
+        stream = other.discovery.DeltaResources(timeout=TIMEOUT)
+        await stream.write(watching("orders"))
+        assert isinstance(await stream.read(), discovery_pb2.DeltaResourcesResponse)
+        for each in silent:
+            each.cancel()
+        await asyncio.gather(*codes)
+        await until(lambda: len(world.plane._hub._streams) == 1)
+        assert sum(world.plane._hub._open.values()) == 1
+
+
 # -- as an operator or a control plane
 
 
