@@ -7,6 +7,7 @@ it. Without identity (``insecure``) there is no caller, and everything is allowe
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ import grpc
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from control_plane.identity.limits import CallerLimits
 from mesh_client.core.caller import Caller, CallerCache, caller_from
 
 __all__ = ["Access", "Caller", "Context", "Revocations", "caller"]
+
+TOLD_PER_SECOND, TOLD_AT_ONCE = 1.0, 100
+"""Refusals of one workload that are logged, on average and at once: one that does not give up must not fill the log."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +94,7 @@ class Access:
         self._revocations = revocations
         self._open: dict[str, dict[object, Callable[[], None]]] = {}
         self.denials: Counter[str] = Counter()
+        self._told = CallerLimits(TOLD_PER_SECOND, TOLD_AT_ONCE)
 
     @property
     def trust_domain(self) -> str:
@@ -195,7 +201,8 @@ class Access:
 
     async def _refuse(self, context: Context, who: Caller | None, reason: str) -> NoReturn:
         self.denials["nobody" if who is None else who.spiffe_id] += 1
-        _log.warning("refused: %s at %s %s", who or "a caller without identity", context.peer(), reason)
+        if not self._told.take("" if who is None else who.workload_id, time.monotonic()):
+            _log.warning("refused: %s at %s %s", who or "a caller without identity", context.peer(), reason)
         await context.abort(
             grpc.StatusCode.PERMISSION_DENIED, f"{'the caller' if who is None else who.spiffe_id} {reason}"
         )

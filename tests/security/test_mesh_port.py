@@ -16,7 +16,7 @@ import mesh_client
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Principal
 from tests.security.mint import Credential, new_key, signing_request
-from tests.security.world import DOMAIN, SECRET_REQUEST, TIMEOUT, Log, Raw, SignRequest, World, refused, until
+from tests.security.world import DOMAIN, SECRET_REQUEST, TIMEOUT, Log, Raw, SignRequest, World, refused, status, until
 
 
 def registering(service: str) -> registry_pb2.RegisterRequest:
@@ -162,6 +162,17 @@ async def test_workloads_do_not_get_to_do_what_operators_do(world: World) -> Non
             for method, attempt in attempts.items():
                 await denied(world, attempt, f"may not call {method}: that takes an operator's identity", method)
     assert all(token.uses_left == 0 for token in await world.authority.tokens())
+
+
+async def test_a_workload_that_does_not_give_up_does_not_fill_the_log(world: World) -> None:
+    async with world.mesh(await world.join("payments")) as raw, world.mesh(await world.join("orders")) as other:
+        for _ in range(6):
+            await asyncio.gather(*(refused(status(raw)) for _ in range(50)))
+        await denied(world, status(other), "that takes an operator's identity")
+    said = world.log.control_plane.count("refused: spiffe://mesh.internal/service/payments")
+    assert 100 <= said <= 110
+    assert world.plane.access.denials[f"spiffe://{DOMAIN}/service/payments"] == 300
+    assert "refused: spiffe://mesh.internal/service/orders" in world.log.control_plane
 
 
 async def test_an_operator_of_another_trust_domain_is_none(world: World) -> None:
