@@ -297,8 +297,8 @@ async def test_one_workload_does_not_keep_the_others_out(world: World, monkeypat
     modest = await watch(other, node)
     assert isinstance(await modest.read(), discovery_pb2.DeltaResourcesResponse)
     # What has ended counts no more.
-    ended: grpc.aio.StreamStreamCall[Any, Any]
-    for ended in (*streams, lease):
+    calls: list[Any] = [*streams, lease]
+    for ended in calls:
         await ended.done_writing()
         assert (await end_of(ended))[0] is grpc.StatusCode.OK
     again = await watch(greedy, node)
