@@ -17,6 +17,7 @@ from mesh_client.core.errors import IdentityError
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.enrolment import explained
+from mesh_client.stream_end import StreamEnd
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class BundleWatch:
         try:
             async with self._transport.open_channel(address, CONTROL_PLANE, STREAM_OPTIONS) as channel:
                 call = certificate_pb2_grpc.CertificateServiceStub(channel).WatchTrustBundle()
+                end = StreamEnd(call)
                 try:
                     await self._state(call)
                     timeout: float | None = FIRST_RESPONSE_TIMEOUT
@@ -91,6 +93,8 @@ class BundleWatch:
                         answered = True
                         self._on_state("")
                         await self._state(call)
+                except grpc.aio.AioRpcError as error:
+                    raise await end.instead_of(error) from None
                 finally:
                     call.cancel()
         except grpc.aio.AioRpcError as error:

@@ -15,14 +15,13 @@ import grpc
 from grpc.aio import AioRpcError
 from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 
-from mesh_client.calls.base import at_once
-from mesh_client.calls.requests import WRITE_FAILED
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.handshake import explain
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
+from mesh_client.stream_end import StreamEnd
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
@@ -167,8 +166,7 @@ class Discovery:
 
         # Not by an iterator: grpc does not end the task that reads it when the stream fails.
         call = stub.DeltaResources()
-        said: list[AioRpcError] = []
-        call.add_done_callback(lambda ended: said.append(_status(ended)))
+        end = StreamEnd(call)
         sender = asyncio.create_task(self._send_all(call, requests))
         try:
             responses = aiter(call)
@@ -178,7 +176,7 @@ class Discovery:
                 yield response
                 response = await anext(responses, None)
         except AioRpcError as error:
-            raise await _said_by_server(call, said[0] if said else error) from None
+            raise await end.instead_of(error) from None
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
@@ -208,22 +206,3 @@ class Discovery:
             log.warning("discovery stream to %s is lost, calls go on with what is held: %s", address, why)
         else:
             log.warning("control plane %s cannot be reached: %s", address, why)
-
-
-async def _said_by_server(call: Stream, error: AioRpcError) -> AioRpcError:
-    """Why the stream ended, given what grpc said first: that may be of a request which the end has crossed."""
-    for _ in range(100):
-        if error.details() != WRITE_FAILED:
-            break
-        await asyncio.sleep(0.01)
-        error = _status(call)
-    return error
-
-
-def _status(ended: Stream) -> AioRpcError:
-    return AioRpcError(
-        at_once(ended.code()),
-        at_once(ended.initial_metadata()),
-        at_once(ended.trailing_metadata()),
-        at_once(ended.details()),
-    )

@@ -83,6 +83,8 @@ class Scripted(certificate_pb2_grpc.CertificateServiceServicer):
 
     sign: Sign
     bundle: certificate_pb2.TrustBundle | None = None
+    refusal: str = ""
+    """Why nobody may watch the trust bundle."""
     requests: list[Request] = field(default_factory=list)
     acknowledged: list[certificate_pb2.WatchTrustBundleRequest] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -94,6 +96,8 @@ class Scripted(certificate_pb2_grpc.CertificateServiceServicer):
     async def WatchTrustBundle(
         self, request_iterator: AsyncIterator[certificate_pb2.WatchTrustBundleRequest], context: Context
     ) -> AsyncIterator[certificate_pb2.WatchTrustBundleResponse]:
+        if self.refusal:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, self.refusal)
         if self.bundle is not None:
             yield certificate_pb2.WatchTrustBundleResponse(trust_bundle=self.bundle)
         async for request in request_iterator:

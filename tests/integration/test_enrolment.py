@@ -421,3 +421,25 @@ async def test_a_control_plane_that_sends_no_bundle_is_not_waited_for_long(
 def test_a_bundle_survives_its_way(authority: TestAuthority) -> None:
     message = bundle_of(authority, revoked_workloads=["a", "b"])
     assert TrustBundle.from_proto(message).to_proto() == message
+
+
+async def first_error(identity: WorkloadIdentity) -> str:
+    await identity.start()
+    await until(identity, lambda: identity.state(0.0).last_error != "")
+    error = identity.state(0.0).last_error
+    await identity.stop()
+    return error
+
+
+async def test_a_refusal_that_crosses_our_request_is_told_in_the_control_planes_words(authority: TestAuthority) -> None:
+    enrolling, watching = honest(authority), honest(authority)
+    watching.refusal = "the workload has been revoked"
+    mesh = authority.control_plane().server_credentials(authority.roots)
+    async with serving(enrolling, at_the_control_plane(authority)) as address, serving(watching, mesh) as target:
+        settings = identity_settings(
+            "orders", (target,), enrolment=address, token=join_token(authority), insecure=False
+        )
+        assert settings is not None
+        for _ in range(10):
+            error = await first_error(WorkloadIdentity(settings, rng=Random(3), retry=at_once))
+            assert error == f"{target} refused: PERMISSION_DENIED: the workload has been revoked"
