@@ -112,7 +112,9 @@ async def test_one_use_of_a_token_is_enough_for_a_server_and_the_client_that_sha
     async with mesh_client.connect(service="orders", cache_dir="", **told) as mesh:
         async with running("orders", control_plane=rig.mesh, mesh=mesh) as made:
             await made.registered()
-            (who,), _ = await call(mesh.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0)
+            (who,), _ = await call(
+                mesh.channel("orders"), "unary_unary", "Caller", [b""], timeout=10.0, wait_for_ready=True
+            )
             assert who.decode().startswith("spiffe://mesh.internal/service/orders (workload ")
 
 
