@@ -41,14 +41,17 @@ def test_the_wheel_carries_code_stubs_and_type_information(wheel: zipfile.Path) 
         "mesh/v1/py.typed",
     }
     expected |= {
-        f"{package}/{name}" for package in ("mesh_client", "control_plane") for name in ("__init__.py", "py.typed")
+        f"{package}/{name}"
+        for package in ("mesh_client", "control_plane", "gateway")
+        for name in ("__init__.py", "py.typed")
     }
     assert expected <= names(wheel)
 
 
 def test_the_wheel_carries_neither_the_example_application_nor_tests(wheel: zipfile.Path) -> None:
     packages = {name.partition("/")[0] for name in names(wheel)}
-    assert packages == {"control_plane", "mesh", "mesh_cli", "mesh_client", f"grpc_mesh-{PROJECT['version']}.dist-info"}
+    ours = {"control_plane", "gateway", "mesh", "mesh_cli", "mesh_client"}
+    assert packages == {*ours, f"grpc_mesh-{PROJECT['version']}.dist-info"}
 
 
 def test_the_client_library_alone_needs_five_packages(wheel: zipfile.Path) -> None:

@@ -1,0 +1,167 @@
+"""Lua that Kong's pre-function and post-function plugins run: what its grpc-gateway leaves out.
+
+It runs in Kong's sandbox, by the documented plugin development kit; ``untrusted_lua_sandbox_requires = cjson.safe`` in
+kong.conf lets it read and write JSON. Configuration cannot break out of it: what comes from protos and settings is
+identifiers and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.routes import Route
+
+TRAILERS = 'ngx.var.upstream_te = "trailers"\n'
+"""Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
+
+HTTP_STATUS = dict(
+    zip(range(1, 17), (499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401), strict=True)
+)
+"""HTTP status by gRPC status, as google/rpc/code.proto has it. Kong itself makes 500 of UNIMPLEMENTED."""
+
+GRPC_STATUS = {
+    400: 3,
+    401: 16,
+    403: 7,
+    404: 5,
+    405: 12,
+    408: 4,
+    409: 10,
+    429: 8,
+    499: 1,
+    501: 12,
+    502: 14,
+    503: 14,
+    504: 4,
+}
+"""gRPC status by HTTP status, for what the edge answers itself; else INVALID_ARGUMENT below 500, INTERNAL above."""
+
+_QUERY = """\
+-- Kong's grpc-gateway lets query parameters override what the path says.
+local bound = {bound}
+for name in pairs(kong.request.get_query()) do
+  local field = name:match("[^.]+")
+  if field and bound[field] then
+    return kong.response.exit(400, {{ code = 3, message = field .. " is set by the path; leave it out of the query" }})
+  end
+end
+"""
+
+_BODY = """\
+-- A body that did not fit into Kong's buffer would be taken for none.
+local body = kong.request.get_raw_body()
+if not body{too_large} then
+  return kong.response.exit(413, {{ code = 3, message = "the body is too large" }})
+end
+"""
+
+_JSON = """\
+-- Bad JSON would be answered with 500.
+local decoded
+if body ~= "" then
+  decoded = require("cjson.safe").decode(body)
+  if decoded == nil{not_an_object} then
+    return kong.response.exit(400, {{ code = 3, message = "the body is not {expected}" }})
+  end
+end
+"""
+
+_OVERRIDE = """\
+-- Kong's grpc-gateway lets the body override what the path says.
+for field in pairs({bound}) do
+  if decoded and decoded[field] ~= nil then
+    return kong.response.exit(400, {{ code = 3, message = field .. " is set by the path; leave it out of the body" }})
+  end
+end
+"""
+
+_NATIVE = """\
+local media_type = kong.request.get_header("content-type")
+if media_type and media_type:find("application/grpc", 1, true) == 1 then
+  return
+end
+"""
+
+_HEADER_FILTER = """\
+{native}\
+if {wildcard}kong.response.get_header("access-control-allow-origin") == "*" then
+  -- grpc-gateway's own, whatever the cors plugin says
+  kong.response.clear_header("access-control-allow-origin")
+end
+local codes = {codes}
+local code = tonumber(kong.response.get_header("grpc-status"))
+if code and code ~= 0 then
+  kong.response.set_status(codes[code] or 500)
+end
+if kong.response.get_status() >= 400 then
+  kong.response.set_header("content-type", "application/json")
+  kong.response.clear_header("content-length")
+end
+"""
+
+_BODY_FILTER = """\
+{native}\
+local status = kong.response.get_status()
+if status < 400 then
+  return
+end
+local body = kong.response.get_raw_body()
+if body == nil then
+  return
+end
+local json = require("cjson.safe")
+local code = tonumber(kong.response.get_header("grpc-status"))
+local message
+if code and code ~= 0 then
+  message = (kong.response.get_header("grpc-message") or ""):gsub("%%(%x%x)", function(hex)
+    return string.char(tonumber(hex, 16))
+  end)
+else
+  local answer = json.decode(body)
+  if type(answer) ~= "table" then
+    answer = {{ message = body }}
+  end
+  local codes = {codes}
+  code = answer.code or codes[status] or (status < 500 and 3 or 13)
+  message = answer.message or ""
+end
+kong.response.set_raw_body(json.encode({{ code = code, message = message }}))
+"""
+
+
+def access(route: Route, max_body_bytes: int | None) -> list[str]:
+    """What runs before Kong's grpc-gateway for requests to this route."""
+    names = [field.json_name for _, field in route.path_fields()]
+    bound = "{ " + ", ".join(f'["{name}"] = true' for name in names) + " }"
+    guards = ""
+    if not route.body:
+        guards = _QUERY.format(bound=bound) if names else ""
+    else:
+        whole = route.body == "*"
+        guards = _BODY.format(too_large=f" or #body > {max_body_bytes}" if max_body_bytes is not None else "")
+        guards += _JSON.format(
+            not_an_object=' or type(decoded) ~= "table" or decoded[1] ~= nil' if whole else "",
+            expected="a JSON object" if whole else "JSON",
+        )
+        guards += _OVERRIDE.format(bound=bound) if names and whole else ""
+    return [TRAILERS, guards] if guards else [TRAILERS]
+
+
+def errors(origins: Sequence[str]) -> dict[str, list[str]]:
+    """Makes a JSON google.rpc.Status of every error, of services and of the edge, by the phases of a post-function.
+
+    Args:
+        origins: what CORS allows; the ``*`` that Kong's grpc-gateway sends goes out only if it is among them.
+    """
+    return {
+        "header_filter": [
+            _HEADER_FILTER.format(
+                native=_NATIVE, wildcard="false and " if "*" in origins else "", codes=_table(HTTP_STATUS)
+            )
+        ],
+        "body_filter": [_BODY_FILTER.format(native=_NATIVE, codes=_table(GRPC_STATUS))],
+    }
+
+
+def _table(numbers: dict[int, int]) -> str:
+    return "{ " + ", ".join(f"[{key}] = {value}" for key, value in sorted(numbers.items())) + " }"
