@@ -12,7 +12,7 @@ from mesh_client.certificates import from_pem
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.identity import check_trust_domain
 from mesh_client.core.join_token import JoinTokenClaims, read_claims
-from mesh_client.identity_store import read_small_file, refuse_if_shared
+from mesh_client.identity_store import read_secret_file, read_small_file
 
 INSECURE = "MESH_INSECURE"
 ENROLMENT = "MESH_ENROLMENT"
@@ -55,8 +55,7 @@ class Secret:
         if self.file is None:
             return self.text
         try:
-            refuse_if_shared(self.file, self.name)
-            text = read_small_file(self.file).decode("ascii").strip()
+            text = read_secret_file(self.file, self.name).decode("ascii").strip()
         except OSError as error:
             raise ConfigError(f"{self.name}: {self.file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from google.protobuf.message import DecodeError
 from mesh.v1 import certificate_pb2
@@ -53,7 +54,7 @@ class IdentityStore:
         """
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            refuse_if_shared(self.directory, "identity_dir")
+            _refuse_if_shared(self.directory.stat(), self.directory, "identity_dir")
             lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ConfigError(f"identity_dir {self.directory} cannot be used: {error.strerror}") from error
@@ -80,8 +81,7 @@ class IdentityStore:
         """
         path = self.directory / _FILE
         try:
-            refuse_if_shared(path, "identity_dir")
-            raw = read_small_file(path)
+            raw = read_secret_file(path, "identity_dir")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -135,24 +135,22 @@ class IdentityStore:
         return accept(document["private_key"].encode(), chain, bundle, held), bundle
 
 
-def refuse_if_shared(path: Path, name: str) -> None:
-    """Refuses what somebody else than its owner can read or change, or what is not ours; a file may be root's.
+def read_secret_file(path: Path, name: str) -> bytes:
+    """What a file holds that nobody but its owner can read or change.
+
+    It is looked at through what was opened, so that nobody can exchange it in between.
 
     Args:
-        path: a file or directory that is, or holds, a secret.
+        path: the file; links are followed.
         name: the option that named it, for the error.
 
     Raises:
-        ConfigError: it is not ours alone.
-        OSError: it cannot be looked at.
+        ConfigError: it is not ours alone; it may be root's.
+        OSError: it cannot be read, or is too large to be ours.
     """
-    status = path.stat()
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        wanted = "700" if stat.S_ISDIR(status.st_mode) else "600"
-        raise ConfigError(f"{name}: {path} can be read or written by others; chmod {wanted} it, and make a new secret")
-    owners = {os.geteuid()} if stat.S_ISDIR(status.st_mode) else {os.geteuid(), 0}
-    if status.st_uid not in owners:
-        raise ConfigError(f"{name}: {path} belongs to another user; expected one of this process's own")
+    with path.open("rb") as file:
+        _refuse_if_shared(os.fstat(file.fileno()), path, name)
+        return _read_small(file)
 
 
 def read_small_file(path: Path) -> bytes:
@@ -162,7 +160,20 @@ def read_small_file(path: Path) -> bytes:
         OSError: it cannot be read, or is too large to be ours.
     """
     with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
+        return _read_small(file)
+
+
+def _refuse_if_shared(status: os.stat_result, path: Path, name: str) -> None:
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        wanted = "700" if stat.S_ISDIR(status.st_mode) else "600"
+        raise ConfigError(f"{name}: {path} can be read or written by others; chmod {wanted} it, and make a new secret")
+    owners = {os.geteuid()} if stat.S_ISDIR(status.st_mode) else {os.geteuid(), 0}
+    if status.st_uid not in owners:
+        raise ConfigError(f"{name}: {path} belongs to another user; expected one of this process's own")
+
+
+def _read_small(file: IO[bytes]) -> bytes:
+    raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise OSError(0, f"it is larger than {MAX_BYTES} bytes")
     return raw
