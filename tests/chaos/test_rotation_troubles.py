@@ -54,7 +54,7 @@ async def ending(stream: grpc.aio.UnaryStreamCall[Any, Any]) -> grpc.StatusCode:
 
 
 async def test_a_revoked_caller_is_refused_cut_off_and_not_renewed_while_others_go_on(tmp_path: Path) -> None:
-    async with SecureMesh(tmp_path, leaf_lifetime=5.0) as secure:
+    async with SecureMesh(tmp_path, leaf_lifetime=7.0) as secure:
         await secure.start_servers("inventory-1", "inventory-2", **AGE)
         revoked, other = await secure.connect("gateway", uses=1), await secure.connect("billing")
         async with Load(other, workers=4, pause=0.002, stream=False) as load:
@@ -93,7 +93,7 @@ async def test_calls_go_on_and_warnings_are_given_while_nobody_renews_and_none_f
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    async with SecureMesh(tmp_path, leaf_lifetime=10.0) as secure:
+    async with SecureMesh(tmp_path, leaf_lifetime=12.0) as secure:
         await secure.start_servers("inventory-1")
         async with secure.serving(instance_id="inventory-2") as server:
             mesh = await secure.connect()
