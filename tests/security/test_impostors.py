@@ -12,8 +12,11 @@ import grpc.aio
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from mesh.v1 import admin_pb2
 
 import mesh_client
+from mesh_cli.client import AdminClient, UnreachableError
+from mesh_cli.credentials import OperatorCredentials
 from mesh_client.core.errors import ConfigError, IdentityError, MeshError
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import Endpoint
@@ -265,6 +268,30 @@ async def test_whoever_stands_in_for_the_mesh_port_is_not_believed(
             await until(lambda: "gateway cannot follow the trust bundle" in world.log.mesh_client)
         assert echo.received == []
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda mint: mint.service("payments"), lambda mint: mint.service("control-plane"), lambda mint: None],
+    ids=["a workload", "a service called control-plane", "plaintext"],
+)
+async def test_the_mesh_command_tells_an_impostor_nothing(
+    make: Callable[[Mint], Credential | None], world: World
+) -> None:
+    files = await world.authority.create_operator("alice", world.directory / "alice")
+    world.log.keep_out(files.key.read_bytes())
+    operator = OperatorCredentials.load(files.key.parent)
+
+    def ask(address: str) -> admin_pb2.GetStatusResponse:
+        with AdminClient((address,), TIMEOUT, operator) as client:
+            return client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
+
+    credential = make(world.mint)
+    async with world.impostor(None if credential is None else credential.for_server()) as (target, echo):
+        with pytest.raises(UnreachableError):
+            await asyncio.to_thread(ask, target)
+    assert echo.received == []
+    assert (await asyncio.to_thread(ask, world.plane.address)).control_plane
 
 
 # -- downgrades

@@ -226,6 +226,18 @@ async def test_a_revoked_workload_may_nothing_any_more(world: World) -> None:
     assert world.published("orders") == ()
 
 
+async def test_a_revoked_operator_is_none_any_more(world: World, log: Log, tmp_path: Path) -> None:
+    files = await world.authority.create_operator("alice", tmp_path / "alice")
+    log.keep_out(files.key.read_bytes())
+    operator = Credential(files.key.read_bytes(), files.chain.read_bytes(), files.roots.read_bytes())
+    async with world.mesh(operator) as raw:
+        assert (await status(raw)).control_plane
+        await world.revoke(operator.workload_id)
+        await denied(world, status(raw), "the workload has been revoked")
+        request = SignRequest(certificate_signing_request=signing_request(new_key()))
+        await denied(world, raw.certificates.SignCertificate(request, timeout=TIMEOUT), "has been revoked")
+
+
 async def test_open_streams_of_a_revoked_workload_are_cut_at_once_and_nobody_elses(world: World) -> None:
     credential, other = await world.join("orders"), await world.join("orders")
     async with world.mesh(credential) as raw, world.mesh(other) as good:
