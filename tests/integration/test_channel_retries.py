@@ -46,25 +46,6 @@ class FailingService(EchoService):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
         await super()._begin(kind, context)
 
-    async def _stream_unary(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
-        return await super()._stream_unary(await self._heard(requests), context)
-
-    async def _stream_stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        async for response in super()._stream_stream(await self._heard(requests), context):
-            yield response
-
-    async def _heard(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The requests; before a failure the first has come: one that crosses the client's write ends as INTERNAL."""
-        first = [await anext(requests)] if self.failures else []
-
-        async def all_of_them() -> AsyncIterator[bytes]:
-            for request in first:
-                yield request
-            async for request in requests:
-                yield request
-
-        return all_of_them()
-
 
 class HungryService(FailingService):
     """Answers UNAVAILABLE when it has read so many bytes."""
