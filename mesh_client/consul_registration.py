@@ -17,8 +17,10 @@ import requests
 from consul import base, std
 
 from mesh_client.addresses import HostPort
+from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
+from mesh_client.identity_store import read_secret_file
 from mesh_client.registration import Changes
 
 logger = logging.getLogger(__name__)
@@ -158,6 +160,8 @@ class ConsulAgent:
             answer = await asyncio.get_running_loop().run_in_executor(self._thread, put)
         except (requests.RequestException, OSError) as error:
             raise AgentError(f"{type(error).__name__}: {error}") from error
+        except ConfigError as error:
+            raise AgentError(str(error)) from error
         if answer.code == 200 or (unknown_is_fine and _says_unknown(answer)):
             return
         raise AgentError(f"{answer.code} {answer.body.strip()[:200]}", refused=answer.code in (400, 401, 403))
@@ -167,11 +171,14 @@ def environment_token() -> str:
     """The ACL token of ``CONSUL_HTTP_TOKEN``, else that in the file ``CONSUL_HTTP_TOKEN_FILE``: as Consul's own tools.
 
     Raises:
-        OSError: the file cannot be read.
+        ConfigError: others can read the file.
+        OSError: it cannot be read.
     """
     token = os.environ.get("CONSUL_HTTP_TOKEN", "")
     file = os.environ.get("CONSUL_HTTP_TOKEN_FILE")
-    return token if token or not file else Path(file).read_text().strip()
+    if token or not file:
+        return token
+    return read_secret_file(Path(file), "CONSUL_HTTP_TOKEN_FILE").decode("ascii", "replace").strip()
 
 
 def _answer(response: base.Response) -> base.Response:

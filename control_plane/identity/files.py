@@ -64,6 +64,15 @@ def read_secret(path: Path) -> bytes:
     return _read(path, os.O_NOFOLLOW, 0o077, "others may read or write")
 
 
+def read_given_secret(path: Path) -> bytes:
+    """The same for a file that somebody else made, such as an orchestrator: links are followed to it.
+
+    Raises:
+        ConfigError: it cannot be read, is no file, belongs to somebody else, or others may read it.
+    """
+    return _read(path, 0, 0o077, "others may read or write")
+
+
 def read_public(path: Path) -> bytes:
     """What a file holds that anybody may read and nobody else may write; links are followed.
 

@@ -14,6 +14,7 @@ from typing import Self
 
 import aiohttp
 
+from control_plane.identity.files import read_given_secret
 from control_plane.sources.blocking_query import Failure
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.model import check_address
@@ -142,9 +143,11 @@ class ConsulToken:
     @staticmethod
     def _read(file: Path) -> str:
         try:
-            return _checked_token(file.read_text().strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Consul token file {file} cannot be read: {error}") from None
+            return _checked_token(read_given_secret(file).decode().strip())
+        except UnicodeDecodeError:
+            raise ConfigError(f"Consul token file {file} holds no text") from None
+        except ConfigError as error:
+            raise ConfigError(f"Consul token file: {error}") from None
 
 
 def _checked_token(text: str) -> str:

@@ -69,6 +69,7 @@ def test_a_data_directory_that_cannot_be_made_is_a_failure_with_a_reason(tmp_pat
 def test_a_token_file_that_holds_no_token_is_a_failure_that_does_not_show_it(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("two words")
+    file.chmod(0o600)
     result = start("--registry", "consul://127.0.0.1:1", "--consul-token-file", str(file))
     assert (result.returncode, result.stdout) == (1, "")
     assert "the Consul token has characters that no token has" in result.stderr

@@ -83,6 +83,7 @@ def test_a_registry_of_another_form_is_a_clear_error(registry: str) -> None:
 def test_a_token_comes_from_the_option_the_environment_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("from-file\n")
+    file.chmod(0o600)
     environment = {"CONSUL_HTTP_TOKEN": "from-environment", "CONSUL_HTTP_TOKEN_FILE": str(file)}
     assert ConsulToken.find("given", environment).secret == "given"
     assert ConsulToken.find("", environment).secret == "from-environment"
@@ -105,6 +106,7 @@ def test_what_cannot_be_a_token_is_refused_without_showing_it(text: str) -> None
 def test_a_token_file_is_read_again_and_kept_when_it_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "token"
     file.write_text("one")
+    file.chmod(0o600)
     token = ConsulToken(file=file)
     file.write_text("two")
     token.refresh()
@@ -116,6 +118,20 @@ def test_a_token_file_is_read_again_and_kept_when_it_is_gone(tmp_path: Path, cap
     with pytest.raises(ConfigError, match="cannot be read"):
         ConsulToken(file=file)
     ConsulToken("fixed").refresh()
+
+
+def test_a_token_file_that_others_can_read_or_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+    file, link = tmp_path / "token", tmp_path / "link"
+    link.symlink_to(file)
+    file.write_bytes(b"\xff")
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        ConsulToken(file=link)
+    file.chmod(0o600)
+    with pytest.raises(ConfigError, match="holds no text"):
+        ConsulToken(file=link)
+    file.write_text("secret")
+    assert ConsulToken(file=link).secret == "secret"
 
 
 # -- one question
@@ -239,6 +255,7 @@ async def test_an_agent_that_hangs_is_left_and_what_waits_for_it_is_broken_off(c
 async def test_a_token_that_is_refused_is_read_from_its_file_again(consul: ScriptedConsul, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("old")
+    file.chmod(0o600)
     consul.answer("/v1/x", b"ACL not found", status=403)
     async with ConsulReader([consul.address], ConsulToken(file=file)) as reader:
         file.write_text("new")

@@ -264,6 +264,10 @@ async def test_the_token_of_the_service_registers_it_and_a_wrong_one_is_refused(
                 await waiting.changed()
             assert "FileNotFoundError" in waiting.status().registration.detail
             file.write_text(created["SecretID"] + "\n")
+            file.chmod(0o644)
+            while "chmod 600" not in waiting.status().registration.detail:
+                await waiting.changed()
+            file.chmod(0o600)
             async with asyncio.timeout(PATIENCE):
                 await waiting.registered()
 
