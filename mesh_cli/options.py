@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,15 @@ from mesh_cli.credentials import (
     OperatorCredentials,
     default_operator_directory,
 )
+from mesh_cli.output import age, write_warning
 from mesh_client.addresses import CONTROL_PLANE_VARIABLE, parse_control_planes
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.model import check_service_name
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
+
+_EXPIRES_SOON = 0.9
+"""Share of the life of an operator's certificate after which every command says that it ends."""
 
 _COMPLETION_TIMEOUT = 1.0
 """Seconds for which somebody who presses the tabulator key waits at most."""
@@ -133,5 +138,13 @@ def connect(control_plane: str, timeout: float, operator: Path | None, *, insecu
     Raises:
         ConfigError: there are no operator's credentials, or they are of no use.
     """
-    credentials = None if insecure else OperatorCredentials.load(operator or default_operator_directory())
+    if insecure:
+        return AdminClient(control_plane.split(","), timeout)
+    credentials = OperatorCredentials.load(operator or default_operator_directory())
+    validity = credentials.credential.validity
+    if validity.age(now := time.time()) > _EXPIRES_SOON:
+        write_warning(
+            f"your operator's certificate ends in {age(validity.not_after - now)}; make a new one with "
+            f"`mesh operator create {credentials.credential.principal.name}` where the control plane runs"
+        )
     return AdminClient(control_plane.split(","), timeout, credentials)

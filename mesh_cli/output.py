@@ -149,6 +149,11 @@ def write_error(message: str) -> None:
     console(stderr=True).print(Text.assemble(("mesh: ", "bold red"), printable(message)), soft_wrap=True)
 
 
+def write_warning(message: str) -> None:
+    """Writes one warning to standard error, in one line however long it is."""
+    console(stderr=True).print(Text.assemble(("mesh: ", "bold yellow"), printable(message)), soft_wrap=True)
+
+
 def reports_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
     """Turns an expected error of a command into one line on standard error and exit code 1, never a traceback."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 import sqlite3
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +27,7 @@ CUSTOMERS, STRANGER = "demo", "reviews"
 ROOT = Path(__file__).parents[2]
 """The checkout: the shop is not part of the wheel."""
 
-_CONTROL_PLANE_READY = re.compile(r"^mesh control-plane listening on (\S+)$")
-_ENROLS = re.compile(r"^mesh control-plane enrols on (\S+)$")
+_CONTROL_PLANE_READY = re.compile(r"^mesh control-plane listening on ")
 _SERVICE_READY = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 """What a mesh server logs once it answers."""
 _FREEZE_ATTEMPTS = 50
@@ -93,10 +94,13 @@ class System:
         self._consul = consul
         self._leaf_lifetime = leaf_lifetime
         self._supervisor = Supervisor(directory)
+        self._ports = ExitStack()
         self._control_plane: Process | None = None
         self._started: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
+        # A restarted control plane must find its ports free, so nobody else gets them meanwhile.
+        self.address, self.enrolment_address = (_address(self._ports.enter_context(_held_port())) for _ in range(2))
         try:
             if self._consul:
                 binary = find_consul(ROOT)
@@ -116,6 +120,7 @@ class System:
                     raise result
         except BaseException:
             await self._supervisor.kill_all()
+            self._ports.close()
             raise
         self.instances.sort(key=lambda instance: (SERVICES.index(instance.service), instance.number))
         return self
@@ -124,6 +129,7 @@ class System:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._supervisor.kill_all()
+        self._ports.close()
 
     @property
     def registry(self) -> str:
@@ -150,9 +156,9 @@ class System:
             "mesh_cli",
             "control-plane",
             "--listen",
-            self.address or "127.0.0.1:0",
+            self.address,
             "--enrol-listen",
-            self.enrolment_address or "127.0.0.1:0",
+            self.enrolment_address,
             "--leaf-lifetime",
             f"{self._leaf_lifetime}s",
             "--registry",
@@ -163,10 +169,7 @@ class System:
         self._control_plane = await self._supervisor.start(
             "control-plane", command, self._environment(), _CONTROL_PLANE_READY
         )
-        self.address = (await self._control_plane.wait_ready())[1]
-        self.enrolment_address = next(
-            match[1] for line in self._control_plane.tail().splitlines() if (match := _ENROLS.match(line))
-        )
+        await self._control_plane.wait_ready()
 
     async def kill_control_plane(self) -> None:
         """``kill -9`` of the control plane."""
@@ -244,6 +247,19 @@ class System:
             name: value for name, value in os.environ.items() if not name.startswith(("MESH_", "SHOP_", "CONSUL_"))
         }
         return {**inherited, "PYTHONUNBUFFERED": "1"}
+
+
+def _held_port() -> socket.socket:
+    """A port that is bound, and given to nobody who asks for any; a server that asks for this one may listen there."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
+def _address(held: socket.socket) -> str:
+    host, port = held.getsockname()
+    return f"{host}:{port}"
 
 
 def _can_write(database: Path) -> bool:

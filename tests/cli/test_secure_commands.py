@@ -93,14 +93,19 @@ async def test_an_operator_does_everything_from_the_first_credentials_to_a_rotat
         assert "the workload has been revoked" in revoked.stderr
 
 
-async def test_operators_can_be_made_elsewhere_and_as_json(secure: Mesh, tmp_path: Path) -> None:
+async def test_operators_can_be_made_elsewhere_and_as_json_and_are_told_when_they_end(
+    secure: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running(data_dir=tmp_path / "state") as plane:
         directory = tmp_path / "bob"
         create = ("operator", "create", "bob", "--data-dir", str(tmp_path / "state"), "--directory", str(directory))
         assert f"MESH_OPERATOR={directory}" in (await secure(*create)).stdout
         made = json.loads((await secure(*create, "--lifetime", "1h", "--json")).stdout)
         assert (made["spiffe_id"], made["directory"]) == ("spiffe://mesh.internal/operator/bob", str(directory))
-        await secure("status", "--control-plane", plane.address, "--operator", str(directory))
+        use = ("status", "--control-plane", plane.address, "--operator", str(directory))
+        assert (await secure(*use)).stderr == ""
+        monkeypatch.setattr("mesh_cli.options._EXPIRES_SOON", -1.0)
+        assert "mesh: your operator's certificate ends in 59m" in (await secure(*use)).stderr
 
 
 async def test_an_operator_cannot_be_made_where_there_is_no_authority(secure: Mesh, tmp_path: Path) -> None:
