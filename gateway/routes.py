@@ -48,12 +48,12 @@ class Route:
     def query_fields(self) -> tuple[tuple[str, FieldDescriptor], ...]:
         """What query parameters can set: dotted JSON names with their fields, in the order of declaration.
 
-        Of a message that holds itself, the second level is left out.
+        A message within itself is left out.
         """
         if self.body == "*":
             return ()
         bound = {variable.name for variable in self.template.variables}
-        return tuple(_query_fields(self.method.input, "", "", {*bound, self.body}, ()))
+        return tuple(_query_fields(self.method.input, "", "", {*bound, self.body}, (self.method.input.full_name,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ def _query_fields(
         if inner is None or inner.full_name in SCALAR_MESSAGES:
             yield json_name, field
         elif not field.is_repeated and inner.full_name not in above and not inner.full_name.startswith(_WELL_KNOWN):
-            yield from _query_fields(inner, f"{name}.", f"{json_name}.", bound, (*above, message.full_name))
+            yield from _query_fields(inner, f"{name}.", f"{json_name}.", bound, (*above, inner.full_name))
 
 
 _WELL_KNOWN = "google.protobuf."
