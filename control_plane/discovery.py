@@ -30,7 +30,8 @@ from control_plane.subscription import (
     Subscriptions,
     SubscriptionState,
 )
-from mesh_client.core.model import ResourceKind, StatusCode
+from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.model import ResourceKind, StatusCode, check_service_name
 
 _log = logging.getLogger(__name__)
 
@@ -72,9 +73,6 @@ MAX_STREAMS_OF_ONE = 100
 
 REFUSAL_PATIENCE = 1.0
 """Seconds that somebody who is refused has to say what they have begun to say."""
-
-_SHOWN = 63
-"""Characters of what somebody calls their service, in messages."""
 
 
 def _nothing() -> None:
@@ -321,7 +319,12 @@ class StreamHub:
 
     async def _may_watch(self, node: ClientNode | None, context: _Context) -> Caller | None:
         """Whoever calls: a node is a workload of the service that it says it is of."""
-        service = "" if node is None else node.service[:_SHOWN]
+        service = "" if node is None else node.service
+        if service:
+            try:
+                check_service_name(service)
+            except InvalidValueError as error:
+                raise ProtocolError("node.service", f"expected {error.expected}") from None
         return await self._access.require_service(
             context, service, f"watch as {service or 'a node of no service'}", operators=True, control_planes=True
         )

@@ -423,9 +423,10 @@ def _check_name(path: str, name: str) -> None:
 
 
 def _check_node(node: ClientNode) -> None:
-    if not 1 <= len(node.id) <= _MAX_ID_LENGTH:
-        raise ProtocolError("node.id", f"expected 1 to {_MAX_ID_LENGTH} characters")
-    if len(node.user_agent) > _MAX_ID_LENGTH:
-        raise ProtocolError("node.user_agent", f"expected at most {_MAX_ID_LENGTH} characters")
+    # Logs and terminals show them: a line break or an escape would be obeyed there.
+    if not 1 <= len(node.id) <= _MAX_ID_LENGTH or not node.id.isprintable():
+        raise ProtocolError("node.id", f"expected 1 to {_MAX_ID_LENGTH} printable characters")
+    if len(node.user_agent) > _MAX_ID_LENGTH or not node.user_agent.isprintable():
+        raise ProtocolError("node.user_agent", f"expected at most {_MAX_ID_LENGTH} printable characters")
     if node.service:
         _check_name("node.service", node.service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -316,3 +317,53 @@ async def test_a_revoked_client_of_the_library_neither_renews_nor_calls(log: Log
         assert "which has been revoked" in (caught.value.details() or "")
         await until(lambda: "the workload has been revoked" in log.mesh_client)
         assert world.echoes[server].received == [b"hello"]
+
+
+# -- what the log shows of what others say
+
+_FORGED = "x\nERROR control_plane: forged\x1b[2J"
+
+
+async def test_nobody_writes_lines_of_their_own_into_the_log(world: World) -> None:
+    """Nor what a terminal would obey."""
+    node = discovery_pb2.Node(id="x", service="orders")
+    watches = [
+        discovery_pb2.DeltaResourcesRequest(node=discovery_pb2.Node(id="x", service=_FORGED)),
+        discovery_pb2.DeltaResourcesRequest(node=discovery_pb2.Node(id=_FORGED, service="orders")),
+        discovery_pb2.DeltaResourcesRequest(node=discovery_pb2.Node(id="x", service="orders", user_agent=_FORGED)),
+        discovery_pb2.DeltaResourcesRequest(node=node, subscribe=[_FORGED]),
+        discovery_pb2.DeltaResourcesRequest(node=node, unsubscribe=[_FORGED]),
+        discovery_pb2.DeltaResourcesRequest(node=node, held_versions={_FORGED: _FORGED}),
+        discovery_pb2.DeltaResourcesRequest(node=node, response_nonce=_FORGED),
+    ]
+    for request in watches:
+        request.type = resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS
+    bad = registering("orders")
+    bad.endpoint.id = _FORGED
+    token = await world.token("orders")
+    async with world.mesh(await world.join("orders")) as raw, world.enrolment() as stranger:
+        for request in watches:
+            stream = raw.discovery.DeltaResources(timeout=TIMEOUT)
+            await stream.write(request)
+            # What was taken is followed by what is not: the refusal names the stream.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await stream.read()
+                await stream.write(watching("payments"))
+            await refused(_to_the_end(stream))
+        for registration in (registering(_FORGED), bad):
+            lease = raw.registry.Register(timeout=TIMEOUT)
+            await lease.write(registration)
+            assert await lease.code() is not grpc.StatusCode.OK
+        for service, endpoint in (("orders", _FORGED), (_FORGED, "x")):
+            drain = registry_pb2.DrainRequest(service=service, endpoint_id=endpoint)
+            await refused(raw.registry.Drain(drain, timeout=TIMEOUT))
+        for service, text in ((_FORGED, token), ("orders", _FORGED)):
+            joining = SignRequest(
+                certificate_signing_request=signing_request(new_key()), service=service, join_token=text
+            )
+            await refused(stranger.certificates.SignCertificate(joining, timeout=TIMEOUT))
+        renewal = SignRequest(certificate_signing_request=signing_request(new_key()), service=_FORGED)
+        await refused(raw.certificates.SignCertificate(renewal, timeout=TIMEOUT))
+    for line in world.log.lines:
+        assert "forged\x1b" not in line
+        assert "\nERROR control_plane: forged" not in line
