@@ -209,7 +209,7 @@ class SecureMesh:
         made = make_server(SERVICE, **await self.workload(SERVICE), **options)
         await made.start()
         try:
-            await made.registered()
+            await asyncio.wait_for(made.registered(), PATIENCE)
             yield made
         finally:
             await made.stop(0.0)
