@@ -72,7 +72,7 @@ MAX_STREAMS_OF_ONE = 100
 """Streams that one workload may have open, so that none of them keeps the others out: one for each client would do."""
 
 REFUSAL_PATIENCE = 1.0
-"""Seconds that somebody who is refused has to say what they have begun to say."""
+"""Seconds that somebody who is refused has to say what they have begun to say, and to take what is said to them."""
 
 
 def _nothing() -> None:
@@ -82,7 +82,17 @@ def _nothing() -> None:
 class _Stream:
     """One open stream."""
 
-    __slots__ = ("connected_at", "ending", "peer", "stop_watching", "subscriptions", "task", "wake", "workload_id")
+    __slots__ = (
+        "connected_at",
+        "ending",
+        "peer",
+        "stop_watching",
+        "subscriptions",
+        "task",
+        "wake",
+        "workload_id",
+        "writing",
+    )
 
     def __init__(
         self, subscriptions: Subscriptions, peer: str, connected_at: float, task: asyncio.Task[object]
@@ -91,6 +101,7 @@ class _Stream:
         self.peer = peer
         self.connected_at = connected_at
         self.wake = asyncio.Event()
+        self.writing = asyncio.Lock()
         self.task = task
         self.ending = (grpc.StatusCode.CANCELLED, "the stream was cancelled")
         """The status to end with when the task is cancelled."""
@@ -106,6 +117,15 @@ class _Stream:
         """The stream is somebody's: it ends when they are revoked."""
         revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
         self.stop_watching = access.when_revoked(caller, revoked)
+
+    async def written(self) -> None:
+        """Returns when no response is being written; none is begun any more.
+
+        A status that crosses the first response is lost in grpc.aio, and the client waits for its own deadline.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFUSAL_PATIENCE):
+                await self.writing.acquire()
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
         """Ends the stream from outside of it."""
@@ -268,8 +288,10 @@ class StreamHub:
             await self._read(stream, context)
         except ProtocolError as error:
             _log.warning("stream of %s at %s ends: %s", stream.node_id, stream.peer, error)
+            await stream.written()
             await context.abort(_CODES[error.code], str(error))
         except asyncio.CancelledError:
+            await stream.written()
             await context.abort(*stream.ending)
         finally:
             stream.stop_watching()
@@ -338,7 +360,8 @@ class StreamHub:
             for drain in self._drains:
                 drain.look(stream)
             for response in responses:
-                await context.write(self._encoder.encode(response))
+                async with stream.writing:
+                    await context.write(self._encoder.encode(response))
 
     def _index(self, stream: _Stream, kind: ResourceKind, effect: Effect) -> None:
         for name in effect.unsubscribed:

@@ -136,6 +136,18 @@ async def test_streams_that_say_nothing_do_not_keep_others_out(world: World, mon
         assert sum(world.plane._hub._open.values()) == 1
 
 
+async def test_a_refusal_right_behind_the_first_request_is_heard(world: World) -> None:
+    async with world.mesh(await world.join("orders")) as raw:
+        streams = [raw.discovery.DeltaResources(timeout=TIMEOUT) for _ in range(8)]
+        for stream in streams:
+            await stream.write(watching("orders"))
+            await stream.write(watching("payments"))
+        for stream in streams:
+            error = await refused(_to_the_end(stream))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details() == "node: must not change within a stream"
+
+
 # -- as an operator or a control plane
 
 
