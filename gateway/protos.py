@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,9 @@ import google.api
 
 from gateway.descriptors import Api, read
 from gateway.errors import DescriptorError
+
+_LOG = re.compile(r"WARNING: All log messages|[IW]\d{4} ")
+"""What the compiler logs between its messages."""
 
 
 def load(files: Sequence[Path], proto_paths: Sequence[Path] = ()) -> Api:
@@ -54,5 +58,6 @@ def _compile(protos: Sequence[Path], proto_paths: Sequence[Path]) -> bytes:
         ]
         done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
-            raise DescriptorError("protoc: " + "; ".join(done.stderr.strip().splitlines()))
+            lines = [line for line in done.stderr.splitlines() if line and not _LOG.match(line)]
+            raise DescriptorError("protoc: " + "; ".join(lines))
         return out.read_bytes()

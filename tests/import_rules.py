@@ -81,7 +81,12 @@ _PURE_CONTROL_PLANE = " ".join(
         "control_plane.sources.StoredDocument",  # a value; the package holds protocols too, and every source
     ]
 )
+_PURE_GATEWAY = " ".join(path.removesuffix(".py").replace("/", ".") for path in PURE if path.startswith("gateway/"))
 _PURE_LIBRARIES = {
+    # descriptors are values, and protobuf does no I/O for them
+    **{path: "google" for path in PURE if path.startswith("gateway/")},
+    "gateway/kong.py": "yaml",
+    "gateway/settings.py": "pydantic",
     "control_plane/documents.py": "yaml",
     # certificates are made and checked by cryptography, which does no I/O for that
     **{path: "cryptography" for path in PURE if path.startswith("control_plane/identity/")},
@@ -95,6 +100,11 @@ RULES = (
         _rule(path, f"{_PURE_CONTROL_PLANE} mesh_client.core", _PURE_LIBRARIES.get(path, ""), pure=True)
         for path in PURE
         if path.startswith("control_plane/")
+    ),
+    *(
+        _rule(path, f"{_PURE_GATEWAY} mesh_client.core", _PURE_LIBRARIES[path], pure=True)
+        for path in PURE
+        if path.startswith("gateway/")
     ),
     _rule("mesh_client/*", "mesh_client mesh"),
     _rule("control_plane/*", "control_plane mesh_client.core mesh"),

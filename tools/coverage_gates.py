@@ -34,6 +34,17 @@ PURE = (
     "control_plane/sources/poll_queue.py",
     "control_plane/sources/source_health.py",
     "control_plane/subscription.py",
+    "gateway/descriptors.py",
+    "gateway/errors.py",
+    "gateway/json_schema.py",
+    "gateway/kong.py",
+    "gateway/kong_lua.py",
+    "gateway/kong_proto.py",
+    "gateway/lint.py",
+    "gateway/openapi.py",
+    "gateway/path_template.py",
+    "gateway/routes.py",
+    "gateway/settings.py",
 )
 """Files without I/O. tests/test_imports.py holds them to that."""
 

@@ -1,0 +1,204 @@
+"""The programs that Kong runs, run by LuaJIT with as much of Kong's plugin development kit as they use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import pytest
+from lupa.luajit21 import LuaRuntime
+
+from gateway import kong_lua
+from gateway.routes import Route, build
+from tests.gateway.compiling import nasty, shop, with_rules
+
+KIT = """
+function(request, response, json)
+  local exits = {}
+  local kong = { request = {}, response = {} }
+  function kong.request.get_query() return request.query end
+  function kong.request.get_raw_body() return request.body end
+  function kong.request.get_header(name) return request.headers[name] end
+  function kong.response.get_header(name) return response.headers[name] end
+  function kong.response.set_header(name, value) response.headers[name] = value end
+  function kong.response.clear_header(name) response.headers[name] = nil end
+  function kong.response.get_status() return response.status end
+  function kong.response.set_status(status) response.status = status end
+  function kong.response.get_raw_body() return response.body end
+  function kong.response.set_raw_body(body) response.body = body end
+  function kong.response.exit(status, body)
+    response.status = status
+    response.body = json.encode(body)
+    return "exited"
+  end
+  local ngx = { var = {} }
+  response.ngx = ngx
+  local sandbox = {
+    kong = kong, ngx = ngx, pairs = pairs, type = type, tonumber = tonumber, string = string,
+    require = function(name) assert(name == "cjson.safe"); return json end,
+  }
+  return function(program) return setfenv(assert(loadstring(program)), sandbox)() end
+end
+"""
+
+
+@dataclass
+class Kong:
+    """One request in a Kong."""
+
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: str | None = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    answer: str | None = ""
+    status: int = 200
+    answer_headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lua = LuaRuntime(unpack_returned_tuples=True)
+        table = self.lua.table_from
+        self.response = table({"status": self.status, "body": self.answer, "headers": table(dict(self.answer_headers))})
+        request = table({"query": table(dict(self.query)), "body": self.body, "headers": table(dict(self.headers))})
+        codec = self.lua.table_from({"decode": self.decode, "encode": self.encode})
+        self.program = self.lua.eval(KIT)(request, self.response, codec)
+
+    def decode(self, text: str) -> object:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return None
+        if isinstance(value, dict | list):
+            return self.lua.table_from(value)
+        return object() if value is None else value  # cjson.null is no nil
+
+    def encode(self, value: object) -> str:
+        return json.dumps(dict(cast("Mapping[str, object]", value)))
+
+    def runs(self, programs: list[str]) -> Kong:
+        for program in programs:
+            if self.program(program) == "exited":
+                break
+        return self
+
+    @property
+    def status_and_body(self) -> tuple[int, object]:
+        return self.response.status, json.loads(self.response.body)
+
+
+def route(name: str) -> Route:
+    table = build(shop() if name.startswith("shop") else nasty())
+    return next(item for item in table.routes if item.name == name)
+
+
+GET_ORDER = kong_lua.access(route("shop.v1.OrderService.GetOrder"), None)
+PLACE_ORDER = kong_lua.access(route("shop.v1.OrderService.PlaceOrder"), 40)
+CHECK_OUT = kong_lua.access(route("nasty.v1.LibraryService.CheckOut"), None)
+PUT_BOOK = kong_lua.access(route("nasty.v1.LibraryService.PutBook"), None)
+
+
+def test_trailers_are_asked_for_first() -> None:
+    assert Kong().runs(GET_ORDER).response.ngx["var"]["upstream_te"] == "trailers"
+
+
+@pytest.mark.parametrize("name", ["orderId", "orderId.x", ".orderId", "..orderId.", "orderId."])
+def test_a_query_that_would_override_the_path_is_refused(name: str) -> None:
+    status, body = Kong(query={"page": "1", name: "2"}).runs(GET_ORDER).status_and_body
+    assert (status, body) == (400, {"code": 3, "message": "orderId is set by the path; leave it out of the query"})
+
+
+@pytest.mark.parametrize("name", ["order_id", "a.orderId", "orderIds", "...", ""])
+def test_other_queries_pass(name: str) -> None:
+    assert Kong(query={name: "1"}).runs(GET_ORDER).response.status == 200
+
+
+def test_a_route_without_variables_and_body_needs_no_guard() -> None:
+    table = build(with_rules('get: "/a"'))
+    assert kong_lua.access(table.routes[0], 10) == [kong_lua.TRAILERS]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (None, 413),
+        ('{"sku": "' + "x" * 40 + '"}', 413),
+        ("{", 400),
+        ("null", 400),
+        ("1", 400),
+        ('["a"]', 400),
+        ('{"sku": "a"}', 200),
+        ("", 200),
+    ],
+)
+def test_bodies_that_kong_would_take_wrongly_are_refused(body: str | None, status: int) -> None:
+    assert Kong(body=body).runs(PLACE_ORDER).response.status == status
+
+
+def test_a_body_that_would_override_the_path_is_refused() -> None:
+    status, body = Kong(body='{"isbn": "2"}').runs(CHECK_OUT).status_and_body
+    assert (status, body) == (400, {"code": 3, "message": "isbn is set by the path; leave it out of the body"})
+    assert Kong(body='{"name": "2"}').runs(CHECK_OUT).response.status == 200
+    assert Kong(body="").runs(CHECK_OUT).response.status == 200
+
+
+@pytest.mark.parametrize(("body", "status"), [('{"title": "a"}', 200), ('"text"', 200), ("{", 400), ("", 200)])
+def test_a_field_that_is_the_body_may_be_any_json(body: str, status: int) -> None:
+    assert Kong(body=body).runs(PUT_BOOK).response.status == status
+
+
+def answered(kong: Kong, *origins: str) -> Kong:
+    phases = kong_lua.errors(origins)
+    return kong.runs(phases["header_filter"]).runs(phases["body_filter"])
+
+
+@pytest.mark.parametrize(("code", "status"), kong_lua.HTTP_STATUS.items())
+def test_each_grpc_status_is_an_http_status_with_a_json_body(code: int, status: int) -> None:
+    headers = {"grpc-status": str(code), "grpc-message": "not%20a%C3%BC%0A", "content-length": "0"}
+    kong = answered(Kong(answer_headers=headers))
+    assert kong.status_and_body == (status, {"code": code, "message": "not aü\n"})
+    assert kong.response.headers["content-type"] == "application/json"
+    assert kong.response.headers["content-length"] is None
+
+
+def test_an_unknown_grpc_status_is_500_and_a_missing_message_is_empty() -> None:
+    assert answered(Kong(answer_headers={"grpc-status": "77"})).status_and_body == (500, {"code": 77, "message": ""})
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "expected"),
+    [
+        (
+            404,
+            '{"message": "no Route matched with those values"}',
+            {"code": 5, "message": "no Route matched with those values"},
+        ),
+        (401, '{"message": "Unauthorized"}', {"code": 16, "message": "Unauthorized"}),
+        (429, '{"message": "API rate limit exceeded"}', {"code": 8, "message": "API rate limit exceeded"}),
+        (400, "failed to transcode", {"code": 3, "message": "failed to transcode"}),
+        (418, "{}", {"code": 3, "message": ""}),
+        (502, "", {"code": 14, "message": ""}),
+        (599, "", {"code": 13, "message": ""}),
+        (400, '{"code": 11, "message": "ours"}', {"code": 11, "message": "ours"}),
+    ],
+)
+def test_errors_of_the_edge_itself_follow_the_same_form(status: int, answer: str, expected: object) -> None:
+    assert answered(Kong(status=status, answer=answer)).status_and_body == (status, expected)
+
+
+def test_answers_and_parts_of_answers_pass() -> None:
+    assert answered(Kong(answer='{"a":1}', answer_headers={"grpc-status": "0"})).response.body == '{"a":1}'
+    assert answered(Kong(answer="chunk")).response.body == "chunk"
+    assert answered(Kong(status=500, answer=None)).response.body is None
+
+
+def test_native_grpc_is_left_alone() -> None:
+    kong = Kong(headers={"content-type": "application/grpc+proto"}, answer_headers={"grpc-status": "5"})
+    assert (answered(kong).response.status, kong.response.body) == (200, "")
+
+
+@pytest.mark.parametrize(("origins", "left"), [((), None), (("https://a",), None), (("*",), "*")])
+def test_the_star_of_kongs_transcoder_goes_out_only_if_all_origins_may_call(
+    origins: tuple[str, ...], left: str | None
+) -> None:
+    kong = Kong(answer_headers={"access-control-allow-origin": "*"})
+    assert answered(kong, *origins).response.headers["access-control-allow-origin"] == left
