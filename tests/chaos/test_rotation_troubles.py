@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ async def ending(stream: grpc.aio.UnaryStreamCall[Any, Any]) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+async def warned(load: Load, service: str, log: Callable[[], str]) -> None:
+    """Returns when a workload's log warns of its certificate: a moment after its state does."""
+    said = f"spiffe://mesh.internal/service/{service}: the certificate expires in "
+    async with asyncio.timeout(PATIENCE):
+        while said not in log():
+            await load.goes_on(10)
+
+
 async def test_a_revoked_caller_is_refused_cut_off_and_not_renewed_while_others_go_on(tmp_path: Path) -> None:
     async with SecureMesh(tmp_path, leaf_lifetime=7.0) as secure:
         await secure.start_servers("inventory-1", "inventory-2", **AGE)
@@ -104,13 +113,9 @@ async def test_calls_go_on_and_warnings_are_given_while_nobody_renews_and_none_f
                 await secure.kill_control_plane()
                 await until(mesh, lambda: all("cannot be renewed" in identity_of(each).warning for each in both))
                 await load.goes_on(200)
-                for name in ("gateway", "inventory"):
-                    said = f"spiffe://mesh.internal/service/{name}: the certificate expires in "
-                    assert said in caplog.text
-                said = "spiffe://mesh.internal/service/inventory: the certificate expires in "
-                async with asyncio.timeout(PATIENCE):
-                    while said not in secure.processes["inventory-1"].log.read_text():
-                        await load.goes_on(10)
+                await warned(load, "gateway", lambda: caplog.text)
+                await warned(load, "inventory", lambda: caplog.text)
+                await warned(load, "inventory", secure.processes["inventory-1"].log.read_text)
                 before = [identity_of(each).serial for each in both]
                 await secure.start_control_plane()
                 async with asyncio.timeout(PATIENCE):
