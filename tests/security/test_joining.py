@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from aiohttp import test_utils, web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, hmac, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -541,3 +542,47 @@ async def test_a_consul_token_of_inventory_never_becomes_orders(log: Log, tmp_pa
     assert "Consul described another token" in log.control_plane
     assert "it is no Consul token" in log.control_plane
     assert f"attested_by='consul token {accessor}'" in log.control_plane
+
+
+async def test_a_flood_of_consul_tokens_that_nobody_knows_shuts_nobody_else_out(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Consul is asked again about tokens that it does not know, for followers learn of fresh ones late."""
+    monkeypatch.setattr("control_plane.identity.attestation.RETRY_DELAY", 0.01)
+    good = str(uuid.uuid4())
+    described = {"AccessorID": str(uuid.uuid4()), "SecretID": good, "ServiceIdentities": [{"ServiceName": "orders"}]}
+
+    async def about_itself(request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != "/v1/acl/token/self" or request.headers.get("X-Consul-Token") != good:
+            return web.Response(status=403)
+        return web.json_response(described)
+
+    def asking_by(token: str) -> SignRequest:
+        csr = signing_request(new_key())
+        return SignRequest(certificate_signing_request=csr, service="orders", consul_token=token)
+
+    async with test_utils.RawTestServer(about_itself, host="127.0.0.1") as consul:
+        registry = f"consul://127.0.0.1:{consul.port}"
+        async with open_world(tmp_path, log, registry=registry) as world, AsyncExitStack() as stack:
+            raws = [await stack.enter_async_context(world.enrolment()) for _ in range(15)]
+            bogus = [str(uuid.uuid4()) for _ in range(150)]
+            for token in bogus:
+                log.keep_out(token)
+            flood = asyncio.gather(
+                *(
+                    refused(raw.certificates.SignCertificate(asking_by(token), timeout=TIMEOUT))
+                    for raw, token in zip(raws * 10, bogus, strict=True)
+                )
+            )
+            async with from_another_address(world.plane.enrolment_address) as address:
+                async with world.enrolment(address=address) as other:
+                    await other.certificates.SignCertificate(asking_by(good), timeout=TIMEOUT)
+            codes = {error.code() for error in await flood}
+            assert grpc.StatusCode.UNAUTHENTICATED in codes
+            assert codes <= {
+                grpc.StatusCode.UNAUTHENTICATED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                grpc.StatusCode.UNAVAILABLE,  # too many tokens of one address are asked about already
+            }
+    log.keep_out(good)
+    assert "Consul does not know the token" in log.control_plane
