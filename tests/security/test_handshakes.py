@@ -8,7 +8,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,15 @@ async def test_versions_of_tls_before_1_2_get_nobody_in(world: World) -> None:
         for port in (server.port, world.plane.port, world.plane.enrolment_port):
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 await asyncio.open_connection("127.0.0.1", port, ssl=context)
+
+
+async def test_handshakes_that_are_never_ended_stop_nobody_else(world: World) -> None:
+    async with victims(world) as server, AsyncExitStack() as stack:
+        for number in range(200):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            slow.sendall((b"", b"\x16\x03\x01\x02\x00\x01\x00", b"PRI * HTTP/2.0\r\n")[number % 3])
+        async with world.to(server, await world.join("gateway")) as raw:
+            assert await raw.echo() == SECRET_REQUEST
 
 
 # -- sessions that are taken up again
