@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from gateway.descriptors import map_entry, reachable
+from gateway.descriptors import map_entry, reachable, value_field
 from gateway.errors import GatewayError, SettingsError
-from gateway.kong_proto import enums_of, fits_kong, flat_name, types_of
+from gateway.kong_proto import TIMESTAMP, enums_of, fits_kong, flat_name, types_of
 from gateway.routes import Route, RouteTable
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -100,7 +100,7 @@ _SHAPES: dict[str, tuple[str, str, str]] = {
 ACCEPTABLE = frozenset({"int64", "bytes", *(rule for rule, _, _ in _SHAPES.values())})
 """Rules whose errors can be accepted: the value arrives, but looks otherwise than protobuf's JSON mapping has it."""
 
-_INSIDES = frozenset(_SHAPES) | {"google.protobuf.Timestamp"}
+_INSIDES = frozenset(_SHAPES) | {TIMESTAMP}
 """Types whose own fields are not looked at: what is said of the field that has the type says it all."""
 
 
@@ -269,10 +269,19 @@ def _of_values(route: Route) -> Iterator[Finding]:
     """What the values of the request and the response look like."""
     method = route.method.full_name
     for message in reachable(route.method.input, route.method.output):
-        if message.full_name in _INSIDES:
-            continue
+        if message.full_name not in _INSIDES:
+            for field in message.fields:
+                yield from _of_field(method, field)
+    for message in reachable(route.method.input):
         for field in message.fields:
-            yield from _of_field(method, field)
+            if _is_timestamp(value_field(field)):
+                yield _warning(
+                    "timestamp-input",
+                    method,
+                    field.full_name,
+                    'Kong\'s code converts timestamps in answers only, and takes {"seconds": 1} in requests',
+                    "try it with your Kong, or use a string",
+                )
     for root in (route.method.input, route.method.output):
         if shape := _SHAPES.get(root.full_name):
             yield _error(shape[0], method, root.full_name, *shape[1:])
@@ -309,7 +318,16 @@ def _of_field(method: str, field: FieldDescriptor) -> Iterator[Finding]:
         )
     if field.type == FieldDescriptor.TYPE_GROUP:
         yield _error("group", method, field.full_name, "Kong reads no groups", "use a message")
-    for value in map_entry(field) or (field,):
+    entry = map_entry(field)
+    if entry is not None and entry[0].type != FieldDescriptor.TYPE_STRING:
+        yield _error(
+            "map-key",
+            method,
+            field.full_name,
+            "Kong writes a map whose keys are no strings as an array, or fails",
+            "use strings for keys",
+        )
+    for value in entry or (field,):
         if value.type in _NUMBER_64:
             yield _error(
                 "int64",
@@ -330,10 +348,14 @@ def _of_field(method: str, field: FieldDescriptor) -> Iterator[Finding]:
             yield from _of_type(method, field, value.message_type)
 
 
+def _is_timestamp(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.full_name == TIMESTAMP
+
+
 def _of_type(method: str, field: FieldDescriptor, type_: Descriptor) -> Iterator[Finding]:
     if shape := _SHAPES.get(type_.full_name):
         yield _error(shape[0], method, field.full_name, *shape[1:])
-    elif type_.full_name == "google.protobuf.Timestamp":
+    elif type_.full_name == TIMESTAMP:
         yield _warning(
             "timestamp",
             method,

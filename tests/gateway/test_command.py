@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gateway.kong import KONG_CONF
 from tests.gateway.compiling import NASTY, ROOT, SHOP, compile_files
 from tests.gateway.conftest import GOLDEN, Golden, Run
 
@@ -44,6 +45,10 @@ def test_every_command_and_option_is_in_the_reference(command: tuple[str, ...], 
 
 def test_the_settings_of_the_reference_are_those_that_are_tested() -> None:
     assert EDGE.read_text() in REFERENCE
+
+
+def test_the_reference_says_what_kong_conf_must_say() -> None:
+    assert f"```ini\n{KONG_CONF}```" in REFERENCE
 
 
 def test_the_reference_names_every_rule() -> None:

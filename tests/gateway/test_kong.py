@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 
+import hypothesis
 import pytest
 import yaml
 from hypothesis import given
@@ -209,6 +210,7 @@ def test_kong_means_the_method_that_the_table_means() -> None:
     agrees(table, SETTINGS, [*paths, *(f"{path}:go" for path in paths), "//", "/a/", "/a//b"])
 
 
+@hypothesis.settings(max_examples=40)
 @given(st.lists(templates(plain_variables=True), min_size=1, max_size=4, unique_by=lambda t: t.shape), st.lists(PATHS))
 def test_kong_means_the_method_that_the_table_means_whatever_the_templates(
     found: list[PathTemplate], paths: list[str]

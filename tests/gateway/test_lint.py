@@ -37,6 +37,8 @@ def test_findings_of_the_shop_are_the_golden_ones(golden: Golden) -> None:
         ("response-body", "nasty.v1.Distorted.text"),
         ("type-name", "nasty.v1.DistortedRequest_Inner"),
         ("json-name", "nasty.v1.Distorted.odd"),
+        ("map-key", "nasty.v1.Distorted.genres"),
+        ("map-key", "nasty.v1.Distorted.answers"),
         ("client-streaming", ""),
         ("verb", ""),
     ],
@@ -51,6 +53,7 @@ def test_what_kong_distorts_is_an_error_by_field_name_with_a_remedy(rule: str, f
     ("rule", "field"),
     [
         ("timestamp", "nasty.v1.Book.printed_at"),
+        ("timestamp-input", "nasty.v1.Book.printed_at"),
         ("path-override", "nasty.v1.GetBookRequest.isbn"),
         ("path-encoding", "nasty.v1.GetBookRequest.isbn"),
         ("repeated-query", "nasty.v1.FindBooksRequest.genre"),

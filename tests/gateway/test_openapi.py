@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import hypothesis
 import pytest
 from google.protobuf import json_format, message_factory
 from hypothesis import given
@@ -148,6 +149,8 @@ VALUES: dict[str, dict[str, object]] = {
         "at": "2026-01-01T00:00:00.5Z",
         "@odd": "c",
         "inner": {"text": "d"},
+        "genres": {"1": "GENRE_NOVEL"},
+        "answers": {"true": "a"},
     },
     "Book": {
         "title": "a",
@@ -180,6 +183,7 @@ def test_what_protobuf_writes_is_what_the_schema_says(name: str) -> None:
         assert field in schemas[f"nasty.v1.{name}"]["properties"]
 
 
+@hypothesis.settings(max_examples=40)
 @given(templates(plain_variables=True))
 def test_any_path_is_described_validly(template: PathTemplate) -> None:
     table = with_string_paths(str(template).replace("f0", "id").replace("f1", "id2"))
