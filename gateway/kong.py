@@ -119,7 +119,7 @@ class _Renderer:
             if service.native_grpc:
                 entities += self._native_routes(name, service, methods, prefix=not streams)
             if entities:
-                yield self._service(f"{name}.streams" if streams else name, service, entities, streams=streams)
+                yield self._service(f"{name}~streams" if streams else name, service, entities, streams=streams)
 
     def _service(self, name: str, service: Service, routes: Sequence[Entity], *, streams: bool) -> Entity:
         upstream = self.settings.upstreams[service.upstream]
@@ -158,11 +158,11 @@ class _Renderer:
         self, name: str, service: Service, methods: Sequence[Method], *, prefix: bool
     ) -> Iterator[Entity]:
         """One by the service's prefix, and one by its whole path for each method that is treated otherwise."""
-        paths = {f"{name}.grpc": (f"/{name}/", service.rate_limit)} if prefix else {}
+        paths = {f"{name}~grpc": (f"/{name}/", service.rate_limit)} if prefix else {}
         for method in methods:
             limit = service.rate_limits.get(method.name, service.rate_limit)
             if _streams(method) or limit != service.rate_limit:
-                paths[f"{method.full_name}.grpc"] = (f"~/{escape(name)}/{method.name}$", limit)
+                paths[f"{method.full_name}~grpc"] = (f"~/{escape(name)}/{method.name}$", limit)
         for route_name, (path, limit) in paths.items():
             plugins = list(self._access_plugins(service, limit))
             entity: Entity = {"name": route_name, "protocols": _GRPC, "paths": [path], "strip_path": False}

@@ -219,13 +219,14 @@ def _of_route(route: Route) -> Iterator[Finding]:
                 f"Kong does not understand the literals in {{{variable.name}=...}}",
                 "use letters, digits, - _ and ~ there, or move them out of the variable",
             )
-        yield _warning(
-            "path-override",
-            method,
-            field.full_name,
-            f"Kong lets {'the body' if route.body else 'a query parameter'} override what the path says",
-            "the rendered configuration refuses such requests with 400; authorize by the message, not by the path",
-        )
+        if route.body in {"", "*"}:
+            yield _warning(
+                "path-override",
+                method,
+                field.full_name,
+                f"Kong lets {'the body' if route.body else 'a query parameter'} override what the path says",
+                "the rendered configuration refuses such requests with 400; authorize by the message, not by the path",
+            )
         yield _warning(
             "path-encoding",
             method,

@@ -96,7 +96,7 @@ def test_every_service_says_te_trailers_and_so_does_every_pre_function_of_a_rout
 
 def test_timeouts_retries_and_tls_are_said_for_each_service() -> None:
     services = {item["name"]: item for item in yaml.safe_load(made(shop(), EVERYTHING).declarative)["services"]}
-    orders, streams = services["shop.v1.OrderService"], services["shop.v1.InventoryService.streams"]
+    orders, streams = services["shop.v1.OrderService"], services["shop.v1.InventoryService~streams"]
     assert (orders["protocol"], orders["host"], orders["retries"]) == ("grpcs", "orders", 2)
     assert (orders["connect_timeout"], orders["read_timeout"], orders["write_timeout"]) == (1000, 2500, 2500)
     assert (streams["protocol"], streams["read_timeout"]) == ("grpc", 3_600_000)
@@ -112,12 +112,12 @@ def test_what_a_method_may_be_called_does_not_depend_on_the_protocol() -> None:
     def access(name: str) -> list[object]:
         return [plugin for plugin in routes[name].get("plugins", []) if plugin["name"] in kept]
 
-    assert access("shop.v1.InventoryService.GetStock") == access("shop.v1.InventoryService.GetStock.grpc")
-    assert access("shop.v1.InventoryService.WatchStock") == access("shop.v1.InventoryService.WatchStock.grpc")
-    assert access("shop.v1.OrderService.GetOrder") == access("shop.v1.OrderService.grpc")
+    assert access("shop.v1.InventoryService.GetStock") == access("shop.v1.InventoryService.GetStock~grpc")
+    assert access("shop.v1.InventoryService.WatchStock") == access("shop.v1.InventoryService.WatchStock~grpc")
+    assert access("shop.v1.OrderService.GetOrder") == access("shop.v1.OrderService~grpc")
     assert len(access("shop.v1.OrderService.GetOrder")) == 3
-    assert routes["shop.v1.InventoryService.GetStock.grpc"]["paths"] == ["~/shop[.]v1[.]InventoryService/GetStock$"]
-    assert "shop.v1.PaymentService.grpc" not in routes
+    assert routes["shop.v1.InventoryService.GetStock~grpc"]["paths"] == ["~/shop[.]v1[.]InventoryService/GetStock$"]
+    assert "shop.v1.PaymentService~grpc" not in routes
 
 
 def test_without_cors_there_are_no_preflights_and_with_all_origins_the_star_stays() -> None:

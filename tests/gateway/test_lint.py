@@ -119,6 +119,11 @@ def test_errors_refuse_and_warnings_do_not() -> None:
     assert sorted([warning, error]) == [error, warning]
 
 
+def test_a_body_that_is_one_field_overrides_nothing() -> None:
+    overridden = for_kong(build(with_rules('put: "/{id}" body: "n"', 'post: "/{id}" body: "*"')))
+    assert [item.method for item in overridden if item.rule == "path-override"] == ["t.v1.S.B"]
+
+
 def test_a_get_with_no_variables_has_no_override() -> None:
     rules = {finding.rule for finding in for_kong(build(with_rules('get: "/a"')))}
     assert "path-override" not in rules
