@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from control_plane.identity.files import read_public, read_secret, write_atomically
+from control_plane.files import read_public, read_secret, write_atomically
 from mesh_client.certificates import (
     Credential,
     TrustBundle,

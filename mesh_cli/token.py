@@ -144,7 +144,7 @@ def revoke(
 
 
 def _write_secret(file: Path, text: str) -> None:
-    from control_plane.identity.files import write_atomically
+    from control_plane.files import write_atomically
 
     try:
         write_atomically(file, f"{text}\n".encode("ascii"))

@@ -16,18 +16,18 @@ import grpc.aio
 from cryptography import x509
 
 from control_plane.access import Access
+from control_plane.files import (
+    data_directory,
+    lock_directory,
+    remove_unfinished,
+    secret_directory,
+)
 from control_plane.identity import ca
 from control_plane.identity.authority import AuthorityServicer, add_authority_service
 from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
 from control_plane.identity.errors import IssuerNotValidError
-from control_plane.identity.files import (
-    data_directory,
-    lock_directory,
-    remove_unfinished,
-    secret_directory,
-)
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.issuance import CreatedToken, InForce, Issuance
 from control_plane.identity.operators import DEFAULT_LIFETIME, OperatorFiles, write_operator
@@ -42,6 +42,9 @@ from control_plane.identity.trust import Trust
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.identity import Kind, Principal
+
+LOCK_NAME = "identity.lock"
+"""In the data directory: one control plane at a time."""
 
 FORGET_EVERY = 3600.0
 """Seconds between the times at which what ended long ago is forgotten."""
@@ -108,7 +111,7 @@ class CertificateAuthority:
         try:
             if self.options.data_dir is not None and self._directory is not None:
                 data_directory(self.options.data_dir)
-                self._lock = lock_directory(self.options.data_dir)
+                self._lock = lock_directory(self.options.data_dir, LOCK_NAME)
                 secret_directory(self._directory)
                 remove_unfinished(self._directory)
             now = self._clock()

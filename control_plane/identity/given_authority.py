@@ -13,10 +13,10 @@ from pathlib import Path
 
 from cryptography import x509
 
+from control_plane.files import read_public, read_secret
 from control_plane.identity import ca
 from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.errors import RotationRefusedError
-from control_plane.identity.files import read_public, read_secret
 from control_plane.identity.rotation import Dependent, Rotation
 from mesh_client.core.errors import ConfigError
 

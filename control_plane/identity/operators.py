@@ -9,10 +9,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from control_plane.files import secret_directory, write_atomically
 from control_plane.identity import ca
 from control_plane.identity.audit import record
 from control_plane.identity.authority_state import AuthorityState
-from control_plane.identity.files import secret_directory, write_atomically
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.own_authority import OwnAuthority
 from control_plane.identity.records import WorkloadRecord

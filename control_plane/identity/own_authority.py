@@ -16,10 +16,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from control_plane.files import read_secret, remove, write_atomically
 from control_plane.identity import ca
 from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.errors import RotationRefusedError
-from control_plane.identity.files import read_secret, remove, write_atomically
 from control_plane.identity.rotation import Dependent, Rotation
 from mesh_client.core.errors import ConfigError
 

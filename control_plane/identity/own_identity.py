@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from control_plane.identity import ca
 from mesh_client.core.identity import Principal
 
-TICKET_LIFETIME = 1800.0
+TICKET_LIFETIME = 60.0
 """Seconds after which a port's TLS context is made anew, at most. Whoever resumes a session shows no certificate again,
 and gRPC's tickets are good for two days: this bounds for how long a certificate that has ended since is of use, because
 tickets end with their context."""

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
 from control_plane.identity.records import TokenRecord, WorkloadRecord
+from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "identity.sqlite"
@@ -318,7 +319,8 @@ class IdentityStore:
         if self._path is not None:
             _check_file(self._path)
         try:
-            self._connection = _connect(self._path)
+            # After a power cut a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
+            self._connection = connect(self._path, _SCHEMA, SCHEMA_VERSION)
         except sqlite3.Error as error:
             raise ConfigError(
                 f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
@@ -342,7 +344,7 @@ def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
         raise ConfigError(f"{path} is not there: start the control plane first")
     _check_file(path)
     try:
-        with contextlib.closing(_connect(path)) as connection:
+        with contextlib.closing(connect(path, _SCHEMA, SCHEMA_VERSION)) as connection:
             connection.execute(_INSERT, _row(workload))
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
@@ -387,25 +389,3 @@ def _check_file(path: Path) -> None:
                     raise ConfigError(f"others may read or write {part}: chmod 600 {part}")
     except OSError as error:
         raise ConfigError(f"{path} cannot be used: {error.strerror}") from None
-
-
-def _connect(path: Path | None) -> sqlite3.Connection:
-    # Only the store's thread uses it; transactions are begun by hand.
-    connection = sqlite3.connect(path or ":memory:", timeout=2.0, isolation_level=None)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode NORMAL survives the death of the process. After a power cut the last transactions may be missing:
-        # a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
-        connection.execute("PRAGMA synchronous = NORMAL")
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(str(verdict))
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise ConfigError(f"{path} was written by a newer version of the control plane; upgrade this one")
-        if version == 0:
-            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    except BaseException:
-        connection.close()
-        raise
-    return connection

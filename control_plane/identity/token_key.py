@@ -8,7 +8,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from control_plane.identity.files import read_secret, write_atomically
+from control_plane.files import read_secret, write_atomically
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "tokens.key"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from cryptography import x509
 
+from control_plane.files import read_public, write_atomically
 from control_plane.identity import ca
 from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.errors import StoreUnavailableError
-from control_plane.identity.files import read_public, write_atomically
 from control_plane.identity.own_authority import ROOTS_FILE
 from control_plane.identity.store import IdentityStore
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import aiohttp
 
-from control_plane.identity.files import read_given_secret
+from control_plane.files import read_given_secret
 from control_plane.sources.blocking_query import Failure
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.model import check_address

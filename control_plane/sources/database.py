@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import sqlite3
@@ -15,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+from control_plane.files import lock_directory
 from control_plane.sources import StoreUnavailableError
+from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "registry.sqlite"
@@ -119,45 +120,14 @@ class Database:
             return
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = (directory / "registry.lock").open("ab")
         except OSError as error:
             raise ConfigError(f"data directory {directory} cannot be used: {error.strerror}") from error
-        deadline = time.monotonic() + self._lock_timeout
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    lock.close()
-                    raise ConfigError(
-                        f"data directory {directory} is in use by another control plane; stop it, or name another one"
-                    ) from None
-                time.sleep(0.02)
-            else:
-                self._lock = lock
-                return
+        self._lock = lock_directory(directory, "registry.lock", self._lock_timeout)
 
     def _connect(self) -> sqlite3.Connection:
         if self.path is not None:
             _keep_to_ourselves(self.path)
-        # Only this thread uses it; transactions are begun by hand.
-        connection = sqlite3.connect(self.path or ":memory:", timeout=2.0, isolation_level=None)
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            # In WAL mode NORMAL survives the death of the process; only a power cut may lose the last transactions.
-            connection.execute("PRAGMA synchronous = NORMAL")
-            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(str(verdict))
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise ConfigError(f"{self.path} was written by a newer version of the control plane; upgrade this one")
-            if version == 0:
-                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return connect(self.path, _SCHEMA, SCHEMA_VERSION)
 
     def _move_aside(self, problem: str) -> None:
         if self._connection is not None:

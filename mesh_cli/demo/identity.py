@@ -98,7 +98,7 @@ class Identities:
         return AdminClient([self.address], _TIMEOUT, self.credentials())
 
     def _write_tokens(self) -> None:
-        from control_plane.identity.files import secret_directory, write_atomically
+        from control_plane.files import secret_directory, write_atomically
 
         secret_directory(self._tokens)
         with self._client() as client:

@@ -18,7 +18,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from control_plane.identity import ca, files
+from control_plane import files
+from control_plane.identity import ca
 from control_plane.identity.errors import InvalidTokenError, RotationRefusedError, StoreUnavailableError
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.operators import create_operator_from_files

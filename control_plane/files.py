@@ -120,17 +120,18 @@ def remove(path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def lock_directory(directory: Path, timeout: float = 5.0) -> IO[bytes]:
+def lock_directory(directory: Path, name: str, timeout: float = 5.0) -> IO[bytes]:
     """Keeps other control planes out of a data directory until the returned file is closed or the process ends.
 
     Args:
         directory: the data directory.
+        name: of the lock's file.
         timeout: seconds to wait for a process that still has it.
 
     Raises:
         ConfigError: another process has it, or the lock cannot be made.
     """
-    path = directory / "identity.lock"
+    path = directory / name
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from control_plane.identity import files
+from control_plane import files
 from mesh_client.core.errors import ConfigError
 
 
@@ -146,15 +146,15 @@ def test_half_written_files_are_removed(key: Path) -> None:
 
 
 def test_one_control_plane_at_a_time_has_a_data_directory(tmp_path: Path) -> None:
-    lock = files.lock_directory(tmp_path)
+    lock = files.lock_directory(tmp_path, "identity.lock")
     with pytest.raises(ConfigError, match="in use by another control plane"):
-        files.lock_directory(tmp_path, timeout=0.05)
+        files.lock_directory(tmp_path, "identity.lock", timeout=0.05)
     lock.close()
-    files.lock_directory(tmp_path).close()
+    files.lock_directory(tmp_path, "identity.lock").close()
 
 
 def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "identity.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="cannot be used"):
-        files.lock_directory(tmp_path)
+        files.lock_directory(tmp_path, "identity.lock")
     assert not (tmp_path / "elsewhere").exists()
