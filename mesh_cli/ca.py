@@ -39,7 +39,7 @@ from mesh_cli.output import (
     write_json,
 )
 from mesh_cli.watch import show
-from mesh_client.certificates import fingerprint, to_pem
+from mesh_client.identity.certificates import fingerprint, to_pem
 
 _SHORT = 16
 """Characters of a fingerprint that tables show; JSON has all."""

@@ -12,8 +12,8 @@ import grpc
 from mesh.v1 import admin_pb2_grpc, authority_pb2_grpc, certificate_pb2, certificate_pb2_grpc
 
 from mesh_cli.credentials import INSECURE_VARIABLE, OperatorCredentials
-from mesh_client.certificates import TrustBundle
 from mesh_client.core.errors import MeshError
+from mesh_client.identity.certificates import TrustBundle
 
 _log = logging.getLogger(__name__)
 

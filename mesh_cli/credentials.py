@@ -14,7 +14,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from control_plane.files import read_public, read_secret, write_atomically
-from mesh_client.certificates import (
+from mesh_client.core.caller import caller_from
+from mesh_client.core.errors import ConfigError, IdentityError
+from mesh_client.core.identity import Kind, Principal
+from mesh_client.identity.certificates import (
     Credential,
     TrustBundle,
     accept,
@@ -22,9 +25,6 @@ from mesh_client.certificates import (
     signing_request,
     to_pem,
 )
-from mesh_client.core.caller import caller_from
-from mesh_client.core.errors import ConfigError, IdentityError
-from mesh_client.core.identity import Kind, Principal
 from mesh_client.transport import authenticating_options
 
 INSECURE_VARIABLE = "MESH_INSECURE"

@@ -20,7 +20,7 @@ from mesh_client.addresses import HostPort
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
-from mesh_client.identity_store import read_secret_file
+from mesh_client.identity.store import read_secret_file
 from mesh_client.registration import Changes
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import grpc
 
-from mesh_client.certificates import caller_of
 from mesh_client.core.authorization import Authorizer
 from mesh_client.core.caller import Caller, CallerCache
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.identity.certificates import caller_of
 
 logger = logging.getLogger(__name__)
 

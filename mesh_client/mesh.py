@@ -25,7 +25,7 @@ from mesh_client.core.service import Service
 from mesh_client.core.store import Resolution
 from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
-from mesh_client.identity_settings import identity_settings
+from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
 from mesh_client.resolver import Resolver
 from mesh_client.transport import Transport

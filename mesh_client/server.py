@@ -17,7 +17,7 @@ import grpc.aio
 from mesh_client.addresses import HostPort, Registry, parse_control_planes, parse_host_port, parse_registry
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
-from mesh_client.identity_settings import identity_settings
+from mesh_client.identity.settings import identity_settings
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
 from mesh_client.server_settings import ServerSettings
 from mesh_client.transport import SERVER_OPTIONS, Transport, merge_options

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import weakref
 
-from mesh_client.identity_settings import IdentitySettings
+from mesh_client.identity.settings import IdentitySettings
+from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.transport import MutualTls, PlaintextTransport, Transport
-from mesh_client.workload_identity import WorkloadIdentity
 
 _identities: weakref.WeakKeyDictionary[
     asyncio.AbstractEventLoop, weakref.WeakValueDictionary[IdentitySettings, WorkloadIdentity]

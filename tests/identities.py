@@ -1,4 +1,4 @@
-"""An identity whose certificates a test makes: what `mesh_client.workload_identity` gets from a control plane."""
+"""An identity whose certificates a test makes: what `mesh_client.identity.workload` gets from a control plane."""
 
 from __future__ import annotations
 

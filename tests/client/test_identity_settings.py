@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import mesh_client
-from mesh_client import identity_settings as module
 from mesh_client.core.errors import ConfigError
-from mesh_client.identity_settings import IdentitySettings, Secret, identity_settings
+from mesh_client.identity import settings as module
+from mesh_client.identity.settings import IdentitySettings, Secret, identity_settings
 from tests.certificates import TestAuthority
 from tests.integration.scripted_authority import join_token, root_of
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_client.certificates import Credential, TrustBundle, accept, from_pem
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Principal
-from mesh_client.identity_store import IdentityStore
+from mesh_client.identity.certificates import Credential, TrustBundle, accept, from_pem
+from mesh_client.identity.store import IdentityStore
 from tests.certificates import TestAuthority
 from tests.integration.scripted_authority import bundle_of
 
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_read_is_refused(store: IdentityStore, directory: 
 
 def test_another_process_cannot_have_the_directory_until_this_one_is_gone(directory: Path) -> None:
     hold = (
-        "import sys; from pathlib import Path; from mesh_client.identity_store import IdentityStore; "
+        "import sys; from pathlib import Path; from mesh_client.identity.store import IdentityStore; "
         "IdentityStore(Path(sys.argv[1]), 'orders', None).open(); print('held', flush=True); sys.stdin.read()"
     )
     arguments = [sys.executable, "-c", hold, str(directory)]

@@ -37,9 +37,9 @@ from mesh_cli.client import CHANNEL_OPTIONS
 from mesh_cli.credentials import OperatorCredentials
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
-from mesh_client.identity_settings import identity_settings
+from mesh_client.identity.settings import identity_settings
+from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.transport import CONTROL_PLANE, MutualTls
-from mesh_client.workload_identity import WorkloadIdentity
 from tests.certificates import TestAuthority
 
 TIMEOUT = 10.0

@@ -22,10 +22,10 @@ from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
 from mesh_client.core.caller import Caller
-from mesh_client.identity_settings import IdentitySettings, identity_settings
+from mesh_client.identity.settings import IdentitySettings, identity_settings
+from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.testing import InMemoryControlPlane
 from mesh_client.transport import SERVER_OPTIONS
-from mesh_client.workload_identity import WorkloadIdentity
 
 PATIENCE = 20.0
 """Seconds that a condition may take to come true."""

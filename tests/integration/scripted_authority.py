@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mesh.v1 import certificate_pb2, certificate_pb2_grpc
 
-from mesh_client.certificates import fingerprint, from_pem
 from mesh_client.core.identity import Principal
+from mesh_client.identity.certificates import fingerprint, from_pem
 from tests.certificates import Certificate, TestAuthority
 
 ORDERS = Principal.service("mesh.internal", "orders")

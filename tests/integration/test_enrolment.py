@@ -15,12 +15,12 @@ import grpc
 import grpc.aio
 import pytest
 
-from mesh_client import bundle_watch, enrolment
-from mesh_client.certificates import TrustBundle, from_pem
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.identity import Principal
-from mesh_client.identity_settings import identity_settings
-from mesh_client.workload_identity import WorkloadIdentity
+from mesh_client.identity import bundle_watch, enrolment
+from mesh_client.identity.certificates import TrustBundle, from_pem
+from mesh_client.identity.settings import identity_settings
+from mesh_client.identity.workload import WorkloadIdentity
 from tests.certificates import TestAuthority
 from tests.integration.identity_rig import at_once, messages, until
 from tests.integration.scripted_authority import (
@@ -349,7 +349,7 @@ async def test_a_defect_of_ours_does_not_end_the_attempts(
             raise RuntimeError("defect")
         return await whole(*arguments)
 
-    monkeypatch.setattr("mesh_client.authority_client.enrol", enrol)
+    monkeypatch.setattr("mesh_client.identity.authority_client.enrol", enrol)
     async with serving(honest(authority), at_the_control_plane(authority)) as address:
         async with joining(address, token=join_token(authority)) as identity:
             await until(identity, lambda: identity.generation == 1)

@@ -12,11 +12,11 @@ from random import Random
 
 import pytest
 
-from mesh_client.certificates import fingerprint
 from mesh_client.core.errors import ConfigError, IdentityError
 from mesh_client.core.identity import Principal
+from mesh_client.identity.certificates import fingerprint
+from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.transport_choice import make_transport
-from mesh_client.workload_identity import WorkloadIdentity
 from tests.integration.identity_rig import IdentityRig, messages, open_rig, until
 
 ORDERS = Principal.service("mesh.internal", "orders")

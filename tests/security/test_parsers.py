@@ -23,9 +23,9 @@ from control_plane import access
 from control_plane.identity.csr import check_request
 from control_plane.identity.errors import InvalidTokenError
 from control_plane.identity.tokens import JoinToken, sign_token, verify_token
-from mesh_client.certificates import caller_of
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.join_token import read_claims
+from mesh_client.identity.certificates import caller_of
 from tests.security.mint import new_key, signing_request
 from tests.security.world import DOMAIN, Log, SignRequest, open_world
 

@@ -37,10 +37,10 @@ from control_plane.server import ControlPlane
 from control_plane.snapshot import EndpointsResource
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import ResourceKind
+from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.mesh import Mesh
 from mesh_client.mesh_server import MeshServer
 from mesh_client.transport import Transport
-from mesh_client.workload_identity import WorkloadIdentity
 from tests.security.mint import Credential, Mint, new_key, signing_request
 
 DOMAIN = "mesh.internal"

@@ -14,8 +14,8 @@ import mesh_client
 from mesh_cli.demo.promises import Promise, exactly
 from mesh_cli.demo.stage import Stage
 from mesh_cli.demo.system import STRANGER, Instance
-from mesh_client.certificates import to_pem
 from mesh_client.core.identity import Principal
+from mesh_client.identity.certificates import to_pem
 from mesh_client.transport import authenticating_options, open_channel
 
 _TIMEOUT = 10.0

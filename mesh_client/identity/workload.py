@@ -15,16 +15,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import certificate_pb2
 
-from mesh_client.authority_client import AuthorityClient, EveryoneFailedError
-from mesh_client.bundle_watch import BundleWatch
-from mesh_client.certificates import Credential, TrustBundle, accept, key_to_pem, new_key, signing_request, to_pem
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 from mesh_client.core.renewal import Level, Renewal, in_words, level, retry_delay
-from mesh_client.enrolment import RefusedError, clock_warning
-from mesh_client.identity import IdentityState
-from mesh_client.identity_settings import IdentitySettings
-from mesh_client.identity_store import IdentityStore
+from mesh_client.identity import IdentityState, certificates
+from mesh_client.identity.authority_client import AuthorityClient, EveryoneFailedError
+from mesh_client.identity.bundle_watch import BundleWatch
+from mesh_client.identity.certificates import Credential, TrustBundle
+from mesh_client.identity.enrolment import RefusedError, clock_warning
+from mesh_client.identity.settings import IdentitySettings
+from mesh_client.identity.store import IdentityStore
 from mesh_client.transport import MutualTls
 
 log = logging.getLogger(__name__)
@@ -293,8 +293,8 @@ class WorkloadIdentity:
     async def _obtain(self) -> None:
         """Renews while the certificate held can prove who this is, joins otherwise."""
         # The same key until there is a certificate for it: should an answer get lost, the token is not spent twice.
-        key = self._key = self._key or new_key()
-        request, old, before = signing_request(key), self._credential, self._bundle
+        key = self._key = self._key or certificates.new_key()
+        request, old, before = certificates.signing_request(key), self._credential, self._bundle
         if old is not None and self._root and not old.validity.expired(self._clock()):
             answer, how = await self._authority.renew(request, self._transport), "renewed"
         else:
@@ -304,7 +304,9 @@ class WorkloadIdentity:
             bundle = TrustBundle.from_proto(answer.trust_bundle)
             if self._bundle is not None and self._bundle is not before:
                 bundle = self._bundle  # It came while the answer was on its way, and is newer.
-            credential = accept(key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal)
+            credential = certificates.accept(
+                certificates.key_to_pem(key), tuple(answer.certificate_chain), bundle, self._principal
+            )
             self._key = None
             self._failures, self._refused, self._renewal_error = 0, False, ""
             await self._save(credential, bundle)  # First: the token may be spent.
@@ -341,7 +343,7 @@ class WorkloadIdentity:
         self._make_credentials(credential, bundle)
 
     def _make_credentials(self, credential: Credential, bundle: TrustBundle) -> None:
-        roots = to_pem(bundle.roots)
+        roots = certificates.to_pem(bundle.roots)
         self._channel_credentials = grpc.ssl_channel_credentials(roots, credential.key, credential.chain_pem)
         self._configuration = grpc.ssl_server_certificate_configuration([(credential.key, credential.chain_pem)], roots)
         self._generation += 1

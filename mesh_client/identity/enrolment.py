@@ -14,12 +14,12 @@ from cryptography import x509
 from mesh.v1 import certificate_pb2, certificate_pb2_grpc
 
 from mesh_client.addresses import parse_host_port
-from mesh_client.certificates import fingerprint, to_pem
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.handshake import explain
 from mesh_client.core.identity import Principal
 from mesh_client.core.renewal import in_words
 from mesh_client.core.retry import PUSHBACK_KEY, parse_pushback
+from mesh_client.identity.certificates import fingerprint, to_pem
 from mesh_client.transport import CHANNEL_OPTIONS, authenticating_options, merge_options
 
 ANSWER_TIMEOUT = 10.0

@@ -10,12 +10,12 @@ from random import Random
 
 from mesh.v1 import certificate_pb2
 
-from mesh_client.certificates import TrustBundle, fingerprint
 from mesh_client.core.errors import ConfigError, IdentityError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN
 from mesh_client.core.renewal import in_words
-from mesh_client.enrolment import BusyError, RefusedError, enrol, fetch_root, sign
-from mesh_client.identity_settings import IdentitySettings
+from mesh_client.identity.certificates import TrustBundle, fingerprint
+from mesh_client.identity.enrolment import BusyError, RefusedError, enrol, fetch_root, sign
+from mesh_client.identity.settings import IdentitySettings
 from mesh_client.transport import CONTROL_PLANE, Transport
 
 log = logging.getLogger(__name__)

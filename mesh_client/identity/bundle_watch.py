@@ -12,11 +12,11 @@ import grpc
 import grpc.aio
 from mesh.v1 import certificate_pb2, certificate_pb2_grpc
 
-from mesh_client.certificates import TrustBundle
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
-from mesh_client.enrolment import explained
+from mesh_client.identity.certificates import TrustBundle
+from mesh_client.identity.enrolment import explained
 from mesh_client.stream_end import StreamEnd
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh_client.addresses import HostPort, parse_host_port
-from mesh_client.certificates import from_pem
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.identity import check_trust_domain
 from mesh_client.core.join_token import JoinTokenClaims, read_claims
-from mesh_client.identity_store import read_secret_file, read_small_file
+from mesh_client.identity.certificates import from_pem
+from mesh_client.identity.store import read_secret_file, read_small_file
 
 INSECURE = "MESH_INSECURE"
 ENROLMENT = "MESH_ENROLMENT"

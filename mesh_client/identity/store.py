@@ -15,9 +15,9 @@ from typing import IO
 from google.protobuf.message import DecodeError
 from mesh.v1 import certificate_pb2
 
-from mesh_client.certificates import Credential, TrustBundle, accept, from_pem
 from mesh_client.core.errors import ConfigError, IdentityError
 from mesh_client.core.identity import Principal
+from mesh_client.identity.certificates import Credential, TrustBundle, accept, from_pem
 
 log = logging.getLogger(__name__)
 
