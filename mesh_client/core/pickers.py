@@ -208,7 +208,11 @@ class _SamplingPicker(ABC):
 
 
 class RandomPicker(_SamplingPicker):
-    """Independent draws in proportion to weight."""
+    """Independent draws in proportion to weight.
+
+    As Envoy's ``RANDOM``, with weights:
+    https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/load_balancing/load_balancers#random.
+    """
 
     __slots__ = ()
 
