@@ -241,7 +241,7 @@ def _was_never_sent(error: requests.ConnectionError) -> bool:
 
 def _transaction_index(answer: object) -> int:
     try:
-        results = answer["Results"]  # type: ignore[index]
+        results = answer["Results"]  # type: ignore[index]  # whatever else it is raises below
         return int(results[0]["KV"]["ModifyIndex"]) if results else 0
     except (KeyError, TypeError, IndexError, ValueError):
         text = json.dumps(answer, default=str)[:200]

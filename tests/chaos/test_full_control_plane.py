@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mesh_client import Mesh
 from tests.integration.consul_cluster import ConsulCluster
 from tests.integration.system import Load, System, follows, ids, orders_of, until
 
 THREE = ids(1, 2, 3)
+
+
+def _connected(mesh: Mesh, address: str) -> Callable[[], bool]:
+    return lambda: mesh.state().control_plane == f"{address} connected"
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ async def test_of_two_the_other_takes_over(system: System, tmp_path: Path) -> No
             for number in (4, 5):  # each of the two is left once
                 used, other = sorted(planes, key=lambda plane: plane.address not in mesh.state().control_plane)
                 await used.kill()
-                await until(mesh, lambda: mesh.state().control_plane == f"{other.address} connected")  # noqa: B023
+                await until(mesh, _connected(mesh, other.address))
                 await system.start_orders(f"orders-{number}", **options)
                 await load.answered_by(f"orders-{number}")
                 await system.stop_orders(f"orders-{number - 3}")

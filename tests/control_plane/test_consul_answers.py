@@ -143,8 +143,8 @@ def test_an_instance_listed_twice_counts_once() -> None:
         instance(Weights=[]),
         instance(Weights={"Passing": "many"}),
         instance(Meta=[]),
-        instance(checks=[check(7)]),  # type: ignore[arg-type]
-        instance(checks=["critical"]),  # type: ignore[list-item]
+        instance(checks=[check(7)]),  # type: ignore[arg-type]  # what Consul may answer
+        instance(checks=["critical"]),  # type: ignore[list-item]  # likewise
         {"Node": None},
         {},
         None,

@@ -79,7 +79,7 @@ async def test_a_server_that_answers_cancelled_is_an_error_and_no_cancellation(r
             async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
                 await context.abort(grpc.StatusCode.CANCELLED, "not any more")
 
-            return getattr(grpc, f"{METHODS[kind]}_rpc_method_handler")(refuse)  # type: ignore[no-any-return]
+            return getattr(grpc, f"{METHODS[kind]}_rpc_method_handler")(refuse)  # type: ignore[no-any-return]  # found by name
 
     await rig.serve(SERVICE, "refusing", lambda server: server.add_generic_rpc_handlers((Refusing(),)))
     channel = await rig.channel(await rig.mesh(), SERVICE, ["refusing"])

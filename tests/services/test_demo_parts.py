@@ -241,7 +241,7 @@ async def test_an_instance_is_not_frozen_while_it_holds_the_shared_file(tmp_path
                 writer.execute("ROLLBACK")
 
     process = Thawing()
-    instance = Instance("orders", "orders-1", 1, "127.0.0.1:1", process)  # type: ignore[arg-type]
+    instance = Instance("orders", "orders-1", 1, "127.0.0.1:1", process)  # type: ignore[arg-type]  # freezes no process
     await system.freeze(instance)
     assert (instance.state, process.thawed) == ("hung", 2)
     writer.close()
