@@ -14,7 +14,6 @@ import pytest
 
 from control_plane.access import Access, Caller
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
-from tests import servers
 from tests.certificates import Certificate, TestAuthority
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -78,10 +77,18 @@ async def serving(access: Access, credentials: grpc.ServerCredentials | None) ->
 
         return grpc.unary_unary_rpc_method_handler(answer)
 
+    server = grpc.aio.server()
     handlers = {name: handler(check) for name, check in CHECKS.items()}
-    generic = grpc.method_handlers_generic_handler("test", handlers)
-    async with servers.serving(lambda server: server.add_generic_rpc_handlers((generic,)), credentials) as address:
-        yield address
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from tests import servers
-
 SERVICE = "test.v1.Methods"
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 MAKERS: dict[str, Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
@@ -45,13 +43,20 @@ async def serving(
     credentials: grpc.ServerCredentials | None = None,
 ) -> AsyncIterator[str]:
     """A plain grpc server with these methods, each wrapped if asked; its target."""
+    server = grpc.aio.server()
     wrapped = dict(methods)
     if wrap is not None:
         wrapped = wrap.wrap_methods(SERVICE, wrapped)
-    async with servers.serving(
-        lambda server: server.add_registered_method_handlers(SERVICE, wrapped), credentials
-    ) as at:
-        yield at
+    server.add_registered_method_handlers(SERVICE, wrapped)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
 
 
 @asynccontextmanager

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import grpc
@@ -21,7 +20,6 @@ from mesh.v1 import certificate_pb2, certificate_pb2_grpc
 
 from mesh_client.core.identity import Principal
 from mesh_client.identity.certificates import fingerprint, from_pem
-from tests import servers
 from tests.certificates import Certificate, TestAuthority
 
 ORDERS = Principal.service("mesh.internal", "orders")
@@ -115,9 +113,17 @@ def shows(certificate: Certificate, *more: bytes) -> grpc.ServerCredentials:
 @asynccontextmanager
 async def serving(servicer: Scripted, credentials: grpc.ServerCredentials | None) -> AsyncIterator[str]:
     """A port that it answers on; plaintext without credentials."""
-    add = partial(certificate_pb2_grpc.add_CertificateServiceServicer_to_server, servicer)
-    async with servers.serving(add, credentials) as address:
-        yield address
+    server = grpc.aio.server()
+    certificate_pb2_grpc.add_CertificateServiceServicer_to_server(servicer, server)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
 
 
 @asynccontextmanager
