@@ -49,7 +49,7 @@ bench: setup ## measure, print a table, write benchmarks/out/results.json
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 lock: setup ## renew requirements.lock from pyproject.toml; ARGS=--upgrade for newer versions
-	$(BIN)/pip-compile --quiet --no-config --all-extras --allow-unsafe --generate-hashes --strip-extras --no-header \
+	$(BIN)/pip-compile --quiet --no-config --all-extras --allow-unsafe --generate-hashes --no-strip-extras --no-header \
 		--no-annotate --no-emit-find-links --no-emit-index-url --no-emit-options --no-emit-trusted-host \
 		--output-file=requirements.lock $(ARGS) pyproject.toml
 
