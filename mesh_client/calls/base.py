@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 from grpc.aio import AioRpcError, Metadata
 
 from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, inbound
+from mesh_client.core import shortcut
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
 from mesh_client.core.model import StatusCode
 from mesh_client.core.retry import parse_pushback
@@ -51,6 +52,9 @@ class MeshCall(Generic[Request, Response]):
 
     # Most calls never set these.
     _call: GrpcCall = None
+    _first: shortcut.FirstAttempt | None = None
+    """The first attempt of a call that was begun without a machine."""
+    _machine: Call | None = None
     _connection: Any = None
     _code: grpc.StatusCode | None = None
     _error: BaseException | None = None
@@ -88,16 +92,33 @@ class MeshCall(Generic[Request, Response]):
                     deadline = inherited
             scope.scope.add(self)
         metadata = self._metadata = (*metadata, *target.metadata) if metadata else target.metadata
-        key = None if service.hash_source is None else target.hash_key(metadata)
-        machine = self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, metadata)
+        self._deadline = deadline
+        self._wait_for_ready = wait_for_ready
+        first = self._first = shortcut.begin(service, method.name, deadline, now)
+        if first is None:
+            key = None if service.hash_source is None else target.hash_key(metadata)
+            self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, metadata)
         try:
-            self._obey(machine.begin(now))
+            if first is None:
+                self._obey(self._decider().begin(now))
+            else:
+                self._start(first)
         except BaseException:
-            machine.cancelled(now)
+            self._decider().cancelled(now)
             self._release()
             raise
 
     # -- driving the machine
+
+    def _decider(self) -> Call:
+        """The machine, made when it is first needed."""
+        machine = self._machine
+        if machine is None:
+            method, first = self._method, cast("shortcut.FirstAttempt", self._first)
+            machine = self._machine = shortcut.machine(
+                method.target.service, first, method.name, self._deadline, self._wait_for_ready is True, self._metadata
+            )
+        return machine
 
     def endpoints_changed(self) -> None:
         """Something about the service changed while the call waited for it."""
@@ -109,13 +130,17 @@ class MeshCall(Generic[Request, Response]):
             return
         code = at_once(call.code())
         if code is _OK:
-            self._machine.succeeded(self._clock())
+            if self._machine is None:
+                first = cast("shortcut.FirstAttempt", self._first)
+                shortcut.succeeded(self._method.target.service, first, self._clock())
+            else:
+                self._machine.succeeded(self._clock())
             self._finish(_OK, None)
             return
         details = at_once(call.details())
         if code is grpc.StatusCode.CANCELLED and details == LOCALLY_CANCELLED:
             # Not by `cancel`, which sets the code first: the request iterator raised, or the channel was closed.
-            self._machine.cancelled(self._clock())
+            self._decider().cancelled(self._clock())
             self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
             return
         if code is grpc.StatusCode.CANCELLED and details in _DROPS:
@@ -128,7 +153,7 @@ class MeshCall(Generic[Request, Response]):
         trailing: Metadata = at_once(call.trailing_metadata())
         pushback = trailing.get("grpc-retry-pushback-ms")
         received = details not in _UNANSWERED and (len(initial) > 0 or self._connection.channel.get_state() is _READY)
-        action = self._machine.failed(
+        action = self._decider().failed(
             AttemptFailure(
                 StatusCode(code.value[0]),
                 details or "",
@@ -167,11 +192,11 @@ class MeshCall(Generic[Request, Response]):
         if self._code is not None:
             return
         try:
-            self._obey(self._machine.resumed(self._clock()))
+            self._obey(self._decider().resumed(self._clock()))
         except Exception as error:
             # What grpc refuses to send (such as bad metadata) it refuses at the first attempt, inside `begin`;
             # a later attempt can only meet a channel closed under it.
-            self._machine.cancelled(self._clock())
+            self._decider().cancelled(self._clock())
             self._finish(grpc.StatusCode.INTERNAL, error)
 
     def _start(self, attempt: Attempt) -> None:
@@ -189,7 +214,7 @@ class MeshCall(Generic[Request, Response]):
         if attempt.number > 1:
             metadata = (*metadata, (PREVIOUS_ATTEMPTS_KEY, str(attempt.number - 1)))
         call = self._call = multicallable(
-            self._payload.read(keep=self._machine.may_retry) if self._streams_requests else self._payload,
+            self._payload.read(keep=self._decider().may_retry) if self._streams_requests else self._payload,
             timeout=None if deadline is None else deadline - attempt.started_at,
             metadata=metadata,
             credentials=self._credentials,
@@ -278,14 +303,14 @@ class MeshCall(Generic[Request, Response]):
 
     def time_remaining(self) -> float | None:
         """Seconds until the deadline, or None without one."""
-        deadline = self._machine.deadline
+        deadline = self._decider().deadline
         return None if deadline is None else max(deadline - self._clock(), 0.0)
 
     def cancel(self) -> bool:
         """Cancels the call; False when it is over already."""
         if self._code is not None:
             return False
-        self._machine.cancelled(self._clock())
+        self._decider().cancelled(self._clock())
         call = self._call
         self._finish(grpc.StatusCode.CANCELLED, asyncio.CancelledError())
         if call is not None:

@@ -62,18 +62,23 @@ class ServiceBreaker:
 
     pybreaker's ``call`` would hold its lock for the whole call and let any number of probes through, so it sees a call
     only when that has ended, and only when it matters. One owner at a time: the breaker does not lock.
+
+    Attributes:
+        generation: the token of calls that are admitted now.
+        closed: whether every call is admitted.
+        quiet: whether it is closed and has counted no failure, so that another success says nothing.
     """
 
     __slots__ = (
-        "_closed",
-        "_generation",
         "_listener",
         "_machine",
         "_probes",
-        "_quiet",
         "_settings",
         "_state",
         "_storage",
+        "closed",
+        "generation",
+        "quiet",
     )
 
     def __init__(
@@ -97,15 +102,15 @@ class ServiceBreaker:
             throw_new_error_on_trip=False,
         )
         self._state = BreakerState.CLOSED
-        self._generation = 0
+        self.generation = 0
         self._probes = 0
-        self._closed = True
-        self._quiet = True
+        self.closed = True
+        self.quiet = True
 
     def admit(self, now: float) -> int:
         """Ask for one call: a token for `settle`, or -1 when it is refused. Half-open, it takes a probe's place."""
-        if self._closed:
-            return self._generation
+        if self.closed:
+            return self.generation
         if self._state is BreakerState.OPEN:
             if self.retry_after(now) > 0.0:
                 return -1
@@ -115,7 +120,7 @@ class ServiceBreaker:
         if self._probes >= self._settings.half_open_probes:
             return -1
         self._probes += 1
-        return self._generation
+        return self.generation
 
     def settle(self, token: int, outcome: Outcome, now: float) -> None:
         """Say how an admitted call ended, exactly once.
@@ -123,14 +128,14 @@ class ServiceBreaker:
         Raises:
             InvalidTransitionError: the token was never given, or every probe of its generation has settled.
         """
-        generation = self._generation
-        if token == generation and self._quiet and outcome is _SUCCESS:
+        generation = self.generation
+        if token == generation and self.quiet and outcome is _SUCCESS:
             return
         if not 0 <= token <= generation:
             raise InvalidTransitionError(f"token {token} was never given; the generation is {generation}")
         if token < generation or not self._settings.enabled:
             return
-        if not self._closed:
+        if not self.closed:
             if not self._probes:
                 raise InvalidTransitionError("a probe settled that was not under way")
             self._probes -= 1
@@ -146,7 +151,7 @@ class ServiceBreaker:
         if state is not self._state:
             self._follow(self._state, state)
         else:
-            self._quiet = self._storage.counter == 0
+            self.quiet = self._storage.counter == 0
 
     def state(self, now: float) -> BreakerState:
         """The state at ``now``: open becomes half-open by the clock, even before the first probe. Changes nothing."""
@@ -163,9 +168,9 @@ class ServiceBreaker:
     def _follow(self, old: BreakerState, new: BreakerState) -> None:
         """Begin a new generation where pybreaker has changed its state; then tell the listener."""
         self._state = new
-        self._generation += 1
+        self.generation += 1
         self._probes = 0
-        self._closed = self._quiet = new is BreakerState.CLOSED
+        self.closed = self.quiet = new is BreakerState.CLOSED
         if self._listener is not None:
             self._listener(old, new)
 

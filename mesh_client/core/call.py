@@ -201,6 +201,18 @@ class Call:
         """Whether a failed attempt may be repeated at all."""
         return self._wait_for_ready or self._settings is None or self._settings.retry.max_attempts > 1
 
+    def take_over(self, attempt: Attempt, settings: MethodSettings, breaker: ServiceBreaker, token: int) -> None:
+        """The call was begun without this machine: it was admitted by ``breaker``, and makes this attempt."""
+        if self._state is not _NEW:
+            raise InvalidTransitionError(f"take_over: the call is {self._state.name.lower()}")
+        self._state = _ATTEMPTING
+        self._settings = settings
+        self._breaker, self._token = breaker, token
+        self._admitted = True
+        self._attempts = 1
+        self._attempt = attempt
+        self._tried = (attempt.node,)
+
     def begin(self, now: float) -> Action:
         """The application made the call."""
         if self._state is not _NEW:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Protocol
 
 from mesh_client.core.load import EndpointLoad
+from mesh_client.core.outlier import EndpointRecord
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -22,10 +23,11 @@ class Node:
         added_at: when this client first saw it, for slow start; ``-inf`` for members of the first snapshot.
         ejected: set by outlier handling.
         connection: belongs to the shell.
+        record: what outlier detection counts of it.
         ring_points: cache of the endpoint's points on a hash ring, made when first needed.
     """
 
-    __slots__ = ("added_at", "connection", "ejected", "endpoint", "load", "ring_points")
+    __slots__ = ("added_at", "connection", "ejected", "endpoint", "load", "record", "ring_points")
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Node:
         self.added_at = added_at
         self.ejected = False
         self.connection = connection
+        self.record = EndpointRecord(0.0)
         self.ring_points: tuple[int, ...] = ()
 
     def __repr__(self) -> str:

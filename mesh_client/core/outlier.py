@@ -21,7 +21,9 @@ _FAILURE = Outcome.FAILURE
 _ROUNDING = 1e-9
 
 
-class _Record:
+class EndpointRecord:
+    """What is counted of one endpoint."""
+
     __slots__ = ("consecutive", "ejected", "ejections", "failures", "free_since", "successes", "until")
 
     def __init__(self, now: float) -> None:
@@ -38,6 +40,7 @@ class _Record:
         self.free_since = now
 
     def release(self, now: float) -> None:
+        """The ejection is over."""
         self.ejected = False
         self.free_since = now
         self.successes = 0
@@ -65,7 +68,7 @@ class OutlierDetector:
 
     def __init__(self, settings: OutlierDetection) -> None:
         self._settings = settings
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, EndpointRecord] = {}
         self._sweep_at = math.inf
         self.ejected: frozenset[str] = frozenset()
 
@@ -74,13 +77,17 @@ class OutlierDetector:
         if not self._settings.enabled:
             return False
         old = self._records
-        records = self._records = {endpoint_id: old.get(endpoint_id) or _Record(now) for endpoint_id in ids}
+        records = self._records = {endpoint_id: old.get(endpoint_id) or EndpointRecord(now) for endpoint_id in ids}
         if not old:
             self._sweep_at = now + self._settings.interval
         ejected = sorted((records[endpoint_id] for endpoint_id in self.ejected & records.keys()), key=_end)
         for record in ejected[: max(0, len(ejected) - self._limit())]:
             record.release(now)
         return self._refresh()
+
+    def record_of(self, endpoint_id: str) -> EndpointRecord:
+        """What is counted of an endpoint, for whoever counts successes in place. Nobody looks at an unknown one's."""
+        return self._records.get(endpoint_id) or EndpointRecord(0.0)
 
     def record(self, endpoint_id: str, outcome: Outcome, now: float) -> bool:
         """An attempt on the endpoint ended. True if the ejected set changed. Unknown endpoints are ignored."""
@@ -124,7 +131,7 @@ class OutlierDetector:
         count = len(self._records)
         return max(1, int(count * self._settings.max_ejected_percent / 100.0 + _ROUNDING)) if count > 1 else 0
 
-    def _eject(self, record: _Record, now: float) -> None:
+    def _eject(self, record: EndpointRecord, now: float) -> None:
         record.ejected = True
         record.ejections += 1
         record.until = now + min(self._settings.base_ejection * record.ejections, self._settings.max_ejection)
@@ -159,5 +166,5 @@ class OutlierDetector:
             self._eject(record, now)
 
 
-def _end(record: _Record) -> float:
+def _end(record: EndpointRecord) -> float:
     return record.until

@@ -30,18 +30,22 @@ class RetryBudget:
     In any window of `WINDOW` seconds there are at most ``ratio`` retries a call plus ``min_per_second`` a second. After
     tower's ``TpsBudget`` (https://github.com/tower-rs/tower/blob/master/tower/src/retry/budget/tps_budget.rs), itself
     after Finagle's ``RetryBudget``: calls deposit, retries withdraw, both expire with their bucket.
+
+    Attributes:
+        bucket_end: seconds; until then a call may be counted in `calls_now` instead of by `deposit`.
+        calls_now: calls in the bucket that is being filled.
     """
 
     __slots__ = (
-        "_bucket_end",
         "_calls",
         "_calls_before",
-        "_calls_now",
         "_ratio",
         "_reserve",
         "_retries",
         "_retries_before",
         "_retries_now",
+        "bucket_end",
+        "calls_now",
     )
 
     def __init__(self, settings: policy.RetryBudget, now: float) -> None:
@@ -50,17 +54,17 @@ class RetryBudget:
         self._calls = [0] * (WINDOW - 1)
         """Calls in each full bucket, oldest first, as ``_retries``; the bucket being filled is apart."""
         self._retries = [0] * (WINDOW - 1)
-        self._calls_now = 0
+        self.calls_now = 0
         self._retries_now = 0
         self._calls_before = 0
         """Calls in all buckets that were ever filled, as ``_retries_before``."""
         self._retries_before = 0
-        self._bucket_end = now + 1.0
+        self.bucket_end = now + 1.0
 
     @property
     def calls(self) -> int:
         """Calls that ever began."""
-        return self._calls_before + self._calls_now
+        return self._calls_before + self.calls_now
 
     @property
     def retries(self) -> int:
@@ -69,13 +73,13 @@ class RetryBudget:
 
     def deposit(self, now: float) -> None:
         """A call began."""
-        if now >= self._bucket_end:
+        if now >= self.bucket_end:
             self._advance(now)
-        self._calls_now += 1
+        self.calls_now += 1
 
     def withdraw(self, now: float) -> bool:
         """Ask for one retry; False when the budget is spent."""
-        if now >= self._bucket_end:
+        if now >= self.bucket_end:
             self._advance(now)
         if self._left(0) < 1.0 - _ROUNDING:
             return False
@@ -87,26 +91,26 @@ class RetryBudget:
         return max(0.0, self._left(self._passed(now)))
 
     def _passed(self, now: float) -> int:
-        return max(0, int(now - self._bucket_end) + 1) if now >= self._bucket_end else 0
+        return max(0, int(now - self.bucket_end) + 1) if now >= self.bucket_end else 0
 
     def _left(self, passed: int) -> float:
         """What is left when the ``passed`` oldest buckets are gone."""
         calls = sum(self._calls[passed:])
         retries = sum(self._retries[passed:])
         if passed < WINDOW:
-            calls += self._calls_now
+            calls += self.calls_now
             retries += self._retries_now
         return self._reserve + self._ratio * calls - retries
 
     def _advance(self, now: float) -> None:
         passed = self._passed(now)
         empty = [0] * (min(passed, WINDOW) - 1)
-        self._calls = [*self._calls, self._calls_now, *empty][-(WINDOW - 1) :]
+        self._calls = [*self._calls, self.calls_now, *empty][-(WINDOW - 1) :]
         self._retries = [*self._retries, self._retries_now, *empty][-(WINDOW - 1) :]
-        self._calls_before += self._calls_now
+        self._calls_before += self.calls_now
         self._retries_before += self._retries_now
-        self._calls_now = self._retries_now = 0
-        self._bucket_end += passed
+        self.calls_now = self._retries_now = 0
+        self.bucket_end += passed
 
 
 def backoff_delay(settings: policy.Backoff, retry_number: int, rng: Random) -> float:

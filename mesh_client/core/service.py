@@ -106,9 +106,13 @@ class Service:
         self._nodes: dict[str, Node] = {}
         self._subset_pickers: dict[frozenset[tuple[str, str]], Picker] = {}
         self._settings: dict[str, MethodSettings] = {}
-        self._next_tick = NEVER
+        self.plain_settings: dict[str, MethodSettings] = {}
+        """Settings of the methods whose calls need neither key, metadata, fault nor split; empty unless active."""
+        self.next_tick = NEVER
+        """When `tick` is due."""
         self._slow_start_end: float | None = None
-        self._blamed: Node | None = None
+        self.blamed: Node | None = None
+        """The only endpoint that the last failed calls tried."""
         self._calls_before = 0
         """Calls that earlier budgets counted, as ``_retries_before``."""
         self._retries_before = 0
@@ -147,6 +151,7 @@ class Service:
         self.resolution = resolution
         self.endpoints_version = ""
         self._nodes = {}
+        self.plain_settings.clear()
         self._rebuild(now)
         return gone
 
@@ -173,11 +178,13 @@ class Service:
             settings = self._resolve(Route())
         if not needs_metadata:
             self._settings[method] = settings
+            if settings.fault is None and not settings.split and self.hash_source is None:
+                self.plain_settings[method] = settings
         return settings
 
     def picker_for(self, settings: MethodSettings, now: float) -> Picker:
         """The picker over all endpoints, or over the subset that the split draws."""
-        if now >= self._next_tick:
+        if now >= self.next_tick:
             self.tick(now)
         if not settings.split:
             return self.picker
@@ -212,12 +219,12 @@ class Service:
         if breaker is not self.breaker:
             return
         if outcome is _SUCCESS:
-            self._blamed = None
+            self.blamed = None
         elif outcome is _FAILURE:
             alone = len(tried) == 1 and len(self._nodes) > 1 and self.breaker.state(now) is BreakerState.CLOSED
-            if alone and tried[0] is self._blamed:
+            if alone and tried[0] is self.blamed:
                 outcome = Outcome.NEUTRAL
-            self._blamed = tried[0] if alone else None
+            self.blamed = tried[0] if alone else None
         breaker.settle(token, outcome, now)
 
     def tick(self, now: float) -> None:
@@ -233,6 +240,7 @@ class Service:
         self.policy, self.policy_version = new, resource.version
         self.policy_provisional = resource.provisional
         self._settings.clear()
+        self.plain_settings.clear()
         if new.retry.budget != old.retry.budget:
             self._calls_before, self._retries_before = self.calls, self.retries
             self.budget = RetryBudget(new.retry.budget, now)
@@ -240,7 +248,7 @@ class Service:
             self.breaker = ServiceBreaker(new.circuit_breaker, now, self._on_transition)
         if new.outlier_detection != old.outlier_detection:
             self.outliers = OutlierDetector(new.outlier_detection)
-            self.outliers.set_endpoints(self._nodes, now)
+            self._set_outlier_endpoints(self._nodes, now)
         self.gate.limit = new.concurrency_limit.max_in_flight
         hashes = new.load_balancer.algorithm is Algorithm.RING_HASH
         self.hash_source = new.load_balancer.hash_key.source if hashes else None
@@ -253,8 +261,13 @@ class Service:
         if any(node.endpoint.id in self._nodes for node in gone):
             # Who comes back elsewhere under an old id has done nothing wrong yet.
             self.outliers.set_endpoints([id_ for id_, node in self._nodes.items() if old.get(id_) is node], now)
-        self.outliers.set_endpoints(self._nodes, now)
+        self._set_outlier_endpoints(self._nodes, now)
         return gone
+
+    def _set_outlier_endpoints(self, nodes: Mapping[str, Node], now: float) -> None:
+        self.outliers.set_endpoints(nodes, now)
+        for id_, node in nodes.items():
+            node.record = self.outliers.record_of(id_)
 
     @staticmethod
     def _node(endpoint: Endpoint, old: Mapping[str, Node], first: bool, now: float) -> Node:
@@ -277,7 +290,7 @@ class Service:
 
     def _schedule(self, now: float) -> None:
         ticks = (self.outliers.next_tick(now), self._slow_start_end)
-        self._next_tick = min((tick for tick in ticks if tick is not None), default=NEVER)
+        self.next_tick = min((tick for tick in ticks if tick is not None), default=NEVER)
 
     def _build(self, nodes: Sequence[Node], now: float) -> Picker:
         return build_picker(self.policy.load_balancer, nodes, zone=self._zone, rng=self.rng, now=now)
