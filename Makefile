@@ -29,7 +29,7 @@ up: python ## start the whole system and keep it running until Ctrl-C
 # In the order of their names: tests/chaos, which takes longest, must not be what everything waits for at the end.
 test: setup ## all tests, with coverage and its gates; parts of them with ARGS
 	@rm -f .coverage .coverage.*
-	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --cov --cov-report=)
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=)
 	$(if $(ARGS),,$(BIN)/coverage report)
 	$(if $(ARGS),,@$(BIN)/python -m tools.coverage_gates)
 

@@ -178,8 +178,10 @@ def control_plane(
         from control_plane.identity.options import IdentityOptions
         from control_plane.options import ControlPlaneOptions
         from control_plane.server import serve
+        from mesh_client.grpc_log import adopt_grpc_log
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
+    adopt_grpc_log()  # who was refused in a TLS handshake belongs into the log
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         options = ControlPlaneOptions(

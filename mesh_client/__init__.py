@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mesh_client.context import current_caller
 from mesh_client.core.caller import Caller
 from mesh_client.errors import IdentityError, MeshError, MeshErrorDetail, MeshRpcError, Reason
+from mesh_client.grpc_log import adopt_grpc_log
 from mesh_client.identity import IdentityState
 from mesh_client.mesh import Mesh, MeshState, connect
 from mesh_client.server import server
@@ -32,6 +33,7 @@ __all__ = [
     "Phase",
     "Reason",
     "ServerStatus",
+    "adopt_grpc_log",
     "connect",
     "current_caller",
     "hash_key",

@@ -16,6 +16,7 @@ from services.inventory.store import SCHEMA, InventoryStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("inventory")
+    mesh_client.adopt_grpc_log()
     set_up_logs(settings.instance)
     async with Database(settings.database, SCHEMA) as database:
         server = mesh_client.server(

@@ -16,6 +16,7 @@ from services.orders.store import SCHEMA, OrderStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("orders")
+    mesh_client.adopt_grpc_log()
     set_up_logs(settings.instance)
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="orders") as mesh:
         server = mesh_client.server(

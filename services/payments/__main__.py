@@ -17,6 +17,7 @@ from services.payments.store import SCHEMA, PaymentStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("payments")
+    mesh_client.adopt_grpc_log()
     set_up_logs(settings.instance)
     outage = Outage()
     outage.listen()
