@@ -78,6 +78,6 @@ async def watch_loop() -> AsyncIterator[None]:
     channels = leaks.open_channels()
     yield
     left = [*await leaks.leaked_servers(), *await leaks.leaked_tasks(), *leaks.leaked_channels(channels)]
-    # What gRPC holds in cycles has to go while its loop lives: freed later, beside gRPC's threads, it has crashed Python.
+    # What gRPC holds in cycles has to go while its loop lives: freed later, beside its threads, it has crashed Python.
     gc.collect()
     assert not left, f"the test left behind: {', '.join(left)}"
