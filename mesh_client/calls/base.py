@@ -132,7 +132,8 @@ class MeshCall(Generic[Request, Response]):
         if code is _OK:
             if self._machine is None:
                 first = cast("shortcut.FirstAttempt", self._first)
-                shortcut.succeeded(self._method.target.service, first, self._clock())
+                method = self._method
+                shortcut.succeeded(method.target.service, first, method.name, self._clock())
             else:
                 self._machine.succeeded(self._clock())
             self._finish(_OK, None)

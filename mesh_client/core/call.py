@@ -27,6 +27,7 @@ from mesh_client.core.policy import FaultAbort
 from mesh_client.core.retry import Pushback, backoff_delay
 from mesh_client.core.service import MethodSettings, Service
 from mesh_client.core.store import Resolution
+from mesh_client.core.tally import Tally
 
 DEADLINE_TOLERANCE = 0.010
 """Seconds before an attempt's deadline from which DEADLINE_EXCEEDED is taken for ours, not for the server's answer."""
@@ -147,6 +148,7 @@ class Call:
         "_admitted",
         "_attempt",
         "_attempts",
+        "_begun_at",
         "_breaker",
         "_faulted",
         "_history",
@@ -186,6 +188,7 @@ class Call:
         self._faulted = False
         self._admitted = False
         self._attempts = 0
+        self._begun_at = 0.0
         self._retries = 0
         self._attempt: Attempt | None = None
         self._tried: tuple[Node, ...] = ()
@@ -210,6 +213,7 @@ class Call:
         self._breaker, self._token = breaker, token
         self._admitted = True
         self._attempts = 1
+        self._begun_at = attempt.started_at
         self._attempt = attempt
         self._tried = (attempt.node,)
 
@@ -217,6 +221,7 @@ class Call:
         """The application made the call."""
         if self._state is not _NEW:
             raise InvalidTransitionError(f"begin: the call is {self._state.name.lower()}")
+        self._begun_at = now
         return self._proceed(now)
 
     def resumed(self, now: float) -> Action:
@@ -233,6 +238,8 @@ class Call:
         self._state = _OVER
         node = attempt.node
         node.load.finish(attempt.started_at, now, _SUCCESS)
+        service.tally(node, self._method).succeeded(now - attempt.started_at)
+        self._note_repeated(StatusCode.OK, now)
         service.record(node, _SUCCESS, now)
         service.settle(self._breaker, self._token, _SUCCESS, self._tried, now)
         service.gate.leave()
@@ -252,6 +259,7 @@ class Call:
             ),
         )
         node.load.finish(attempt.started_at, now, outcome)
+        service.tally(node, self._method).failed(failure.code.name, now - attempt.started_at)
         service.record(node, outcome, now)
         if failure.code is StatusCode.UNAVAILABLE and not failure.received:
             service.on_unreached(node, failure.details)
@@ -260,8 +268,7 @@ class Call:
             self._state = _WAITING
             self._attempt = None
             return Pause(delay)
-        self._finish(outcome, now)
-        return Failed(failure.code, self._detail(self._reason(failure, expired), now), from_attempt=True)
+        return self._end(failure.code, self._reason(failure, expired), outcome, now, from_attempt=True)
 
     def cancelled(self, now: float) -> None:
         """The application gave up. Harmless when the call is over."""
@@ -270,6 +277,8 @@ class Call:
         attempt = self._attempt
         if self._state is _ATTEMPTING and attempt is not None:
             attempt.node.load.finish(attempt.started_at, now, Outcome.NEUTRAL)
+            tally = self._service.tally(attempt.node, self._method)
+            tally.failed(StatusCode.CANCELLED.name, now - attempt.started_at)
             self._service.record(attempt.node, Outcome.NEUTRAL, now)
         self._finish(Outcome.NEUTRAL, now)
 
@@ -374,8 +383,23 @@ class Call:
         return Reason.DEADLINE_EXCEEDED if expired and not failure.received else Reason.ATTEMPTS_FAILED
 
     def _fail(self, code: StatusCode, reason: Reason, now: float) -> Failed:
-        self._finish(Outcome.NEUTRAL if not self._history else Outcome.FAILURE, now)
-        return Failed(code, self._detail(reason, now), from_attempt=False)
+        outcome = Outcome.FAILURE if self._history else Outcome.NEUTRAL
+        return self._end(code, reason, outcome, now, from_attempt=False)
+
+    def _end(self, code: StatusCode, reason: Reason, outcome: Outcome, now: float, *, from_attempt: bool) -> Failed:
+        self._finish(outcome, now)
+        self._note_repeated(code, now)
+        self._service.failed_calls[self._service.tallies.known(self._method), code.name, reason] += 1
+        return Failed(code, self._detail(reason, now), from_attempt)
+
+    def _note_repeated(self, code: StatusCode, now: float) -> None:
+        """Counts the whole call, unless its only attempt says as much."""
+        if self._attempts > 1:
+            tally = self._service.repeated.setdefault(self._service.tallies.known(self._method), Tally())
+            if code is StatusCode.OK:
+                tally.succeeded(now - self._begun_at)
+            else:
+                tally.failed(code.name, now - self._begun_at)
 
     def _finish(self, outcome: Outcome, now: float) -> None:
         self._state = _OVER

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mesh_client.core.load import EndpointLoad
 from mesh_client.core.outlier import EndpointRecord
+from mesh_client.core.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,10 +25,11 @@ class Node:
         ejected: set by outlier handling.
         connection: belongs to the shell.
         record: what outlier detection counts of it.
+        tallies: what is counted of its attempts, by method; `Service.tally` makes those that are missing.
         ring_points: cache of the endpoint's points on a hash ring, made when first needed.
     """
 
-    __slots__ = ("added_at", "connection", "ejected", "endpoint", "load", "record", "ring_points")
+    __slots__ = ("added_at", "connection", "ejected", "endpoint", "load", "record", "ring_points", "tallies")
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class Node:
         self.ejected = False
         self.connection = connection
         self.record = EndpointRecord(0.0)
+        self.tallies: dict[str, Tally] = {}
         self.ring_points: tuple[int, ...] = ()
 
     def __repr__(self) -> str:

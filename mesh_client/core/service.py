@@ -6,6 +6,7 @@ Joins policy and endpoints to pickers, and keeps the breaker, ejections, retry b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -27,6 +28,7 @@ from mesh_client.core.policy import (
 from mesh_client.core.rate_limit import ConcurrencyGate
 from mesh_client.core.retry import RetryBudget
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
+from mesh_client.core.tally import Tally, TallyBook
 
 NEVER = float("inf")
 _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
@@ -101,6 +103,12 @@ class Service:
         self.gate = ConcurrencyGate(self.policy.concurrency_limit.max_in_flight)
         self.hash_source: HashSource | None = None
         """Where RING_HASH takes its key from; None while another algorithm balances."""
+        self.tallies = TallyBook()
+        """What is counted of attempts."""
+        self.repeated: dict[str, Tally] = {}
+        """What is counted of calls that took more than one attempt, from the first one's start on; by method."""
+        self.failed_calls: Counter[tuple[str, str, Reason]] = Counter()
+        """Calls that failed for good, by method, status and reason; those that never became an attempt included."""
         self._zone = zone
         self._on_transition = on_transition
         self._nodes: dict[str, Node] = {}
@@ -227,6 +235,11 @@ class Service:
             self.blamed = tried[0] if alone else None
         breaker.settle(token, outcome, now)
 
+    def tally(self, node: Node, method: str) -> Tally:
+        """Where attempts of a full method name on a node are counted."""
+        tally = node.tallies.get(method)
+        return self.tallies.tally(node.endpoint.id, method) if tally is None else tally
+
     def tick(self, now: float) -> None:
         """Does what is due by time alone: ends ejections, compares success rates, ends slow starts."""
         slow_start_due = self._slow_start_end is not None and now >= self._slow_start_end
@@ -248,7 +261,7 @@ class Service:
             self.breaker = ServiceBreaker(new.circuit_breaker, now, self._on_transition)
         if new.outlier_detection != old.outlier_detection:
             self.outliers = OutlierDetector(new.outlier_detection)
-            self._set_outlier_endpoints(self._nodes, now)
+            self._account_for(self._nodes, now)
         self.gate.limit = new.concurrency_limit.max_in_flight
         hashes = new.load_balancer.algorithm is Algorithm.RING_HASH
         self.hash_source = new.load_balancer.hash_key.source if hashes else None
@@ -261,13 +274,15 @@ class Service:
         if any(node.endpoint.id in self._nodes for node in gone):
             # Who comes back elsewhere under an old id has done nothing wrong yet.
             self.outliers.set_endpoints([id_ for id_, node in self._nodes.items() if old.get(id_) is node], now)
-        self._set_outlier_endpoints(self._nodes, now)
+        self._account_for(self._nodes, now)
         return gone
 
-    def _set_outlier_endpoints(self, nodes: Mapping[str, Node], now: float) -> None:
+    def _account_for(self, nodes: Mapping[str, Node], now: float) -> None:
         self.outliers.set_endpoints(nodes, now)
         for id_, node in nodes.items():
             node.record = self.outliers.record_of(id_)
+            node.tallies = self.tallies.of(id_)
+        self.tallies.keep(nodes.keys())
 
     @staticmethod
     def _node(endpoint: Endpoint, old: Mapping[str, Node], first: bool, now: float) -> Node:

@@ -78,10 +78,12 @@ def begin(service: Service, method: str, deadline: float | None, now: float) -> 
     return FirstAttempt(node, now, deadline, settings, breaker)
 
 
-def succeeded(service: Service, attempt: FirstAttempt, now: float) -> None:
+def succeeded(service: Service, attempt: FirstAttempt, method: str, now: float) -> None:
     """The attempt ended with OK, and so did the call."""
     node = attempt.node
     node.load.finish(attempt.started_at, now, _SUCCESS)
+    tally = node.tallies.get(method) or service.tally(node, method)
+    tally.succeeded(now - attempt.started_at)
     record = node.record
     record.successes += 1
     if record.consecutive:

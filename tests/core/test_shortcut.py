@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from mesh_client.core.model import StatusCode
 from mesh_client.core.outlier import EndpointRecord
 from mesh_client.core.service import Service
 from mesh_client.core.shortcut import FirstAttempt
+from mesh_client.core.tally import Tally
 from tests.core.worlds import activate, endpoint, service
 
 METHODS = ("/shop.v1.OrderService/PlaceOrder", "/shop.v1.PaymentService/Charge")
@@ -84,7 +86,7 @@ class Short(Machine):
         if self.first is None:
             self.call.succeeded(now)
         else:
-            shortcut.succeeded(self.world, self.first, now)
+            shortcut.succeeded(self.world, self.first, self.method, now)
 
     def decider(self) -> Call:
         if self.first is not None:
@@ -107,8 +109,18 @@ def state(world: Service, now: float) -> object:
         *(world.breaker.state(now), world.breaker.generation, world.breaker.quiet),
         *(world.outliers.ejected, world.next_tick, world.blamed and world.blamed.endpoint.id),
         [(node.endpoint.id, node.load.outstanding, node.load.latency_cost(now)) for node in world.nodes],
+        [
+            (each, method, tally.ok, tally.failures, tally.seconds)
+            for each, book in world.tallies
+            for method, tally in book.items()
+        ],
+        (world.failed_calls, shown_tallies(world.repeated)),
         [counted(world.outliers.record_of(node.endpoint.id)) for node in world.nodes],
     )
+
+
+def shown_tallies(tallies: Mapping[str, Tally]) -> object:
+    return {method: (tally.ok, tally.failures, tally.seconds, tally.buckets) for method, tally in tallies.items()}
 
 
 def counted(record: EndpointRecord) -> tuple[int, int, int]:
@@ -178,7 +190,7 @@ def test_a_call_that_nothing_stands_in_the_way_of_needs_no_machine_from_the_seco
     assert first is not None
     assert (first.number, first.started_at, first.deadline) == (1, 0.0, None)
     assert (world.gate.in_flight, world.calls) == (2, 2)
-    shortcut.succeeded(world, first, 0.1)
+    shortcut.succeeded(world, first, METHODS[0], 0.1)
     assert world.gate.in_flight == 1
 
 
@@ -230,5 +242,5 @@ def test_a_call_that_another_breaker_admitted_says_nothing_to_the_one_that_repla
     failing.failed(AttemptFailure(StatusCode.UNAVAILABLE), 0.0)
     blamed = world.blamed
     assert blamed is not None
-    shortcut.succeeded(world, first, 0.1)
+    shortcut.succeeded(world, first, METHODS[0], 0.1)
     assert world.blamed is blamed
