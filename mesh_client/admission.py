@@ -27,6 +27,8 @@ from mesh_client.core.retry import PUSHBACK_KEY
 from mesh_client.guard import Guard, Refusal
 
 if TYPE_CHECKING:
+    from mesh_client.tracing import ServedCall, Tracing
+
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 SHED_PUSHBACK = (0.05, 0.15)
@@ -62,11 +64,13 @@ class Admission:
     Args:
         rng: draws pushback times of shed calls.
         guard: knows who may call.
+        tracing: makes the spans of its calls; None for none.
     """
 
-    def __init__(self, rng: Random, guard: Guard) -> None:
+    def __init__(self, rng: Random, guard: Guard, tracing: Tracing | None = None) -> None:
         self._rng = rng
         self._guard = guard
+        self._tracing = tracing
         # Handlers that are plain functions run in grpc's threads.
         self._lock = threading.Lock()
         self._gate = ConcurrencyGate(None)
@@ -124,10 +128,17 @@ class Admission:
                 await context.abort(call.code, call.details)
             inbound.set(call)
             try:
-                return await behavior(request, context)
+                response = await behavior(request, context)
             except asyncio.CancelledError:
                 call.cancel()
+                self._interrupted(call)
                 raise
+            except BaseException as error:
+                self._failed(call, context, error)
+                raise
+            else:
+                self._ended(call, context)
+                return response
             finally:
                 self._leave()
 
@@ -150,7 +161,13 @@ class Admission:
             except (asyncio.CancelledError, GeneratorExit):
                 # A call that is cancelled while it writes a response ends the generator in place of cancelling it.
                 call.cancel()
+                self._interrupted(call)
                 raise
+            except BaseException as error:
+                self._failed(call, context, error)
+                raise
+            else:
+                self._ended(call, context)
             finally:
                 self._leave()
 
@@ -163,12 +180,8 @@ class Admission:
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 context.abort(call.code, call.details)
-            inbound.set(call)
-            try:
-                return behavior(request, context)
-            finally:
-                inbound.set(None)  # the thread and its context outlive the call
-                self._leave()
+            with self._in_thread(call, context) as shown:
+                return behavior(request, shown)
 
         return admit
 
@@ -179,14 +192,56 @@ class Admission:
             call = self._enter(method, context)
             if isinstance(call, Refusal):
                 context.abort(call.code, call.details)
-            inbound.set(call)
-            try:
-                yield from behavior(request, context)
-            finally:
-                inbound.set(None)
-                self._leave()
+            with self._in_thread(call, context) as shown:
+                yield from behavior(request, shown)
 
         return admit
+
+    @contextlib.contextmanager
+    def _in_thread(self, call: InboundCall, context: Any) -> Iterator[Any]:
+        """Around a handler that is a plain function: the thread and its context outlive the call.
+
+        Gives the context that the handler is to have.
+        """
+        inbound.set(call)
+        shown = context if call.trace is None else _SyncContext(context)
+        try:
+            yield shown
+        except GeneratorExit:  # nobody reads its responses any more
+            self._interrupted(call)
+            raise
+        except BaseException as error:
+            self._failed(call, shown, error)
+            raise
+        else:
+            self._ended(call, shown)
+        finally:
+            inbound.set(None)
+            if call.trace is not None:
+                call.trace.leave()
+            self._leave()
+
+    # How a call has ended, for its span; without one there is nothing to do.
+
+    @staticmethod
+    def _ended(call: InboundCall, context: Any) -> None:
+        if call.trace is not None:
+            call.trace.ended(status_name(context.code(), "OK"), _details(context))
+
+    @staticmethod
+    def _failed(call: InboundCall, context: Any, error: BaseException) -> None:
+        if call.trace is not None:
+            code = status_name(context.code(), "OK")
+            if code != "OK":  # it was aborted, which is an answer
+                call.trace.ended(code, _details(context))
+            else:
+                call.trace.ended("UNKNOWN", f"{type(error).__name__}: {error}", error)
+
+    @staticmethod
+    def _interrupted(call: InboundCall) -> None:
+        if call.trace is not None:
+            late = call.deadline is not None and time.monotonic() >= call.deadline
+            call.trace.ended("DEADLINE_EXCEEDED" if late else "CANCELLED")
 
     def _waits(self, method: str) -> bool:
         """Whether the call cannot be decided on yet."""
@@ -198,7 +253,7 @@ class Admission:
         if method not in HEALTH_METHODS:
             denial = self._guard.refusal(caller, method, context)
             if denial is not None:
-                return denial
+                return self._refused(method, context, caller, denial)
         refusal = None
         with self._lock:
             if not self._gate.enter():
@@ -213,9 +268,24 @@ class Admission:
                 if refusal is not None:
                     self._gate.leave()
         if refusal is None:
-            return _inbound_call(context, caller)
+            call = _inbound_call(context, caller)
+            if self._tracing is not None and method not in HEALTH_METHODS:
+                call.trace = self._served(self._tracing, method, context, caller)
+            return call
         context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
+        return self._refused(method, context, caller, refusal)
+
+    def _refused(self, method: str, context: CallContext, caller: Caller | None, refusal: Refusal) -> Refusal:
+        if self._tracing is not None:
+            span = self._served(self._tracing, method, context, caller)
+            span.ended(refusal.code.name, refusal.details)
+            span.leave()
         return refusal
+
+    @staticmethod
+    def _served(tracing: Tracing, method: str, context: CallContext, caller: Caller | None) -> ServedCall:
+        name = "" if caller is None else caller.name
+        return tracing.served(method, context.invocation_metadata(), parse_peer_ip(context.peer()), name)
 
     def _leave(self) -> None:
         with self._lock:
@@ -233,6 +303,36 @@ class Admission:
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
+
+
+class _SyncContext:
+    """A servicer context of a plain handler that can be asked for the status set on it, as asynchronous ones can."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._code: Any = None
+        self._details: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def code(self) -> Any:
+        return self._code
+
+    def details(self) -> Any:
+        return self._details
+
+    def set_code(self, code: Any) -> None:
+        self._code = code
+        self._context.set_code(code)
+
+    def set_details(self, details: Any) -> None:
+        self._details = details
+        self._context.set_details(details)
+
+    def abort(self, code: Any, details: Any = "", trailing_metadata: Any = ()) -> None:
+        self._code, self._details = code, details
+        self._context.abort(code, details, trailing_metadata)
 
 
 class _AdmittingGenericHandler(grpc.GenericRpcHandler):
@@ -270,6 +370,22 @@ def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]
     else:
         make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
     return make, cast("Callable[..., Any]", behavior)
+
+
+_CODES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def status_name(code: Any, unset: str) -> str:
+    """The name of a status that a servicer context holds, which is a number, a `grpc.StatusCode` or None."""
+    if isinstance(code, grpc.StatusCode):
+        return code.name
+    return _CODES.get(code, unset)
+
+
+def _details(context: Any) -> str | None:
+    details = context.details()
+    text = details.decode(errors="replace") if isinstance(details, bytes) else details
+    return text or None
 
 
 def _inbound_call(context: CallContext, caller: Caller | None) -> InboundCall:

@@ -6,10 +6,13 @@ The server's shell sets `inbound` in the context of each handler; tasks started 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from mesh_client.core.caller import Caller
+
+if TYPE_CHECKING:
+    from mesh_client.tracing import ServedCall
 
 CALLER_METADATA_KEY = "mesh-caller"
 """Metadata by which a client says, in plaintext, which service it belongs to. Unproven: it is good for sharing out load
@@ -34,15 +37,17 @@ class InboundCall:
         deadline: when its caller stops waiting, in seconds of `time.monotonic`, the event loop's clock; None for never.
         peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
         caller: who made it, as their certificate proves; None in plaintext.
+        trace: the span of the call; None where nothing is traced.
         scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
     """
 
-    __slots__ = ("caller", "deadline", "peer_ip", "scope")
+    __slots__ = ("caller", "deadline", "peer_ip", "scope", "trace")
 
     def __init__(self, deadline: float | None = None, peer_ip: str = "", caller: Caller | None = None) -> None:
         self.deadline = deadline
         self.peer_ip = peer_ip
         self.caller = caller
+        self.trace: ServedCall | None = None
         self.scope: set[Cancellable] = set()
 
     def cancel(self) -> None:

@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 from grpc.aio import UsageError
 
+from mesh_client import grpc_makers
 from mesh_client.channel import MeshChannel
 
 NOWHERE = "dns:///mesh.invalid:1"
@@ -75,7 +76,7 @@ class InterceptedChannel(MeshChannel):
             kind(self._methods)
             for kind in (_UnaryUnaryHandover, _UnaryStreamHandover, _StreamUnaryHandover, _StreamStreamHandover)
         ]
-        self._carrier = grpc.aio.insecure_channel(NOWHERE, interceptors=[*interceptors, *handovers])
+        self._carrier = grpc_makers.insecure_channel(NOWHERE, interceptors=[*interceptors, *handovers])
 
     async def close(self, grace: float | None = None) -> None:
         """Makes further calls raise `UsageError`."""

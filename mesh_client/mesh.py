@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc.aio
 from mesh.v1 import discovery_pb2, endpoint_pb2
@@ -30,6 +30,9 @@ from mesh_client.interceptors import intercepted
 from mesh_client.resolver import Resolver
 from mesh_client.transport import Transport
 from mesh_client.transport_choice import make_transport
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 USER_AGENT = "grpc-mesh-python/0.1.0"
@@ -142,6 +145,11 @@ class Mesh:
         """What opens every channel of this client; servers of the same process share it."""
         return self._resolver.transport
 
+    @property
+    def tracer_provider(self) -> TracerProvider | None:
+        """What it was given to make spans with; servers of the same process share it."""
+        return self._resolver.tracer_provider
+
     async def changed(self) -> None:
         """Returns at the next change of the discovery stream, of the identity or of a service."""
         await self._resolver.changed()
@@ -170,6 +178,7 @@ def connect(
     attestation: str | None = None,
     identity_dir: str | Path | None = None,
     insecure: bool | None = None,
+    tracer_provider: TracerProvider | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -196,6 +205,7 @@ def connect(
         identity_dir: where key and certificate are kept for the next start, readable by this user alone and used by
             this process alone; by default MESH_IDENTITY_DIR, else in memory only.
         insecure: True for plaintext without any identity; by default MESH_INSECURE. Never a fallback.
+        tracer_provider: makes spans; by default the process's, if it has one when the client is entered.
         rng: drives every random choice; by default seeded by the system.
         clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
             real whatever it says.
@@ -222,7 +232,15 @@ def connect(
     )
     transport = make_transport(settings)
     return make_mesh(
-        addresses, service, locality, transport, cache_dir=cache_dir, node_id=node_id, rng=rng, clock=clock
+        addresses,
+        service,
+        locality,
+        transport,
+        cache_dir=cache_dir,
+        node_id=node_id,
+        tracer_provider=tracer_provider,
+        rng=rng,
+        clock=clock,
     )
 
 
@@ -234,6 +252,7 @@ def make_mesh(
     *,
     cache_dir: str | Path | None = None,
     node_id: str | None = None,
+    tracer_provider: TracerProvider | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -248,7 +267,9 @@ def make_mesh(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
-    resolver = Resolver(addresses, node, locality, cache, rng or Random(), clock, transport)
+    resolver = Resolver(
+        addresses, node, locality, cache, rng or Random(), clock, transport, tracer_provider=tracer_provider
+    )
     return Mesh(resolver, node_id, service, clock)
 
 

@@ -26,8 +26,11 @@ from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.membership import Membership
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
+from mesh_client.tracing_choice import choose_tracing
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.mesh import Mesh
     from mesh_client.server_settings import ServerSettings
@@ -57,13 +60,14 @@ class MeshServer(grpc.aio.Server):
         transport: Transport,
         mesh: Mesh | None,
         policy: ServicePolicy | None,
+        tracer_provider: TracerProvider | None,
     ) -> None:
         self._settings = settings
         self._inner = inner
         self._transport = transport
         rng = random.Random()
         self._guard = Guard(settings.service, secure=transport.secure)
-        self._admission = Admission(rng, self._guard)
+        self._admission = Admission(rng, self._guard, choose_tracing(settings.service, tracer_provider))
         self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng)
         self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []

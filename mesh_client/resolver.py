@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesh.v1 import discovery_pb2
 
@@ -22,7 +22,13 @@ from mesh_client.core.store import Resolution, Store
 from mesh_client.discovery import Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
+from mesh_client.tracing_choice import choose_tracing
 from mesh_client.transport import Transport
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+    from mesh_client.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +53,7 @@ class Resolver:
         rng: drives every random choice.
         clock: seconds, monotonic.
         transport: opens every channel; started and stopped with this.
+        tracer_provider: makes spans; by default the process's.
     """
 
     def __init__(
@@ -58,8 +65,11 @@ class Resolver:
         rng: Random,
         clock: Callable[[], float],
         transport: Transport,
+        *,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
         self.transport = transport
+        self._tracer_provider = tracer_provider
         self._clock = clock
         self._node = node
         self._zone = locality.zone
@@ -75,6 +85,7 @@ class Resolver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changes: set[asyncio.Future[None]] = set()
         self._generation = 0
+        self._tracing: Tracing | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self.discovery = Discovery(
             addresses,
@@ -86,6 +97,11 @@ class Resolver:
             self._stream_changed,
             transport=transport,
         )
+
+    @property
+    def tracer_provider(self) -> TracerProvider | None:
+        """What it was given to make spans with."""
+        return self._tracer_provider
 
     @property
     def targets(self) -> Collection[Target]:
@@ -107,6 +123,7 @@ class Resolver:
             raise ConfigError("this mesh client has been entered already; make another with mesh_client.connect()")
         self._loop = asyncio.get_running_loop()
         await self.transport.start()
+        self._tracing = choose_tracing(self._node.service, self._tracer_provider)
         self._unsubscribe = self.transport.on_change(self._identity_changed)
         self._generation = self.transport.generation
         if self._cache is not None:
@@ -152,6 +169,7 @@ class Resolver:
                 self._spawn,
                 self._clock,
                 self.transport,
+                self._tracing,
             )
             self.discovery.send(self._store.subscribe(name))
             self._await_word_of(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
+from mesh_client import grpc_makers
 from mesh_client.addresses import HostPort, Registry, parse_control_planes, parse_host_port, parse_registry
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
@@ -24,6 +25,8 @@ from mesh_client.transport import SERVER_OPTIONS, Transport, merge_options
 from mesh_client.transport_choice import make_transport
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.mesh import Mesh
     from mesh_client.mesh_server import MeshServer
@@ -67,6 +70,7 @@ def server(
     reflection: bool = True,
     mesh: Mesh | None = None,
     policy: ServicePolicy | None = None,
+    tracer_provider: TracerProvider | None = None,
 ) -> MeshServer:
     """A server for one instance of a service; nothing is opened or registered before it starts.
 
@@ -111,6 +115,7 @@ def server(
         mesh: a client of the same service, whose identity the server shares and through which it reads its policy; by
             default it has its own.
         policy: a fixed policy in place of the control plane's.
+        tracer_provider: makes spans; by default that of ``mesh``, else the process's as it is now.
 
     Raises:
         InvalidValueError: a name, label or weight is out of range.
@@ -166,7 +171,7 @@ def server(
             "policy: a secure server must know whom it may serve; give policy=, or a control plane to ask"
         )
     _require_extras(settings.registry)
-    inner = grpc.aio.server(
+    inner = grpc_makers.server(
         migration_thread_pool=migration_thread_pool,
         interceptors=interceptors,
         options=merge_options([*SERVER_OPTIONS, *ages], options),
@@ -174,7 +179,9 @@ def server(
     )
     from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
 
-    return MeshServer(settings, inner, transport, mesh, policy)
+    if tracer_provider is None and mesh is not None:
+        tracer_provider = mesh.tracer_provider
+    return MeshServer(settings, inner, transport, mesh, policy, tracer_provider)
 
 
 def _shared_transport(mesh: Mesh, service: str, given: Sequence[str]) -> Transport:

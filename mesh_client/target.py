@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 
@@ -19,6 +19,9 @@ from mesh_client.core.handshake import explain
 from mesh_client.core.policy import HashSource
 from mesh_client.core.service import Service
 from mesh_client.transport import Transport
+
+if TYPE_CHECKING:
+    from mesh_client.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class Target:
         spawn: starts a background task that lives as long as the mesh client.
         clock: seconds, monotonic; what the core is told as ``now``.
         transport: opens its channels.
+        tracing: makes the spans of its calls; None for none.
     """
 
     def __init__(
@@ -67,12 +71,15 @@ class Target:
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         clock: Callable[[], float],
         transport: Transport,
+        tracing: Tracing | None = None,
     ) -> None:
         self.service = service
+        self.tracing = tracing
         self.metadata = metadata
         self.loop = loop
         self.clock = clock
         self.waiters: set[Waiter] = set()
+        self._options = () if tracing is None else tracing.channel_options
         self._spawn = spawn
         self._transport = transport
         self._listeners: set[asyncio.Event] = set()
@@ -94,7 +101,8 @@ class Target:
         return connection
 
     def _open(self, node: Node) -> Connection:
-        connection = Connection(node, self._transport.open_channel(node.endpoint.target, self.service.name))
+        channel = self._transport.open_channel(node.endpoint.target, self.service.name, self._options)
+        connection = Connection(node, channel)
         self._connections.add(connection)
         return connection
 

@@ -14,6 +14,7 @@ from typing import Protocol, cast
 import grpc
 import grpc.aio
 
+from mesh_client import grpc_makers
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Principal
 from mesh_client.identity import Identity
@@ -210,7 +211,7 @@ class MutualTls:
         """
         # The name is last, so that nothing overrides it.
         merged = merge_options(merge_options(CHANNEL_OPTIONS, options), authenticating_options(self._dns_name(server)))
-        return grpc.aio.secure_channel(target, self.identity.channel_credentials(), options=merged)
+        return grpc_makers.secure_channel(target, self.identity.channel_credentials(), options=merged)
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Opens a port that speaks with nobody but holders of a certificate of the mesh.
@@ -282,7 +283,7 @@ def open_channel(target: str, options: Sequence[tuple[str, object]] = ()) -> grp
         target: ``host:port``, an IPv6 address in brackets.
         options: channel arguments on top of `CHANNEL_OPTIONS`, which they override.
     """
-    return grpc.aio.insecure_channel(target, options=merge_options(CHANNEL_OPTIONS, options))
+    return grpc_makers.insecure_channel(target, options=merge_options(CHANNEL_OPTIONS, options))
 
 
 def add_port(server: grpc.aio.Server, address: str) -> int:

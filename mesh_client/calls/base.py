@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 from grpc.aio import AioRpcError, Metadata
@@ -15,10 +15,14 @@ from grpc.aio import AioRpcError, Metadata
 from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, inbound
 from mesh_client.core import shortcut
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
+from mesh_client.core.errors import MeshErrorDetail
 from mesh_client.core.model import StatusCode
 from mesh_client.core.retry import parse_pushback
 from mesh_client.errors import MeshRpcError
 from mesh_client.multicallable import MultiCallable, Request, Response
+
+if TYPE_CHECKING:
+    from mesh_client.tracing import CallTrace
 
 T = TypeVar("T")
 
@@ -56,6 +60,7 @@ class MeshCall(Generic[Request, Response]):
     """The first attempt of a call that was begun without a machine."""
     _machine: Call | None = None
     _connection: Any = None
+    _trace: CallTrace | None = None
     _code: grpc.StatusCode | None = None
     _error: BaseException | None = None
     _streams_requests = False
@@ -92,6 +97,8 @@ class MeshCall(Generic[Request, Response]):
                     deadline = inherited
             scope.scope.add(self)
         metadata = self._metadata = (*metadata, *target.metadata) if metadata else target.metadata
+        if target.tracing is not None:
+            self._trace = target.tracing.call(service.name, method.name)
         self._deadline = deadline
         self._wait_for_ready = wait_for_ready
         first = self._first = shortcut.begin(service, method.name, deadline, now)
@@ -154,16 +161,18 @@ class MeshCall(Generic[Request, Response]):
         trailing: Metadata = at_once(call.trailing_metadata())
         pushback = trailing.get("grpc-retry-pushback-ms")
         received = details not in _UNANSWERED and (len(initial) > 0 or self._connection.channel.get_state() is _READY)
-        action = self._decider().failed(
-            AttemptFailure(
-                StatusCode(code.value[0]),
-                details or "",
-                committed=self._committed() or len(initial) > 0,
-                received=received,
-                pushback=None if pushback is None else parse_pushback(str(pushback)),
-            ),
-            self._clock(),
+        failure = AttemptFailure(
+            StatusCode(code.value[0]),
+            details or "",
+            committed=self._committed() or len(initial) > 0,
+            received=received,
+            pushback=None if pushback is None else parse_pushback(str(pushback)),
         )
+        if self._trace is None:
+            action = self._decider().failed(failure, self._clock())
+        else:
+            self._trace.attempt_ended(code, details)
+            action = self._decide_traced(failure, self._trace)
         if not isinstance(action, Failed):
             self._call = None
             self._obey(action)
@@ -171,6 +180,20 @@ class MeshCall(Generic[Request, Response]):
         if code is grpc.StatusCode.UNAVAILABLE and not received:
             details = f"{details}; mesh: {action.detail}"
         self._finish(code, MeshRpcError(code, initial, trailing, details, debug, action.detail))
+
+    def _decide_traced(self, failure: AttemptFailure, trace: CallTrace) -> Action:
+        """What to do after a failure; what it leads to besides becomes events of the call's span."""
+        service = self._method.target.service
+        breaker, generation, ejected = service.breaker, service.breaker.generation, service.outliers.ejected
+        now = self._clock()
+        action = self._decider().failed(failure, now)
+        for endpoint in service.outliers.ejected - ejected:
+            trace.event("mesh.endpoint.ejected", endpoint=endpoint)
+        if service.breaker is breaker and breaker.generation != generation:
+            trace.event("mesh.breaker", state=breaker.state(now).value)
+        if isinstance(action, Pause):
+            trace.event("mesh.retry", delay=action.delay)
+        return action
 
     def _obey(self, action: Action) -> None:
         if isinstance(action, Attempt):
@@ -214,6 +237,8 @@ class MeshCall(Generic[Request, Response]):
         metadata = self._metadata
         if attempt.number > 1:
             metadata = (*metadata, (PREVIOUS_ATTEMPTS_KEY, str(attempt.number - 1)))
+        if self._trace is not None:
+            metadata = (*metadata, *self._trace.attempt(node, attempt.number))
         call = self._call = multicallable(
             self._payload.read(keep=self._decider().may_retry) if self._streams_requests else self._payload,
             timeout=None if deadline is None else deadline - attempt.started_at,
@@ -233,6 +258,8 @@ class MeshCall(Generic[Request, Response]):
         self._code = code
         if error is not None:
             self._error = error
+        if self._trace is not None:
+            self._trace.ended(code, *_explained(error))
         if self._waiting or self._scope is not None:
             self._release()
         if self._change is not None:
@@ -392,6 +419,12 @@ class MeshCall(Generic[Request, Response]):
     def __repr__(self) -> str:
         state = "in flight" if self._code is None else self._code.name
         return f"<{type(self).__name__} {self._method.target.service.name}{self._method.name} {state}>"
+
+
+def _explained(error: BaseException | None) -> tuple[str | None, MeshErrorDetail | None]:
+    if not isinstance(error, AioRpcError):
+        return None if error is None else str(error), None
+    return error.details(), error.mesh if isinstance(error, MeshRpcError) else None
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:

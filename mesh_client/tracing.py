@@ -1,0 +1,335 @@
+"""Spans of calls, written in the call path itself: one for each call, each of its attempts, and where it is served.
+
+Nothing here costs anything unless the process has a tracer provider when its mesh client is entered, or its server
+made. Attributes follow OpenTelemetry's semantic conventions for RPC (https://opentelemetry.io/docs/specs/semconv/rpc/),
+the context travels as W3C Trace Context (https://www.w3.org/TR/trace-context/).
+
+A call is an INTERNAL span, its attempts are CLIENT spans below it, and what the server does is a SERVER span below the
+attempt that it answers: retries are siblings, and each shows where it went. A call that nobody samples costs no span
+and no header: by its user agent a client says that it would have sent one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import getrandbits
+from typing import Any, Protocol
+
+import grpc
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+)
+
+from mesh_client.core.errors import MeshErrorDetail
+from mesh_client.core.node import Node
+
+NAME = "grpc_mesh"
+"""Of the instrumentation scope."""
+TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
+USER_AGENT_MARK = "grpc-mesh-traces/1"
+"""In the user agent of clients whose calls carry a trace context when they are sampled: without one, they are not."""
+TRACING_OPTIONS: tuple[tuple[str, object], ...] = (("grpc.primary_user_agent", USER_AGENT_MARK),)
+
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
+_SAMPLED = TraceFlags.SAMPLED
+_KNOWN_FLAGS = 0x03
+"""Sampled, and random trace id (W3C Trace Context, level 2)."""
+_TRACE_ID_LIMIT = (1 << 64) - 1
+_SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""Status codes that make a server's span an error; with the others it did as it should (semantic conventions)."""
+_ROOT = re.compile(r"ParentBased\{root:(?:TraceIdRatioBased\{([0-9.e+-]+)\}|(AlwaysO(?:n|ff))Sampler),")
+_FOLLOWS_PARENTS = "remoteParentNotSampled:AlwaysOffSampler", "localParentNotSampled:AlwaysOffSampler"
+
+UNSAMPLED = NonRecordingSpan(
+    SpanContext(getrandbits(128) | 1, getrandbits(64) | 1, is_remote=False, trace_flags=TraceFlags(0))
+)
+"""The span of everything that no trace is kept of: what looks for a parent finds that its trace is not sampled."""
+_UNSAMPLED_CONTEXT = trace.set_span_in_context(UNSAMPLED, otel_context.Context())
+
+
+class Ids(Protocol):
+    """An id generator that can be told the next trace id: see `mesh_client.trace_ids.PredrawnIds`."""
+
+    def draw(self, trace_id: int) -> None:
+        """The next trace id that this thread asks for."""
+
+
+class CallTrace(Protocol):
+    """What a call tells of itself, whether it is sampled or not."""
+
+    def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
+        """An attempt begins; the metadata that it carries."""
+
+    def attempt_ended(self, code: grpc.StatusCode, details: str | None) -> None:
+        """It is over."""
+
+    def event(self, name: str, **attributes: str | float) -> None:
+        """Something was decided because of it."""
+
+    def ended(self, code: grpc.StatusCode, details: str | None, detail: MeshErrorDetail | None) -> None:
+        """The call is over."""
+
+
+class PassedOn:
+    """A call within a trace that somebody before this process has decided not to sample: its header goes on."""
+
+    __slots__ = ("_header",)
+
+    def __init__(self, parent: SpanContext) -> None:
+        self._header = _headers(parent)
+
+    def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
+        """The header."""
+        return self._header
+
+    def attempt_ended(self, code: grpc.StatusCode, details: str | None) -> None:
+        """Nothing is kept."""
+
+    def event(self, name: str, **attributes: str | float) -> None:
+        """Nothing is kept."""
+
+    def ended(self, code: grpc.StatusCode, details: str | None, detail: MeshErrorDetail | None) -> None:
+        """Nothing is kept."""
+
+
+class SampledCall:
+    """The spans of one call and of its attempts."""
+
+    __slots__ = ("_attempt", "_attributes", "_context", "_span", "_tracer")
+
+    def __init__(self, tracer: Tracer, span: Span, attributes: dict[str, Any]) -> None:
+        self._tracer = tracer
+        self._span = span
+        self._attributes = attributes
+        self._context = trace.set_span_in_context(span)
+        self._attempt: Span | None = None
+
+    def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
+        """A span for the attempt, and its context as metadata."""
+        endpoint = node.endpoint
+        span = self._attempt = self._tracer.start_span(
+            f"attempt {number} at {endpoint.id}",
+            self._context,
+            SpanKind.CLIENT,
+            {
+                **self._attributes,
+                "server.address": endpoint.address,
+                "server.port": endpoint.port,
+                "mesh.endpoint": endpoint.id,
+                "mesh.attempt": number,
+            },
+        )
+        return _headers(span.get_span_context())
+
+    def attempt_ended(self, code: grpc.StatusCode, details: str | None) -> None:
+        """Ends the attempt's span."""
+        span, self._attempt = self._attempt, None
+        if span is not None:
+            _end(span, code.name, details, error=code is not grpc.StatusCode.OK)
+
+    def event(self, name: str, **attributes: str | float) -> None:
+        """An event of the call's span."""
+        self._span.add_event(name, attributes)
+
+    def ended(self, code: grpc.StatusCode, details: str | None, detail: MeshErrorDetail | None) -> None:
+        """Ends the call's span, and that of an attempt that has not ended yet."""
+        self.attempt_ended(code, details)
+        if detail is not None:
+            self._span.set_attributes({"mesh.reason": detail.reason.name, "mesh.breaker": detail.breaker})
+        _end(self._span, code.name, details, error=code is not grpc.StatusCode.OK)
+
+
+class ServedCall:
+    """The span of one call in the server that serves it, current until the call is over."""
+
+    __slots__ = ("_span", "_token")
+
+    def __init__(self, span: Span, context: otel_context.Context) -> None:
+        self._span = span
+        self._token = otel_context.attach(context)
+
+    def leave(self) -> None:
+        """The span is not current any more. Needed where what runs the handler outlives the call, as a thread does."""
+        otel_context.detach(self._token)
+
+    def ended(self, code: str, details: str | None = None, error: BaseException | None = None) -> None:
+        """The call is over, with this status, and this error where the handler raised it."""
+        span = self._span
+        if not span.is_recording():
+            return
+        if error is not None:
+            span.record_exception(error)
+        _end(span, code, details, error=code in _SERVER_ERRORS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """What is known of how the process samples, so that most calls need not ask."""
+
+    follows_parents: bool
+    """Whether what has a parent that is not sampled is never sampled."""
+    root_bound: int | None
+    """A trace is sampled when the lower 64 bits of its id are below this; None when the sampler has to be asked."""
+    ids: Ids | None
+
+
+class Tracing:
+    """Makes the spans of one mesh client or server.
+
+    Args:
+        provider: of tracers, such as the OpenTelemetry SDK's.
+        service: the service of this process; empty for none.
+    """
+
+    def __init__(self, provider: trace.TracerProvider, service: str) -> None:
+        self._tracer = provider.get_tracer(NAME)
+        self._service = service
+        self._sampler = _known_sampler(provider)
+
+    channel_options = TRACING_OPTIONS
+    """Of the channels on which calls are made."""
+
+    @classmethod
+    def of_process(cls, service: str) -> Tracing | None:
+        """For the process's tracer provider, as it is now; None when there is none."""
+        provider = trace.get_tracer_provider()
+        if isinstance(provider, trace.ProxyTracerProvider | trace.NoOpTracerProvider):
+            return None
+        return cls(provider, service)
+
+    def call(self, service: str, method: str) -> CallTrace | None:
+        """A call begins: what it tells of itself, or None when it need not.
+
+        Args:
+            service: whom it is for.
+            method: full name with leading slash.
+        """
+        current = trace.get_current_span()
+        if current is UNSAMPLED:
+            return None
+        sampler, parent = self._sampler, current.get_span_context()
+        if parent.is_valid:
+            if sampler.follows_parents and not parent.trace_flags & _SAMPLED:
+                return PassedOn(parent)
+        elif sampler.root_bound is not None and sampler.ids is not None:
+            trace_id = getrandbits(128)
+            if trace_id & _TRACE_ID_LIMIT >= sampler.root_bound:
+                return None
+            sampler.ids.draw(trace_id)
+        attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:], "mesh.service": service}
+        span = self._tracer.start_span(method[1:], None, SpanKind.INTERNAL, attributes)
+        if not span.is_recording():
+            made = span.get_span_context()
+            return PassedOn(made) if made.is_valid else None
+        return SampledCall(self._tracer, span, attributes)
+
+    def served(self, method: str, metadata: Iterable[tuple[str, Any]], peer_ip: str, caller: str) -> ServedCall:
+        """A call has come in; its span is current from now on.
+
+        Args:
+            method: full name with leading slash.
+            metadata: of the call.
+            peer_ip: where it comes from.
+            caller: service that calls, as its certificate says; empty for nobody.
+        """
+        parent, told = _inbound(metadata)
+        if parent is None:
+            if told or not self._samples_root():
+                return ServedCall(UNSAMPLED, _UNSAMPLED_CONTEXT)
+            context = otel_context.Context()
+        else:
+            remote = NonRecordingSpan(parent)
+            context = trace.set_span_in_context(remote, otel_context.Context())
+            if self._sampler.follows_parents and not parent.trace_flags & _SAMPLED:
+                return ServedCall(remote, context)
+        attributes: dict[str, Any] = {
+            "rpc.system.name": "grpc",
+            "rpc.method": method[1:],
+            "network.peer.address": peer_ip,
+            "mesh.service": self._service,
+        }
+        if caller:
+            attributes["mesh.caller"] = caller
+        span = self._tracer.start_span(method[1:], context, SpanKind.SERVER, attributes)
+        return ServedCall(span, trace.set_span_in_context(span, context))
+
+    def _samples_root(self) -> bool:
+        """Whether a trace that begins here may be sampled; its id is drawn then."""
+        sampler = self._sampler
+        if sampler.root_bound is None or sampler.ids is None:
+            return True
+        trace_id = getrandbits(128)
+        if trace_id & _TRACE_ID_LIMIT >= sampler.root_bound:
+            return False
+        sampler.ids.draw(trace_id)
+        return True
+
+
+def current_trace_id() -> str:
+    """The id of the running call's trace in hexadecimal, if it is sampled; else empty."""
+    context = trace.get_current_span().get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid and context.trace_flags & _SAMPLED else ""
+
+
+def _known_sampler(provider: trace.TracerProvider) -> _Sampler:
+    sampler, ids = getattr(provider, "sampler", None), getattr(provider, "id_generator", None)
+    # By its description, which is part of the SDK's specification; its parts are private.
+    said = "" if sampler is None else str(sampler.get_description())
+    follows_parents = all(part in said for part in _FOLLOWS_PARENTS)
+    root = _ROOT.match(said)
+    bound = None
+    if root is not None:
+        share = float(root[1]) if root[1] else 1.0 if root[2] == "AlwaysOn" else 0.0
+        bound = round(share * (1 << 64))
+    return _Sampler(follows_parents, bound, ids if hasattr(ids, "draw") else None)
+
+
+def _headers(context: SpanContext) -> tuple[tuple[str, str], ...]:
+    header = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & _KNOWN_FLAGS:02x}"
+    if context.trace_state:
+        return (TRACEPARENT, header), (TRACESTATE, context.trace_state.to_header())
+    return ((TRACEPARENT, header),)
+
+
+def _inbound(metadata: Iterable[tuple[str, Any]]) -> tuple[SpanContext | None, bool]:
+    """The trace that a call belongs to; without one, whether its client would have said so."""
+    header = state = None
+    told = False
+    for key, value in metadata:
+        if key == TRACEPARENT:
+            header = value
+        elif key == TRACESTATE:
+            state = value
+        elif key == "user-agent":
+            told = USER_AGENT_MARK in value
+    match = _TRACEPARENT.fullmatch(header) if isinstance(header, str) else None
+    if match is None:
+        return None, told
+    context = SpanContext(
+        int(match[1], 16),
+        int(match[2], 16),
+        is_remote=True,
+        trace_flags=TraceFlags(int(match[3], 16) & _KNOWN_FLAGS),
+        trace_state=trace.TraceState.from_header([state]) if isinstance(state, str) else None,
+    )
+    return (context, told) if context.is_valid else (None, told)
+
+
+def _end(span: Span, code: str, details: str | None, *, error: bool) -> None:
+    span.set_attribute("rpc.response.status_code", code)
+    if error:
+        span.set_attribute("error.type", code)
+        span.set_status(Status(StatusCode.ERROR, details or code))
+    span.end(time.time_ns())
