@@ -111,7 +111,7 @@ def test_the_lock_file_names_no_index_host_or_path() -> None:
 def test_the_lock_file_pins_every_dependency_by_hash() -> None:
     pins = {
         canonicalize_name(match[1]): match[2]
-        for match in re.finditer(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:", LOCK, re.MULTILINE)
+        for match in re.finditer(r"^([\w.-]+)(?:\[[\w,-]+\])?==(\S+) \\\n    --hash=sha256:", LOCK, re.MULTILINE)
     }
     everything = [
         *PROJECT["dependencies"],
