@@ -121,7 +121,7 @@ async def _arms() -> AsyncIterator[Arms]:
 def arms_of(raw: list[grpc.aio.Channel], channel: grpc.aio.Channel) -> Arms:
     """The operations through raw channels to each server, and through a channel of the mesh."""
     return Arms(
-        {"raw": raw_unary(raw), "raw again": raw_unary(raw), "mesh": _mesh_unary(channel)},
+        {"raw": raw_unary(raw), "raw again": raw_unary(raw), "mesh": mesh_unary(channel)},
         {"raw": _raw_stream(raw), "raw again": _raw_stream(raw), "mesh": _mesh_stream(channel)},
     )
 
@@ -141,7 +141,8 @@ def raw_unary(channels: list[grpc.aio.Channel]) -> Operation:
     return call
 
 
-def _mesh_unary(channel: grpc.aio.Channel) -> Operation:
+def mesh_unary(channel: grpc.aio.Channel) -> Operation:
+    """One call through a channel of the mesh."""
     method = _stub(channel).GetStock
 
     async def call() -> object:
