@@ -12,9 +12,7 @@ and no header: by its user agent a client says that it would have sent one.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, Protocol
 
@@ -29,14 +27,12 @@ from opentelemetry.trace import (
     Status,
     StatusCode,
     TraceFlags,
-    Tracer,
 )
 
 from mesh_client.core.errors import MeshErrorDetail
 from mesh_client.core.node import Node
+from mesh_client.spans import Spans, spans_of
 
-NAME = "grpc_mesh"
-"""Of the instrumentation scope."""
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 USER_AGENT_MARK = "grpc-mesh-traces/1"
 """In the user agent of clients whose calls carry a trace context when they are sampled: without one, they are not."""
@@ -46,24 +42,13 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-
 _SAMPLED = TraceFlags.SAMPLED
 _KNOWN_FLAGS = 0x03
 """Sampled, and random trace id (W3C Trace Context, level 2)."""
-_TRACE_ID_LIMIT = (1 << 64) - 1
 _SERVER_ERRORS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """Status codes that make a server's span an error; with the others it did as it should (semantic conventions)."""
-_ROOT = re.compile(r"ParentBased\{root:(?:TraceIdRatioBased\{([0-9.e+-]+)\}|(AlwaysO(?:n|ff))Sampler),")
-_FOLLOWS_PARENTS = "remoteParentNotSampled:AlwaysOffSampler", "localParentNotSampled:AlwaysOffSampler"
-
 UNSAMPLED = NonRecordingSpan(
     SpanContext(getrandbits(128) | 1, getrandbits(64) | 1, is_remote=False, trace_flags=TraceFlags(0))
 )
 """The span of everything that no trace is kept of: what looks for a parent finds that its trace is not sampled."""
 _UNSAMPLED_CONTEXT = trace.set_span_in_context(UNSAMPLED, otel_context.Context())
-
-
-class Ids(Protocol):
-    """An id generator that can be told the next trace id: see `mesh_client.trace_ids.PredrawnIds`."""
-
-    def draw(self, trace_id: int) -> None:
-        """The next trace id that this thread asks for."""
 
 
 class CallTrace(Protocol):
@@ -107,31 +92,28 @@ class PassedOn:
 class SampledCall:
     """The spans of one call and of its attempts."""
 
-    __slots__ = ("_attempt", "_attributes", "_context", "_span", "_tracer")
+    __slots__ = ("_attempt", "_method", "_span", "_spans")
 
-    def __init__(self, tracer: Tracer, span: Span, attributes: dict[str, Any]) -> None:
-        self._tracer = tracer
+    def __init__(self, spans: Spans, span: Span, method: str) -> None:
+        self._spans = spans
         self._span = span
-        self._attributes = attributes
-        self._context = trace.set_span_in_context(span)
+        self._method = method
         self._attempt: Span | None = None
 
     def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
         """A span for the attempt, and its context as metadata."""
         endpoint = node.endpoint
-        span = self._attempt = self._tracer.start_span(
-            f"attempt {number} at {endpoint.id}",
-            self._context,
-            SpanKind.CLIENT,
-            {
-                **self._attributes,
-                "server.address": endpoint.address,
-                "server.port": endpoint.port,
-                "mesh.endpoint": endpoint.id,
-                "mesh.attempt": number,
-            },
-        )
-        return _headers(span.get_span_context())
+        attributes = {
+            "rpc.system.name": "grpc",
+            "rpc.method": self._method,
+            "server.address": endpoint.address,
+            "server.port": endpoint.port,
+            "mesh.endpoint": endpoint.id,
+            "mesh.attempt": number,
+        }
+        parent = self._span.get_span_context()
+        span = self._attempt = self._spans.child(parent, f"attempt {number}", SpanKind.CLIENT, attributes)
+        return _headers(parent if span is None else span.get_span_context())
 
     def attempt_ended(self, code: grpc.StatusCode, details: str | None) -> None:
         """Ends the attempt's span."""
@@ -174,17 +156,6 @@ class ServedCall:
         _end(span, code, details, error=code in _SERVER_ERRORS)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sampler:
-    """What is known of how the process samples, so that most calls need not ask."""
-
-    follows_parents: bool
-    """Whether what has a parent that is not sampled is never sampled."""
-    root_bound: int | None
-    """A trace is sampled when the lower 64 bits of its id are below this; None when the sampler has to be asked."""
-    ids: Ids | None
-
-
 class Tracing:
     """Makes the spans of one mesh client or server.
 
@@ -193,13 +164,12 @@ class Tracing:
         service: the service of this process; empty for none.
     """
 
-    def __init__(self, provider: trace.TracerProvider, service: str) -> None:
-        self._tracer = provider.get_tracer(NAME)
-        self._service = service
-        self._sampler = _known_sampler(provider)
-
     channel_options = TRACING_OPTIONS
     """Of the channels on which calls are made."""
+
+    def __init__(self, provider: trace.TracerProvider, service: str) -> None:
+        self._spans = spans_of(provider)
+        self._service = service
 
     @classmethod
     def of_process(cls, service: str) -> Tracing | None:
@@ -219,21 +189,21 @@ class Tracing:
         current = trace.get_current_span()
         if current is UNSAMPLED:
             return None
-        sampler, parent = self._sampler, current.get_span_context()
+        parent = current.get_span_context()
+        name = method[1:]
+        attributes = {"rpc.system.name": "grpc", "rpc.method": name, "mesh.service": service}
         if parent.is_valid:
-            if sampler.follows_parents and not parent.trace_flags & _SAMPLED:
+            span = self._spans.child(parent, name, SpanKind.INTERNAL, attributes)
+            if span is None:
                 return PassedOn(parent)
-        elif sampler.root_bound is not None and sampler.ids is not None:
-            trace_id = getrandbits(128)
-            if trace_id & _TRACE_ID_LIMIT >= sampler.root_bound:
+        else:
+            span = self._spans.root(name, SpanKind.INTERNAL, attributes)
+            if span is None:
                 return None
-            sampler.ids.draw(trace_id)
-        attributes = {"rpc.system.name": "grpc", "rpc.method": method[1:], "mesh.service": service}
-        span = self._tracer.start_span(method[1:], None, SpanKind.INTERNAL, attributes)
         if not span.is_recording():
             made = span.get_span_context()
             return PassedOn(made) if made.is_valid else None
-        return SampledCall(self._tracer, span, attributes)
+        return SampledCall(self._spans, span, name)
 
     def served(self, method: str, metadata: Iterable[tuple[str, Any]], peer_ip: str, caller: str) -> ServedCall:
         """A call has come in; its span is current from now on.
@@ -245,55 +215,29 @@ class Tracing:
             caller: service that calls, as its certificate says; empty for nobody.
         """
         parent, told = _inbound(metadata)
-        if parent is None:
-            if told or not self._samples_root():
-                return ServedCall(UNSAMPLED, _UNSAMPLED_CONTEXT)
-            context = otel_context.Context()
-        else:
-            remote = NonRecordingSpan(parent)
-            context = trace.set_span_in_context(remote, otel_context.Context())
-            if self._sampler.follows_parents and not parent.trace_flags & _SAMPLED:
-                return ServedCall(remote, context)
-        attributes: dict[str, Any] = {
+        name = method[1:]
+        attributes = {
             "rpc.system.name": "grpc",
-            "rpc.method": method[1:],
+            "rpc.method": name,
             "network.peer.address": peer_ip,
             "mesh.service": self._service,
         }
         if caller:
             attributes["mesh.caller"] = caller
-        span = self._tracer.start_span(method[1:], context, SpanKind.SERVER, attributes)
-        return ServedCall(span, trace.set_span_in_context(span, context))
-
-    def _samples_root(self) -> bool:
-        """Whether a trace that begins here may be sampled; its id is drawn then."""
-        sampler = self._sampler
-        if sampler.root_bound is None or sampler.ids is None:
-            return True
-        trace_id = getrandbits(128)
-        if trace_id & _TRACE_ID_LIMIT >= sampler.root_bound:
-            return False
-        sampler.ids.draw(trace_id)
-        return True
+        span: Span | None
+        if parent is not None:
+            span = self._spans.child(parent, name, SpanKind.SERVER, attributes) or NonRecordingSpan(parent)
+        else:
+            span = None if told else self._spans.root(name, SpanKind.SERVER, attributes)
+        if span is None:
+            return ServedCall(UNSAMPLED, _UNSAMPLED_CONTEXT)
+        return ServedCall(span, trace.set_span_in_context(span, otel_context.Context()))
 
 
 def current_trace_id() -> str:
     """The id of the running call's trace in hexadecimal, if it is sampled; else empty."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid and context.trace_flags & _SAMPLED else ""
-
-
-def _known_sampler(provider: trace.TracerProvider) -> _Sampler:
-    sampler, ids = getattr(provider, "sampler", None), getattr(provider, "id_generator", None)
-    # By its description, which is part of the SDK's specification; its parts are private.
-    said = "" if sampler is None else str(sampler.get_description())
-    follows_parents = all(part in said for part in _FOLLOWS_PARENTS)
-    root = _ROOT.match(said)
-    bound = None
-    if root is not None:
-        share = float(root[1]) if root[1] else 1.0 if root[2] == "AlwaysOn" else 0.0
-        bound = round(share * (1 << 64))
-    return _Sampler(follows_parents, bound, ids if hasattr(ids, "draw") else None)
 
 
 def _headers(context: SpanContext) -> tuple[tuple[str, str], ...]:
@@ -332,4 +276,4 @@ def _end(span: Span, code: str, details: str | None, *, error: bool) -> None:
     if error:
         span.set_attribute("error.type", code)
         span.set_status(Status(StatusCode.ERROR, details or code))
-    span.end(time.time_ns())
+    span.end()

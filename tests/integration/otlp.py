@@ -15,10 +15,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Sampler
-
-from mesh_client.trace_ids import PredrawnIds
 
 KINDS = {
     trace_pb2.Span.SPAN_KIND_INTERNAL: "call",
@@ -82,13 +79,12 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
                 self.spans += map(ReceivedSpan, scope.spans)
         return trace_service_pb2.ExportTraceServiceResponse()
 
-    def provider(self, service: str, sampler: Sampler = ALWAYS_ON, ids: IdGenerator | None = None) -> TracerProvider:
+    def provider(self, service: str, sampler: Sampler = ALWAYS_ON) -> TracerProvider:
         """A provider of tracers that exports here."""
         made = TracerProvider(
             sampler=sampler,
             resource=Resource.create({"service.name": service}),
             shutdown_on_exit=False,
-            id_generator=PredrawnIds() if ids is None else ids,
         )
         made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=self.address, insecure=True)))
         self._providers.append(made)

@@ -16,13 +16,11 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import GrpcAioInstrumentorClient, GrpcAioInstrumentorServer
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 
 import mesh_client
 from mesh_client.mesh_server import MeshServer
-from mesh_client.trace_ids import PredrawnIds
-from mesh_client.tracing import USER_AGENT_MARK, Tracing, current_trace_id
+from mesh_client.tracing import USER_AGENT_MARK, SampledCall, Tracing, current_trace_id
 from tests.integration.mesh_rig import Rig, open_rig
 from tests.integration.otlp import Receiver, open_receiver
 
@@ -331,9 +329,7 @@ async def test_a_call_that_nobody_samples_has_no_header_and_nothing_below_it_beg
 
 async def test_a_sampler_that_has_to_be_asked_passes_its_decision_on(world: World) -> None:
     await world.serve("orders", world.receiver.provider("orders", ParentBased(ALWAYS_ON)))
-    mesh = await world.rig.mesh(
-        service="web", tracer_provider=world.receiver.provider("web", ALWAYS_OFF, RandomIdGenerator())
-    )
+    mesh = await world.rig.mesh(service="web", tracer_provider=world.receiver.provider("web", ALWAYS_OFF))
     channel = await world.rig.channel(mesh, "orders", ["orders-1"])
     await call(channel, "UnaryUnary")
     assert await world.receiver.received() == []
@@ -386,25 +382,18 @@ async def test_traces_that_begin_at_a_server_are_sampled_by_its_own_share(world:
 # -- how sampling is decided, and by whom
 
 
-@pytest.mark.parametrize("ids", [PredrawnIds, RandomIdGenerator])
-def test_a_share_of_traces_is_sampled_however_it_is_drawn(ids: Callable[[], Any]) -> None:
-    provider = TracerProvider(sampler=ParentBased(TraceIdRatioBased(0.25)), id_generator=ids(), shutdown_on_exit=False)
+@pytest.mark.parametrize(
+    "sampler", [ParentBased(TraceIdRatioBased(0.25)), TraceIdRatioBased(0.25)], ids=["known", "asked"]
+)
+def test_a_share_of_traces_is_sampled_however_it_is_decided(sampler: Sampler) -> None:
+    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
     tracing = Tracing(provider, "web")
     made = [tracing.call("orders", "/a.B/C") for _ in range(4000)]
-    sampled = [each for each in made if type(each).__name__ == "SampledCall"]
+    sampled = [each for each in made if isinstance(each, SampledCall)]
     assert 850 < len(sampled) < 1150
     for each in sampled:
-        each.ended(grpc.StatusCode.OK, None, None)  # type: ignore[union-attr]  # it is a SampledCall
+        each.ended(grpc.StatusCode.OK, None, None)
     provider.shutdown()
-
-
-def test_ids_are_random_unless_one_was_drawn() -> None:
-    ids = PredrawnIds()
-    ids.draw(7)
-    assert ids.generate_trace_id() == 7
-    assert ids.generate_trace_id() != 7
-    assert ids.generate_span_id() != ids.generate_span_id()
-    assert ids.is_trace_id_random()
 
 
 async def test_a_process_without_a_tracer_provider_traces_nothing(world: World) -> None:
