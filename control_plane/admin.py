@@ -161,7 +161,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ValidatePolicyResponse:
         """The verdict on a document; nothing is stored."""
         try:
-            policy = parse_document(request.document)
+            policy = parse_document(request.document, ServicePolicy)
         except InvalidPolicyError as error:
             return admin_pb2.ValidatePolicyResponse(errors=field_errors_to_proto(error.errors))
         return admin_pb2.ValidatePolicyResponse(policy=policy_to_proto(policy))
@@ -173,7 +173,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ApplyPolicyResponse:
         """Stores a policy, unless it is stored already or this is a dry run."""
         async with _refusing(context):
-            policy = parse_document(request.document)
+            policy = parse_document(request.document, ServicePolicy)
             document = request.document.encode()
             if_version = request.if_version if request.HasField("if_version") else None
             before = await self._policies.get(policy.service)
@@ -306,14 +306,14 @@ def _hold_to_proto(hold: RemovalHold, now: float) -> admin_pb2.RemovalHold:
 
 def _policy_of(stored: StoredDocument) -> ServicePolicy | None:
     try:
-        return parse_document(stored.document, stored.service)
+        return parse_document(stored.document, ServicePolicy, stored.service)
     except InvalidPolicyError:
         return None
 
 
 def _stored_to_proto(stored: StoredDocument) -> admin_pb2.StoredPolicy:
     try:
-        policy = parse_document(stored.document, stored.service)
+        policy = parse_document(stored.document, ServicePolicy, stored.service)
     except InvalidPolicyError as error:
         return admin_pb2.StoredPolicy(
             service=stored.service, stored_version=stored.version, errors=field_errors_to_proto(error.errors)

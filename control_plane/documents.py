@@ -7,12 +7,12 @@ bound its depth and size; then as a tree, which keeps the line of every field fo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from mesh_client.core.errors import FieldError, InvalidPolicyError
-from mesh_client.core.policy import MAX_DOCUMENT_BYTES, ServicePolicy
+from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES, Policy
 
 MAX_DEPTH = 16
 MAX_NODES = 50_000
@@ -23,12 +23,16 @@ _SAFE_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "f
 _Loader: type[yaml.SafeLoader | yaml.CSafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_document(document: bytes | str, service: str | None = None) -> ServicePolicy:
+_Kind = TypeVar("_Kind", bound=Policy)
+
+
+def parse_document(document: bytes | str, kind: type[_Kind], name: str | None = None) -> _Kind:
     """The policy that a document states.
 
     Args:
         document: one YAML or JSON document in UTF-8, at most ``MAX_DOCUMENT_BYTES``.
-        service: the service that it is stored for; the document's own must be the same. None: any.
+        kind: of policy.
+        name: what it is stored under; the document's own must be the same. None: any.
 
     Raises:
         InvalidPolicyError: with path and line of every bad field.
@@ -43,14 +47,14 @@ def parse_document(document: bytes | str, service: str | None = None) -> Service
     if tree.errors:
         raise InvalidPolicyError(tuple(tree.errors))
     if not isinstance(value, dict):
-        raise _invalid("expected a mapping that begins with 'service: <name>'")
+        raise _invalid(f"expected a mapping that begins with '{kind.NAMED_BY}: <name>'")
     try:
-        policy = ServicePolicy.parse(value)
+        policy = kind.parse(value)
     except InvalidPolicyError as error:
         raise InvalidPolicyError(tuple(tree.located(item) for item in error.errors)) from None
-    if service is not None and policy.service != service:
-        message = f"{policy.service!r} is not {service!r}, the service that the document is stored for"
-        raise InvalidPolicyError((tree.located(FieldError("service", message)),))
+    if name is not None and policy.name != name:
+        message = f"{policy.name!r} is not {name!r}, the {kind.NAMED_BY} that the document is stored for"
+        raise InvalidPolicyError((tree.located(FieldError(kind.NAMED_BY, message)),))
     return policy
 
 

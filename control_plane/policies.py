@@ -50,7 +50,7 @@ class PolicyBook:
         stood = self._is_provisional(service)
         if isinstance(event, PolicyStored):
             try:
-                policy = parse_document(event.document, service)
+                policy = parse_document(event.document, ServicePolicy, service)
             except InvalidPolicyError as error:
                 obeyed = before[1] if before else ""
                 self._problems[service] = PolicyProblem(service, error.errors, event.stored_version, obeyed)

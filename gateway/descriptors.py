@@ -42,6 +42,11 @@ class Method:
         """As in ``shop.v1.OrderService.GetOrder``."""
         return f"{self.service}.{self.name}"
 
+    @property
+    def streams(self) -> bool:
+        """Whether it has more than one request or more than one response."""
+        return self.client_streaming or self.server_streaming
+
 
 @dataclass(frozen=True, slots=True)
 class Api:

@@ -1,4 +1,4 @@
-"""From routes and settings to a Kong that needs no database: ``kong.yml`` and the protos that it names.
+"""From routes and an edge policy to a Kong that needs no database: ``kong.yml`` and the protos that it names.
 
 What this renders takes Kong's word for nothing: Kong accepts configuration that then fails each request. Each REST
 route is a route of Kong's own, by a regular expression that matches exactly what its template matches: a path that no
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
 
-from gateway import kong_lua, kong_proto
+from gateway import exposed, kong_lua, kong_proto
 from gateway.descriptors import Method
 from gateway.errors import SettingsError
 from gateway.lint import Finding, for_kong, refuse_errors
 from gateway.path_template import escape
 from gateway.routes import Route, RouteTable
-from gateway.settings import Authentication, ClientCertificate, EdgeSettings, RateLimit, Service, Upstream
+from gateway.settings import ClientCertificate, KongSettings, Upstream
+from mesh_client.core.edge_policy import Authentication, EdgePolicy, ExposedService, MethodSettings
 
 Entity = dict[str, object]
 
@@ -48,87 +49,103 @@ class KongConfiguration:
     warnings: tuple[Finding, ...]
 
 
-def render(table: RouteTable, settings: EdgeSettings) -> KongConfiguration:
-    """Renders what the settings expose; the table must have the routes of exactly these services.
+def render(
+    table: RouteTable, policy: EdgePolicy, upstreams: Mapping[str, Upstream], settings: KongSettings
+) -> KongConfiguration:
+    """Renders what the policy exposes.
+
+    Args:
+        table: the routes of exactly the services that the policy exposes.
+        policy: of the edge.
+        upstreams: at least those that the policy names.
+        settings: of this Kong; its own upstreams are not looked at.
 
     Raises:
-        SettingsError: the settings do not fit the protos.
+        SettingsError: the policy does not fit the protos, the upstreams or Kong.
         RefusedError: Kong would distort what the routes carry.
     """
-    _check(table, settings)
-    findings = for_kong(table, settings.accept)
+    _check(table, policy, upstreams)
+    findings = for_kong(table, policy.accept)
     refuse_errors(findings)
     protos = {}
-    for name in settings.services:
+    for name in policy.services:
         if routes := table.of(name):
             protos[name] = kong_proto.render(table.api.packages[name], name, routes)
-    renderer = _Renderer(table, settings, {name: proto.file_name for name, proto in protos.items()})
+    used = {name: upstreams[name] for name in policy.upstreams}
+    renderer = _Renderer(table, policy, used, settings, {name: proto.file_name for name, proto in protos.items()})
     text = yaml.dump(renderer.document(), Dumper=_Dumper, sort_keys=False, width=1_000, allow_unicode=True)
     return KongConfiguration(text, tuple(protos[name] for name in sorted(protos)), findings)
 
 
-def _check(table: RouteTable, settings: EdgeSettings) -> None:
-    api = table.api
-    for name, service in settings.services.items():
-        if name not in api.services:
-            raise SettingsError(f"services.{name}: no such service; there are {', '.join(api.services) or 'none'}")
-        methods = {method.name for method in api.services[name]}
-        for method in service.rate_limits:
-            if method not in methods:
-                raise SettingsError(f"services.{name}.rate_limits.{method}: it has no such method")
-        if not service.native_grpc and not table.of(name):
-            raise SettingsError(f"services.{name}: no method is annotated, and native_grpc is off: nothing to expose")
-    for route in table.routes:
-        if route.method.service not in settings.services:
-            raise SettingsError(f"{route.method.service} has routes and is not exposed; build the table without it")
+def _check(table: RouteTable, policy: EdgePolicy, upstreams: Mapping[str, Upstream]) -> None:
+    exposed.check(table, policy)
+    for name, service in policy.services.items():
+        if service.upstream not in upstreams:
+            raise SettingsError(f"services.{name}.upstream: {service.upstream!r} is not among the upstreams")
+    for name, consumer in policy.consumers.items():
+        if any(item.audiences for item in consumer.jwt_issuers):
+            raise SettingsError(f"consumers.{name}.jwt_issuers: Kong does not look at audiences; leave them out for it")
 
 
 @dataclass(frozen=True, slots=True)
 class _Renderer:
     table: RouteTable
-    settings: EdgeSettings
+    policy: EdgePolicy
+    upstreams: Mapping[str, Upstream]
+    settings: KongSettings
     proto_names: dict[str, str]
 
     def document(self) -> Entity:
-        settings = self.settings
         document: Entity = {"_format_version": "3.0"}
         certificates = {
             upstream.client_certificate: None
-            for _, upstream in sorted(settings.upstreams.items())
+            for upstream in self.upstreams.values()
             if upstream.client_certificate is not None
         }
         if certificates:
             document["certificates"] = [
                 {"id": _certificate_id(item), "cert": item.certificate, "key": item.key} for item in certificates
             ]
-        document["upstreams"] = [_upstream(name, item) for name, item in sorted(settings.upstreams.items())]
+        document["upstreams"] = [_upstream(name, item) for name, item in sorted(self.upstreams.items())]
         document["services"] = [
-            entity for name, service in sorted(settings.services.items()) for entity in self._services(name, service)
+            entity for name, service in sorted(self.policy.services.items()) for entity in self._services(name, service)
         ]
-        if settings.consumers:
+        if self.policy.consumers:
             document["consumers"] = list(self._consumers())
         document["plugins"] = list(self._global_plugins())
         return document
 
-    def _services(self, name: str, service: Service) -> Iterator[Entity]:
-        """One of Kong's services for methods that answer once, and one, with its own timeout, for those that stream."""
-        for streams in (False, True):
-            routes = [route for route in self.table.of(name) if _streams(route.method) is streams]
-            methods = [method for method in self.table.api.services[name] if _streams(method) is streams]
-            entities = [self._route(route, service) for route in routes]
-            if service.native_grpc:
-                entities += self._native_routes(name, service, methods, prefix=not streams)
-            if entities:
-                yield self._service(f"{name}~streams" if streams else name, service, entities, streams=streams)
+    def _services(self, name: str, service: ExposedService) -> Iterator[Entity]:
+        """One of Kong's services for each set of timeouts and retries, for these are all that routes cannot have.
 
-    def _service(self, name: str, service: Service, routes: Sequence[Entity], *, streams: bool) -> Entity:
-        upstream = self.settings.upstreams[service.upstream]
-        timeout = _milliseconds(service.stream_timeout if streams else service.timeout)
+        One is for methods that answer once, one for those that stream, and one for each that is treated otherwise.
+        """
+        usual = {streams: _channel(service.settings("", streams=streams)) for streams in (False, True)}
+        groups: dict[str, list[Method]] = {name: []}
+        for method in self.table.api.services[name]:
+            key = f"{name}~streams" if method.streams else name
+            if _channel(_settings(service, method)) != usual[method.streams]:
+                key = method.full_name
+            groups.setdefault(key, []).append(method)
+        for key, methods in groups.items():
+            found = [route for route in self.table.of(name) if route.method in methods]
+            routes = [self._route(route, service) for route in found]
+            if service.native_grpc:
+                routes += self._native_routes(name, service, methods, by_prefix=key == name)
+            if routes:
+                channel = _channel(_settings(service, methods[0])) if methods else usual[False]
+                yield self._service(key, service, channel, routes)
+
+    def _service(
+        self, name: str, service: ExposedService, channel: tuple[float, int], routes: Sequence[Entity]
+    ) -> Entity:
+        upstream = self.upstreams[service.upstream]
+        timeout = _milliseconds(channel[0])
         return {
             "name": name,
             "protocol": "grpc" if upstream.client_certificate is None else "grpcs",
             "host": service.upstream,
-            "retries": service.retries,
+            "retries": channel[1],
             "connect_timeout": _milliseconds(service.connect_timeout),
             "write_timeout": timeout,
             "read_timeout": timeout,
@@ -136,18 +153,18 @@ class _Renderer:
             "routes": list(routes),
         }
 
-    def _route(self, route: Route, service: Service) -> Entity:
+    def _route(self, route: Route, service: ExposedService) -> Entity:
         directory = self.settings.proto_directory.rstrip("/")
         # A plugin of a route replaces the same plugin of its service: the service's pre-function is here again.
         plugins = [
             _plugin("pre-function", {"access": kong_lua.access(route, service.max_body_bytes)}),
-            *self._access_plugins(service, service.rate_limits.get(route.method.name, service.rate_limit)),
+            *_access_plugins(_settings(service, route.method)),
             _plugin("grpc-gateway", {"proto": f"{directory}/{self.proto_names[route.method.service]}"}),
         ]
         return {
             "name": route.name,
             "protocols": _HTTP,
-            "methods": [route.verb, *(["OPTIONS"] if self.settings.cors else [])],
+            "methods": [route.verb, *(["OPTIONS"] if self.policy.cors else [])],
             "paths": [f"~{route.template.regex()}$"],
             "regex_priority": len(self.table.routes) - self.table.routes.index(route),
             "strip_path": False,
@@ -155,35 +172,21 @@ class _Renderer:
         }
 
     def _native_routes(
-        self, name: str, service: Service, methods: Sequence[Method], *, prefix: bool
+        self, name: str, service: ExposedService, methods: Sequence[Method], *, by_prefix: bool
     ) -> Iterator[Entity]:
         """One by the service's prefix, and one by its whole path for each method that is treated otherwise."""
-        paths = {f"{name}~grpc": (f"/{name}/", service.rate_limit)} if prefix else {}
+        usual = list(_access_plugins(service.settings("", streams=False)))
+        paths = {f"{name}~grpc": (f"/{name}/", usual)} if by_prefix else {}
         for method in methods:
-            limit = service.rate_limits.get(method.name, service.rate_limit)
-            if _streams(method) or limit != service.rate_limit:
-                paths[f"{method.full_name}~grpc"] = (f"~/{escape(name)}/{method.name}$", limit)
-        for route_name, (path, limit) in paths.items():
-            plugins = list(self._access_plugins(service, limit))
+            plugins = list(_access_plugins(_settings(service, method)))
+            if not by_prefix or plugins != usual:
+                paths[f"{method.full_name}~grpc"] = (f"~/{escape(name)}/{method.name}$", plugins)
+        for route_name, (path, plugins) in paths.items():
             entity: Entity = {"name": route_name, "protocols": _GRPC, "paths": [path], "strip_path": False}
             yield entity | {"plugins": plugins} if plugins else entity
 
-    def _access_plugins(self, service: Service, limit: RateLimit | None) -> Iterator[Entity]:
-        if Authentication.JWT in service.authentication:
-            yield _plugin("jwt", {"key_claim_name": "iss", "claims_to_verify": ["exp", "nbf"], "uri_param_names": []})
-        if Authentication.API_KEY in service.authentication:
-            yield _plugin(
-                "key-auth",
-                {"key_names": ["x-api-key"], "key_in_query": False, "key_in_body": False, "hide_credentials": True},
-            )
-        if limit is not None:
-            yield _plugin(
-                "rate-limiting",
-                {limit.per: limit.requests, "limit_by": limit.by, "policy": "local", "fault_tolerant": True},
-            )
-
     def _consumers(self) -> Iterator[Entity]:
-        for name, consumer in sorted(self.settings.consumers.items()):
+        for name, consumer in sorted(self.policy.consumers.items()):
             entity: Entity = {"username": name}
             if consumer.jwt_issuers:
                 entity["jwt_secrets"] = [
@@ -191,11 +194,13 @@ class _Renderer:
                     for item in consumer.jwt_issuers
                 ]
             if consumer.api_keys:
-                entity["keyauth_credentials"] = [{"key": key} for key in consumer.api_keys]
+                entity["keyauth_credentials"] = [
+                    {"key": f"{{vault://{self.settings.vault}/{key}}}"} for key in consumer.api_keys
+                ]
             yield entity
 
     def _global_plugins(self) -> Iterator[Entity]:
-        settings, cors = self.settings, self.settings.cors
+        policy, cors = self.policy, self.policy.cors
         if cors is not None:
             yield _plugin(
                 "cors",
@@ -205,22 +210,50 @@ class _Renderer:
                     "headers": list(cors.headers),
                     "exposed_headers": list(cors.exposed_headers),
                     "credentials": cors.credentials,
-                    "max_age": cors.max_age,
+                    "max_age": math.ceil(cors.max_age),
                     "preflight_continue": False,
                 },
             )
-        if settings.correlation_id:
+        if policy.correlation_id:
             config: Entity = {"header_name": "X-Request-ID", "generator": "uuid", "echo_downstream": True}
             yield _plugin("correlation-id", config)
-        if settings.opentelemetry_endpoint is not None:
-            yield _plugin("opentelemetry", {"traces_endpoint": settings.opentelemetry_endpoint})
-        if settings.prometheus:
+        if policy.tracing is not None:
+            config = {"traces_endpoint": policy.tracing.endpoint}
+            if policy.tracing.sampled_percent < 100:
+                config["sampling_rate"] = policy.tracing.sampled_percent / 100
+            yield _plugin("opentelemetry", config)
+        if policy.access_log:
+            # Kong leaves out the authorization header itself, and the key once it was accepted.
+            hidden = {"request.headers.x-api-key": "return nil"}
+            yield _plugin("file-log", {"path": "/dev/stdout", "custom_fields_by_lua": hidden})
+        if self.settings.prometheus:
             yield _plugin("prometheus", {"status_code_metrics": True, "latency_metrics": True})
         yield _plugin("post-function", kong_lua.errors(cors.origins if cors is not None else ()))
 
 
-def _streams(method: Method) -> bool:
-    return method.server_streaming or method.client_streaming
+def _settings(service: ExposedService, method: Method) -> MethodSettings:
+    return service.settings(method.name, streams=method.streams)
+
+
+def _channel(settings: MethodSettings) -> tuple[float, int]:
+    """What Kong has for services alone: timeout and retries."""
+    return settings.timeout, settings.retries
+
+
+def _access_plugins(settings: MethodSettings) -> Iterator[Entity]:
+    if Authentication.JWT in settings.authentication:
+        yield _plugin("jwt", {"key_claim_name": "iss", "claims_to_verify": ["exp", "nbf"], "uri_param_names": []})
+    if Authentication.API_KEY in settings.authentication:
+        yield _plugin(
+            "key-auth",
+            {"key_names": ["x-api-key"], "key_in_query": False, "key_in_body": False, "hide_credentials": True},
+        )
+    if settings.rate_limit is not None:
+        limit = settings.rate_limit
+        yield _plugin(
+            "rate-limiting",
+            {limit.per: limit.requests, "limit_by": limit.by, "policy": "local", "fault_tolerant": True},
+        )
 
 
 def _upstream(name: str, upstream: Upstream) -> Entity:

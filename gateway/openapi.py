@@ -17,7 +17,7 @@ from gateway.errors import SettingsError
 from gateway.json_schema import Schema, Schemas
 from gateway.path_template import PathTemplate, Wildcard
 from gateway.routes import Route, RouteTable
-from gateway.settings import Authentication, EdgeSettings
+from mesh_client.core.edge_policy import Authentication, EdgePolicy
 
 _STATUS = "google.rpc.Status"
 _OPERATIONS = frozenset({"GET", "PUT", "POST", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE"})
@@ -30,7 +30,7 @@ _SCHEMES: Mapping[Authentication, Schema] = {
 
 
 def render(
-    table: RouteTable, *, title: str, version: str, settings: EdgeSettings | None = None, server: str | None = None
+    table: RouteTable, *, title: str, version: str, policy: EdgePolicy | None = None, server: str | None = None
 ) -> dict[str, object]:
     """The document, ready for JSON.
 
@@ -38,7 +38,7 @@ def render(
         table: what it describes, completely.
         title: of the API.
         version: of the API.
-        settings: say which security schemes apply; without them the document names none.
+        policy: says which security schemes apply; without one the document names none.
         server: URL at which the edge serves it, if known.
 
     Raises:
@@ -47,6 +47,7 @@ def render(
     schemas = Schemas(table.api)
     paths: dict[str, dict[str, object]] = {}
     known: dict[str, tuple[str, ...]] = {}
+    used: set[Authentication] = set()
     for route in table.routes:
         if route.verb not in _OPERATIONS:
             raise SettingsError(f"{route.method.full_name}: OpenAPI 3.1 cannot describe the HTTP method {route.verb}")
@@ -54,9 +55,11 @@ def render(
         names = known.setdefault(_path(route.template, len(parameters) * ("",)), tuple(parameters))
         path, verb = _path(route.template, names), route.verb.lower()
         operation = _operation(route, dict(zip(names, parameters.values(), strict=True)), schemas)
-        service = settings.services.get(route.method.service) if settings else None
-        if service is not None and service.authentication:
-            operation["security"] = [{item.value: [] for item in service.authentication}]
+        service = policy.services.get(route.method.service) if policy else None
+        ways = service.settings(route.method.name, streams=route.method.streams).authentication if service else ()
+        if ways:
+            operation["security"] = [{way.value: [] for way in ways}]
+            used.update(ways)
         operations = paths.setdefault(path, {})
         if verb in operations:
             raise SettingsError(
@@ -65,7 +68,6 @@ def render(
             )
         operations[verb] = operation
     components: dict[str, object] = {"schemas": schemas.components() | {_STATUS: _status_schema()}}
-    used = {item for service in settings.services.values() for item in service.authentication} if settings else set()
     if used:
         components["securitySchemes"] = {item.value: dict(_SCHEMES[item]) for item in sorted(used)}
     document: dict[str, object] = {"openapi": "3.1.0", "info": {"title": title, "version": version}}

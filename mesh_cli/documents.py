@@ -11,7 +11,8 @@ from pathlib import Path
 
 from control_plane.documents import parse_document
 from mesh_client.core.errors import ConfigError, FieldError, InvalidPolicyError
-from mesh_client.core.policy import MAX_DOCUMENT_BYTES, ServicePolicy
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -124,7 +125,7 @@ def check(documents: Iterable[Document]) -> list[Checked]:
         result = Checked(document)
         checked.append(result)
         try:
-            result.policy = parse_document(document.in_place)
+            result.policy = parse_document(document.in_place, ServicePolicy)
         except InvalidPolicyError as error:
             result.errors = list(error.errors)
             continue

@@ -28,7 +28,8 @@ from mesh_client.core.errors import ConfigError
 if TYPE_CHECKING:
     from gateway.lint import Finding
     from gateway.routes import RouteTable
-    from gateway.settings import EdgeSettings
+    from gateway.settings import KongSettings
+    from mesh_client.core.edge_policy import EdgePolicy
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +39,7 @@ app = typer.Typer(
 render = typer.Typer(
     no_args_is_help=True,
     help="Render the configuration of an edge.",
-    epilog="Example: mesh gateway render kong --settings edge.yaml --output build shop.binpb",
+    epilog="Example: mesh gateway render kong --policy edge.yaml --settings kong.yaml --output build shop.binpb",
 )
 app.add_typer(render, name="render")
 
@@ -60,10 +61,9 @@ Services = Annotated[
     list[str] | None,
     typer.Option("--service", metavar="NAME", help="Only this gRPC service; may be repeated. Default: all."),
 ]
-Settings = Annotated[
-    Path | None,
-    typer.Option("--settings", metavar="FILE", help="Settings of the edge: which services, and who may call them."),
-]
+_POLICY = typer.Option(
+    "--policy", metavar="FILE", help="Policy of the edge: which services are exposed, and to whom; see mesh edge."
+)
 
 
 @app.command(epilog="Example: mesh gateway lint -I protos protos/shop/v1/*.proto")
@@ -141,28 +141,31 @@ def openapi(
     files: Files,
     proto_paths: ProtoPaths = None,
     services: Services = None,
-    settings: Settings = None,
+    policy: Annotated[Path | None, _POLICY] = None,
     title: Annotated[str, typer.Option("--title", help="Title of the API.")] = "API",
     version: Annotated[str, typer.Option("--api-version", help="Version of the API.")] = "1",
     server: Annotated[str | None, typer.Option("--server", metavar="URL", help="Where the edge serves it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in one line; without it, it is indented.")] = False,
 ) -> None:
-    """Write OpenAPI 3.1 of exactly these routes. With settings: of what they expose, with its security schemes."""
-    edge = _settings(settings) if settings is not None else None
+    """Write OpenAPI 3.1 of exactly these routes. With a policy: of what it exposes, with its security schemes."""
+    edge = _policy(policy) if policy is not None else None
     found = _table(files, proto_paths, services or (list(edge.services) if edge is not None else None))
     from gateway.openapi import render as render_openapi
 
-    document = render_openapi(found, title=title, version=version, settings=edge, server=server)
+    document = render_openapi(found, title=title, version=version, policy=edge, server=server)
     write_json(cast("Json", document), compact=as_json)
 
 
-@render.command(epilog="Example: mesh gateway render kong --settings edge.yaml --output build shop.binpb")
+@render.command(
+    epilog="Example: mesh gateway render kong --policy edge.yaml --settings kong.yaml --output build shop.binpb"
+)
 @reports_errors
 def kong(
     files: Files,
+    policy: Annotated[Path, _POLICY],
     settings: Annotated[
         Path,
-        typer.Option("--settings", metavar="FILE", help="Settings of the edge: which services, and who may call them."),
+        typer.Option("--settings", metavar="FILE", help="Where the services run, and what else is this Kong's own."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIRECTORY", help="Where kong.yml and protos/ are written.")
@@ -174,13 +177,13 @@ def kong(
 
     Nothing is sent to a running Kong. Protos of earlier renderings are left alone: a Kong may use them still.
     """
-    edge = _settings(settings)
+    edge, local = _policy(policy), _settings(settings)
     found = _table(files, proto_paths, list(edge.services))
     from gateway.kong import render as render_kong
     from gateway.lint import RefusedError
 
     try:
-        made = render_kong(found, edge)
+        made = render_kong(found, edge, local.upstreams, local)
     except RefusedError as error:
         if as_json:
             write_json({"written": [], "findings": [_finding(finding) for finding in error.findings]})
@@ -210,16 +213,28 @@ def _table(files: list[Path], proto_paths: list[Path] | None, services: list[str
     return build(load(files, proto_paths or ()), services)
 
 
-def _settings(file: Path) -> EdgeSettings:
+def _policy(file: Path) -> EdgePolicy:
+    from control_plane.documents import parse_document
+    from mesh_client.core.edge_policy import EdgePolicy
+
+    return parse_document(_content(file), EdgePolicy)
+
+
+def _settings(file: Path) -> KongSettings:
     from gateway.settings import parse_settings
 
     try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+        document = yaml.safe_load(_content(file))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     return parse_settings(document)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _finding(finding: Finding) -> Json:

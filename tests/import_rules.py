@@ -93,7 +93,10 @@ _PURE_LIBRARIES = {
 }
 
 RULES = (
-    _rule("mesh_client/core/policy.py", "mesh_client.core", "pydantic", pure=True),
+    *(
+        _rule(f"mesh_client/core/{name}.py", "mesh_client.core", "pydantic pydantic_core", pure=True)
+        for name in ("policy", "policy_base", "edge_policy")
+    ),
     _rule("mesh_client/core/breaker.py", "mesh_client.core", "pybreaker", pure=True),
     _rule("mesh_client/core/*", "mesh_client.core", "", pure=True),
     *(

@@ -16,7 +16,7 @@ from control_plane.documents import parse_document
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from mesh_cli.demo.identity import Identities
-from mesh_client.core.policy import Algorithm
+from mesh_client.core.policy import Algorithm, ServicePolicy
 from tests.integration.orders import ORDER
 from tests.integration.system import PATIENCE, clean_environment
 
@@ -80,7 +80,7 @@ async def test_the_example_of_adoption_serves_calls_and_stops_cleanly(tmp_path: 
 
 def test_the_policy_is_one() -> None:
     (document,) = blocks("yaml")
-    policy = parse_document(document, "orders")
+    policy = parse_document(document, ServicePolicy, "orders")
     assert (policy.timeout, policy.retry.per_try_timeout) == (2.0, 0.5)
     assert policy.load_balancer.algorithm is Algorithm.PEAK_EWMA
 

@@ -36,6 +36,7 @@ PURE = (
     "control_plane/subscription.py",
     "gateway/descriptors.py",
     "gateway/errors.py",
+    "gateway/exposed.py",
     "gateway/json_schema.py",
     "gateway/kong.py",
     "gateway/kong_lua.py",

@@ -14,6 +14,7 @@ from control_plane.documents import parse_document
 from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument, StoreUnavailableError
 from mesh_client.core.errors import InvalidPolicyError
+from mesh_client.core.policy import ServicePolicy
 
 _logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class LastGoodPolicies:
 
 def _is_good(service: str, document: bytes) -> bool:
     try:
-        parse_document(document, service)
+        parse_document(document, ServicePolicy, service)
     except (InvalidPolicyError, ValueError):
         return False
     return True

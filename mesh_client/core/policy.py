@@ -7,57 +7,21 @@ Field names equal those of ``mesh.v1.ServicePolicy``, so the protobuf form is th
 from __future__ import annotations
 
 import enum
-import hashlib
-import json
-import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
-from mesh_client.core.errors import FieldError, InvalidPolicyError, InvalidValueError
+from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.identity import OPERATOR_PREFIX, check_operator_name
 from mesh_client.core.model import MAX_WEIGHT, StatusCode, check_service_name
-
-MAX_DOCUMENT_BYTES = 256 * 1024
-"""Largest policy document; Consul's KV takes 512 KB."""
+from mesh_client.core.policy_base import DnsLabel, Duration, Model, Percent, Policy, PositiveDuration
 
 ANYBODY = "*"
 """Caller of an authorization rule that stands for everybody with an identity of the mesh."""
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _METHOD = re.compile(r"\*|[A-Za-z_][\w.]*/(?:\*|[A-Za-z_]\w*)")
 _METADATA_KEY = re.compile(r"^[a-z0-9_.-]{1,64}$")
-
-
-def parse_duration(value: object) -> object:
-    """Seconds from ``250ms``, ``1.5s``, ``2m``, ``1h`` or a number of seconds; other values are left to pydantic."""
-    if isinstance(value, str):
-        match = _DURATION.fullmatch(value.strip())
-        if match is None:
-            raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
-        return float(match[1]) * _UNITS[match[2]]
-    if value is True or value is False:
-        raise ValueError("expected a duration such as 250ms, 1.5s, 2m or 1h")
-    return value
-
-
-def format_duration(seconds: float) -> str:
-    """As protobuf's JSON form writes a duration: decimal seconds, at most nine fraction digits."""
-    text = f"{seconds:.9f}".rstrip("0").rstrip(".")
-    return f"{text}s"
 
 
 def _method_pattern(value: str) -> str:
@@ -87,31 +51,6 @@ def _status_code(value: object) -> object:
     return value
 
 
-def _whole_nanoseconds(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    # What protobuf cannot carry must not be accepted: it would reach clients as 0s and be refused there.
-    return round(value, 9)
-
-
-_DURATION_SCHEMA = {
-    "type": ["string", "number"],
-    "pattern": r"^\d+(\.\d+)?(ms|s|m|h)$",
-    "examples": ["250ms", "1.5s", "2m"],
-}
-
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration),
-    AfterValidator(_whole_nanoseconds),
-    Field(ge=0.0, le=86_400.0),
-    PlainSerializer(format_duration, return_type=str, when_used="json"),
-    WithJsonSchema(_DURATION_SCHEMA),
-]
-"""Seconds, 0 to 86400. Written as ``250ms``, ``1.5s``, ``2m``, ``1h``."""
-
-PositiveDuration = Annotated[Duration, Field(gt=0.0)]
-Percent = Annotated[float, Field(ge=0.0, le=100.0)]
 MethodPattern = Annotated[str, AfterValidator(_method_pattern)]
 Code = Annotated[
     StatusCode,
@@ -119,10 +58,6 @@ Code = Annotated[
     PlainSerializer(lambda code: code.name, return_type=str, when_used="json"),
     WithJsonSchema({"type": "string", "enum": list(StatusCode.__members__)}),
 ]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Algorithm(enum.StrEnum):
@@ -154,7 +89,7 @@ class RateLimitScope(enum.StrEnum):
     ALL = "ALL"
 
 
-class Backoff(_Model):
+class Backoff(Model):
     """Jittered exponential backoff: the n-th retry waits a random time up to ``min(initial * multiplier**(n-1), max)``.
 
     Full jitter, after https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/.
@@ -171,14 +106,14 @@ class Backoff(_Model):
         return self
 
 
-class RetryBudget(_Model):
+class RetryBudget(Model):
     """Retries allowed as a share of calls."""
 
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     min_per_second: Annotated[float, Field(ge=0.0, le=10_000.0)] = 10.0
 
 
-class RetryPolicy(_Model):
+class RetryPolicy(Model):
     """Retries of failed calls, after gRFC A6."""
 
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
@@ -197,7 +132,7 @@ class RetryPolicy(_Model):
         return self
 
 
-class HashKey(_Model):
+class HashKey(Model):
     """What RING_HASH hashes."""
 
     source: HashSource = HashSource.SOURCE_IP
@@ -210,7 +145,7 @@ class HashKey(_Model):
         return self
 
 
-class LoadBalancer(_Model):
+class LoadBalancer(Model):
     """Balancing algorithm and its settings."""
 
     algorithm: Algorithm = Algorithm.LEAST_REQUEST
@@ -222,7 +157,7 @@ class LoadBalancer(_Model):
     """With a smaller share of endpoints usable, in percent, what is reported of their health is ignored."""
 
 
-class CircuitBreaker(_Model):
+class CircuitBreaker(Model):
     """Service breaker: opens when the service as a whole fails."""
 
     enabled: bool = True
@@ -231,7 +166,7 @@ class CircuitBreaker(_Model):
     half_open_probes: Annotated[int, Field(ge=1, le=100)] = 1
 
 
-class OutlierDetection(_Model):
+class OutlierDetection(Model):
     """Ejection of single failing endpoints, after Envoy's outlier detection."""
 
     enabled: bool = True
@@ -252,20 +187,20 @@ class OutlierDetection(_Model):
         return self
 
 
-class ConcurrencyLimit(_Model):
+class ConcurrencyLimit(Model):
     """Limit on calls in flight; further ones are refused with RESOURCE_EXHAUSTED."""
 
     max_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class FaultDelay(_Model):
+class FaultDelay(Model):
     """Delay before the first attempt."""
 
     duration: PositiveDuration
     percent: Percent = 0.0
 
 
-class FaultAbort(_Model):
+class FaultAbort(Model):
     """Failure in place of a call."""
 
     code: Code
@@ -278,14 +213,14 @@ class FaultAbort(_Model):
         return self
 
 
-class FaultInjection(_Model):
+class FaultInjection(Model):
     """Faults injected on purpose."""
 
     delay: FaultDelay | None = None
     abort: FaultAbort | None = None
 
 
-class WeightedSubset(_Model):
+class WeightedSubset(Model):
     """One share of a traffic split."""
 
     labels: Annotated[dict[str, str], Field(min_length=1, max_length=32)]
@@ -293,11 +228,11 @@ class WeightedSubset(_Model):
     """Relative to the other subsets. 0, which is also what protobuf takes an unset weight for, gets no calls."""
 
 
-class Route(_Model):
+class Route(Model):
     """Settings of the methods that it matches, in place of the service's."""
 
     method: MethodPattern = "*"
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    metadata: Annotated[dict[str, str], Field(max_length=16)] = {}  # noqa: RUF012  # pydantic copies it
     timeout: PositiveDuration | None = None
     retry: RetryPolicy | None = None
     fault: FaultInjection | None = None
@@ -310,7 +245,7 @@ class Route(_Model):
         return self
 
 
-class RateLimit(_Model):
+class RateLimit(Model):
     """Token bucket over calls that one server instance admits."""
 
     method: MethodPattern = "*"
@@ -318,13 +253,6 @@ class RateLimit(_Model):
     requests_per_second: Annotated[float, Field(gt=0.0, le=1_000_000.0)]
     burst: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Calls at once from a full bucket; by default ``requests_per_second`` rounded up."""
-
-
-def _service_name(value: str) -> str:
-    try:
-        return check_service_name(value)
-    except InvalidValueError as error:
-        raise ValueError(f"expected {error.expected}") from None
 
 
 def _caller_pattern(value: str) -> str:
@@ -348,7 +276,7 @@ CallerPattern = Annotated[
 """The name of a service, ``operator:NAME`` or ``*``."""
 
 
-class AuthorizationRule(_Model):
+class AuthorizationRule(Model):
     """Allows some callers some methods."""
 
     callers: Annotated[tuple[CallerPattern, ...], Field(min_length=1, max_length=1000)]
@@ -357,10 +285,12 @@ class AuthorizationRule(_Model):
     """What."""
 
 
-class ServicePolicy(_Model):
+class ServicePolicy(Policy):
     """How clients call one service, and what its servers admit. The defaults are what a service without policy gets."""
 
-    service: Annotated[str, AfterValidator(_service_name)]
+    NAMED_BY: ClassVar[str] = "service"
+
+    service: DnsLabel
     timeout: PositiveDuration | None = None
     """Deadline of a call whose caller gave none."""
     retry: RetryPolicy = RetryPolicy()
@@ -374,40 +304,6 @@ class ServicePolicy(_Model):
     server_concurrency_limit: ConcurrencyLimit = ConcurrencyLimit()
     authorization: Annotated[tuple[AuthorizationRule, ...], Field(max_length=200)] = ()
     """Who may call what; with one rule or more, calls that no rule allows are refused."""
-
-    @classmethod
-    def parse(cls, document: Mapping[str, Any]) -> ServicePolicy:
-        """The policy that a parsed YAML or JSON document states.
-
-        Raises:
-            InvalidPolicyError: with the path of every bad field.
-        """
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            raise InvalidPolicyError(
-                tuple(
-                    FieldError(_path(item["loc"]), item["msg"].removeprefix("Value error, "))
-                    for item in error.errors(include_url=False, include_context=False, include_input=False)
-                )
-            ) from None
-
-    def dump(self) -> dict[str, Any]:
-        """The whole policy, defaults included, in its JSON form."""
-        return self.model_dump(mode="json", exclude_none=True)
-
-    @property
-    def version(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON: equal policies have equal versions."""
-        canonical = json.dumps(self.dump(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path
 
 
 def method_matches(pattern: str, method: str) -> bool:

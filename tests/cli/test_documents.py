@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mesh_cli.documents import Document, check, read_documents, split_documents
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.policy import MAX_DOCUMENT_BYTES
+from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES
 
 
 def split(text: str) -> list[tuple[int, int, object]]:

@@ -164,7 +164,7 @@ def test_every_algorithm_and_source_is_explained() -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_every_example_is_a_valid_policy_that_says_something(example: str) -> None:
-    policy = parse_document(example)
+    policy = parse_document(example, ServicePolicy)
     assert example == EXAMPLES[0] or policy != ServicePolicy(service=policy.service)
 
 
@@ -181,6 +181,6 @@ def test_the_examples_show_every_field() -> None:
                 note(item)
 
     for example in EXAMPLES:
-        note(parse_document(example))
+        note(parse_document(example, ServicePolicy))
     expected = {(model, name) for model in SECTIONS.values() for name in model.model_fields}
     assert expected - shown == {(CircuitBreaker, "enabled"), (OutlierDetection, "enabled")}

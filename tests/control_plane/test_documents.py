@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from control_plane.documents import MAX_DEPTH, MAX_NODES, parse_document
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.model import StatusCode
-from mesh_client.core.policy import MAX_DOCUMENT_BYTES, Algorithm
+from mesh_client.core.policy import Algorithm, ServicePolicy
+from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES
 
 
 def problems(document: bytes | str, service: str | None = None) -> list[str]:
     with pytest.raises(InvalidPolicyError) as refused:
-        parse_document(document, service)
+        parse_document(document, ServicePolicy, service)
     return [str(error) for error in refused.value.errors]
 
 
@@ -33,16 +34,16 @@ routes:
 
 
 def test_yaml_is_read() -> None:
-    policy = parse_document(GOOD)
+    policy = parse_document(GOOD, ServicePolicy)
     assert policy.timeout == 2.0
     assert policy.retry.retry_on == (StatusCode.UNAVAILABLE, StatusCode.ABORTED)
     assert policy.load_balancer.algorithm is Algorithm.PEAK_EWMA
     assert policy.routes[0].timeout == 0.25
-    assert parse_document(GOOD.encode(), "orders") == policy
+    assert parse_document(GOOD.encode(), ServicePolicy, "orders") == policy
 
 
 def test_json_is_read() -> None:
-    assert parse_document(b'{"service": "orders", "timeout": 1.5}').timeout == 1.5
+    assert parse_document(b'{"service": "orders", "timeout": 1.5}', ServicePolicy).timeout == 1.5
 
 
 def test_anchors_and_aliases_are_read() -> None:
@@ -52,7 +53,7 @@ retry: &patient {max_attempts: 5}
 routes:
   - {method: a.B/C, retry: *patient}
 """
-    policy = parse_document(text)
+    policy = parse_document(text, ServicePolicy)
     assert policy.routes[0].retry == policy.retry
 
 

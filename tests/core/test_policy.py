@@ -2,16 +2,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given
 from hypothesis import strategies as st
 from mesh.v1 import policy_pb2
-from pydantic import BaseModel
 
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.model import MAX_WEIGHT, StatusCode
@@ -35,10 +32,10 @@ from mesh_client.core.policy import (
     Route,
     ServicePolicy,
     WeightedSubset,
-    format_duration,
     method_matches,
-    parse_duration,
 )
+from mesh_client.core.policy_base import format_duration, parse_duration
+from tests.core.mirrors import assert_same_fields
 
 
 def durations(low: float = 1e-9) -> st.SearchStrategy[float]:
@@ -150,35 +147,6 @@ policies = st.builds(
     server_concurrency_limit=concurrency_limits,
     authorization=st.lists(authorization_rules, max_size=2).map(tuple),
 )
-
-
-def models_within(annotation: object) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from models_within(part)
-
-
-def assert_same_fields(model: type[BaseModel], message: Descriptor, seen: set[str]) -> None:
-    assert model.__name__ == message.name
-    seen.add(message.name)
-    assert list(model.model_fields) == [field.name for field in message.fields]
-    for field in message.fields:
-        info = model.model_fields[field.name]
-        nested = list(models_within(info.annotation))
-        if nested:
-            assert field.message_type is not None
-            assert_same_fields(nested[0], field.message_type, seen)
-        elif field.message_type is not None:
-            assert field.message_type.full_name == "google.protobuf.Duration" or is_map(field)
-        elif not info.is_required() and not field.is_repeated and not field.has_presence:
-            # Unset arrives as protobuf's zero: harmless where that is the default too, or is no value at all.
-            assert info.default == field.default_value or (field.name == "method" and info.default == "*")
-
-
-def is_map(field: FieldDescriptor) -> bool:
-    assert field.message_type is not None
-    return field.message_type.GetOptions().map_entry
 
 
 def test_the_model_and_the_protobuf_message_have_the_same_fields_in_the_same_order() -> None:

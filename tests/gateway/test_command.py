@@ -18,6 +18,8 @@ SHOP_FILES = [str(path) for path in sorted((SHOP / "shop").rglob("*.proto"))]
 SHOP_ARGUMENTS = ["-I", str(SHOP), *SHOP_FILES]
 NASTY_ARGUMENTS = ["-I", str(NASTY), str(NASTY / "nasty/v1/nasty.proto")]
 EDGE = Path(__file__).with_name("edge.yaml")
+KONG = Path(__file__).with_name("kong.yaml")
+FILES = ["--policy", str(EDGE), "--settings", str(KONG)]
 REFERENCE = (ROOT / "docs/gateway.md").read_text(encoding="utf-8")
 COMMANDS = [("lint",), ("routes",), ("openapi",), ("render",), ("render", "kong")]
 
@@ -43,8 +45,9 @@ def test_every_command_and_option_is_in_the_reference(command: tuple[str, ...], 
     assert {option for option in options - {"--help", "--include"} if f"`{option}" not in REFERENCE} == set()
 
 
-def test_the_settings_of_the_reference_are_those_that_are_tested() -> None:
+def test_policy_and_settings_of_the_reference_are_those_that_are_tested() -> None:
     assert EDGE.read_text() in REFERENCE
+    assert KONG.read_text() in REFERENCE
 
 
 def test_the_reference_says_what_kong_conf_must_say() -> None:
@@ -102,7 +105,7 @@ def test_openapi_is_written_to_standard_output(run: Run) -> None:
     document = json.loads(result.stdout)
     assert (result.exit_code, document["info"]) == (0, {"title": "Shop", "version": "3"})
     exposed = json.loads(
-        run("gateway", "openapi", *SHOP_ARGUMENTS, "--settings", str(EDGE), "--server", "https://a").stdout
+        run("gateway", "openapi", *SHOP_ARGUMENTS, "--policy", str(EDGE), "--server", "https://a").stdout
     )
     assert "/v1/payments/{order_id}" not in exposed["paths"]
     assert exposed["components"]["securitySchemes"].keys() == {"api_key"}
@@ -111,7 +114,7 @@ def test_openapi_is_written_to_standard_output(run: Run) -> None:
 
 def test_render_kong_writes_what_kong_needs(run: Run, tmp_path: Path, shop_set: str) -> None:
     out = tmp_path / "build"
-    arguments = ["gateway", "render", "kong", "--settings", str(EDGE), "--output", str(out), shop_set]
+    arguments = ["gateway", "render", "kong", *FILES, "--output", str(out), shop_set]
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     protos = sorted(path.name for path in (out / "protos").iterdir())
@@ -127,14 +130,19 @@ def test_render_kong_writes_what_kong_needs(run: Run, tmp_path: Path, shop_set: 
     assert not list(out.rglob(".*"))
 
 
+def written(directory: Path, service: str) -> list[str]:
+    """Options that name a policy that exposes this service, and settings for it."""
+    policy, settings = directory / "edge.yaml", directory / "local.yaml"
+    policy.write_text(f"services: {{{service}: {{upstream: u}}}}\n")
+    settings.write_text("upstreams: {u: {}}\n")
+    return ["--policy", str(policy), "--settings", str(settings)]
+
+
 def test_render_kong_without_findings_says_nothing_of_warnings(run: Run, tmp_path: Path) -> None:
-    settings = tmp_path / "edge.yaml"
-    settings.write_text("services: {shop.v1.OrderService: {upstream: u}}\nupstreams: {u: {}}\n")
+    files = written(tmp_path, "shop.v1.OrderService")
     proto = tmp_path / "orders.proto"
     proto.write_text('syntax = "proto3"; package shop.v1; message M {} service OrderService { rpc A(M) returns (M); }')
-    result = run(
-        "gateway", "render", "kong", "--settings", str(settings), "-o", str(tmp_path), "-I", str(tmp_path), str(proto)
-    )
+    result = run("gateway", "render", "kong", *files, "-o", str(tmp_path), "-I", str(tmp_path), str(proto))
     assert (result.exit_code, result.stdout) == (0, f"wrote {tmp_path}/kong.yml\n")
 
 
@@ -142,10 +150,9 @@ def test_render_kong_without_findings_says_nothing_of_warnings(run: Run, tmp_pat
 def test_render_kong_refuses_what_would_be_distorted_and_writes_nothing(
     run: Run, tmp_path: Path, form: list[str]
 ) -> None:
-    settings = tmp_path / "edge.yaml"
-    settings.write_text("services: {nasty.v1.DistortedService: {upstream: u}}\nupstreams: {u: {}}\n")
+    files = written(tmp_path, "nasty.v1.DistortedService")
     out = tmp_path / "out"
-    result = run("gateway", "render", "kong", "--settings", str(settings), "-o", str(out), *form, *NASTY_ARGUMENTS)
+    result = run("gateway", "render", "kong", *files, "-o", str(out), *form, *NASTY_ARGUMENTS)
     assert result.exit_code == 1
     assert "mesh: error int64: nasty.v1.DistortedService.Get, nasty.v1.Distorted.big: " in result.stderr
     assert not out.exists()
@@ -175,18 +182,23 @@ def test_bad_files_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (None, "No such file or directory"),
-        ("a: [", "is not YAML: "),
-        ("services: {}", "services: "),
+        ("policy", None, "No such file or directory"),
+        ("policy", "a: [", "not YAML: "),
+        ("policy", "services: {a.B: {}}", "services.a.B.upstream: Field required (line 1)"),
+        ("settings", None, "No such file or directory"),
+        ("settings", "a: [", "is not YAML: "),
+        ("settings", "upstreams: 1", "upstreams: "),
     ],
 )
-def test_bad_settings_are_one_line(run: Run, tmp_path: Path, content: str | None, message: str) -> None:
-    settings = tmp_path / "edge.yaml"
+def test_bad_policies_and_settings_are_one_line(
+    run: Run, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    file = tmp_path / "file.yaml"
     if content is not None:
-        settings.write_text(content)
-    result = run("gateway", "openapi", "--settings", str(settings), *SHOP_ARGUMENTS)
+        file.write_text(content)
+    result = run("gateway", "render", "kong", *FILES, f"--{name}", str(file), "-o", str(tmp_path), *SHOP_ARGUMENTS)
     assert result.exit_code == 1
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
@@ -194,7 +206,7 @@ def test_bad_settings_are_one_line(run: Run, tmp_path: Path, content: str | None
 
 def test_a_folder_that_cannot_be_written_is_one_line(run: Run, tmp_path: Path, shop_set: str) -> None:
     (tmp_path / "out").write_text("a file")
-    result = run("gateway", "render", "kong", "--settings", str(EDGE), "-o", str(tmp_path / "out"), shop_set)
+    result = run("gateway", "render", "kong", *FILES, "-o", str(tmp_path / "out"), shop_set)
     assert result.exit_code == 1
     assert "cannot write" in result.stderr
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

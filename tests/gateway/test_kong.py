@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import hypothesis
 import pytest
@@ -14,30 +15,39 @@ from gateway.kong import KONG_CONF, KongConfiguration, render
 from gateway.lint import RefusedError
 from gateway.path_template import PathTemplate
 from gateway.routes import RouteTable, build
-from gateway.settings import EdgeSettings, parse_settings
+from gateway.settings import parse_settings
+from mesh_client.core.edge_policy import EdgePolicy
+from tests.edge_policies import P256
 from tests.gateway.compiling import nasty, shop, with_paths
 from tests.gateway.conftest import Golden
 from tests.gateway.kong import bindings, http_routes, take, transcode
 from tests.gateway.templates import PATHS, templates
 
-KEY = "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE\n-----END PUBLIC KEY-----\n"
-EVERYTHING = {
+EVERYTHING: dict[str, object] = {
     "services": {
         "shop.v1.InventoryService": {
             "upstream": "inventory",
             "rate_limit": {"requests": 100, "per": "second"},
-            "rate_limits": {"GetStock": {"requests": 5, "per": "minute"}},
+            "methods": {"GetStock": {"rate_limit": {"requests": 5, "per": "minute"}}},
         },
         "shop.v1.OrderService": {
             "upstream": "orders",
             "authentication": ["jwt", "api_key"],
             "rate_limit": {"requests": 10, "by": "consumer"},
             "max_body_bytes": 65536,
-            "timeout": 2.5,
+            "timeout": "2.5s",
             "retries": 2,
         },
         "shop.v1.PaymentService": {"upstream": "payments", "native_grpc": False},
     },
+    "consumers": {
+        "web": {"jwt_issuers": [{"issuer": "https://login.example", "algorithm": "ES256", "public_key": P256}]},
+        "batch": {"api_keys": ["batch-key"]},
+    },
+    "cors": {"origins": ["https://shop.example"], "credentials": True},
+    "tracing": {"endpoint": "http://collector:4318/v1/traces"},
+}
+KONG: dict[str, object] = {
     "upstreams": {
         "inventory": {"targets": [{"address": "10.0.0.2:50051"}, {"address": "10.0.0.1:50051", "weight": 50}]},
         "orders": {
@@ -47,27 +57,32 @@ EVERYTHING = {
         },
         "payments": {"host_header": "payments.mesh.internal"},
     },
-    "consumers": {
-        "web": {"jwt_issuers": [{"issuer": "https://login.example", "algorithm": "ES256", "public_key": KEY}]},
-        "batch": {"api_keys": ["{vault://env/batch-key}"]},
-    },
-    "cors": {"origins": ["https://shop.example"], "credentials": True},
-    "opentelemetry_endpoint": "http://collector:4318/v1/traces",
     "prometheus": True,
 }
+ISSUER = {"issuer": "i", "algorithm": "ES256", "public_key": P256}
+ONE: dict[str, object] = {"upstreams": {"u": {}}}
 
 
-def made(api: Api, document: object) -> KongConfiguration:
-    settings = parse_settings(document)
-    return render(build(api, settings.services), settings)
+def made(api: Api, document: Mapping[str, object], settings: object = ONE) -> KongConfiguration:
+    policy, local = EdgePolicy.parse(document), parse_settings(settings)
+    return render(build(api, policy.services), policy, local.upstreams, local)
 
 
-def one(service: str, **more: object) -> dict[str, object]:
-    return {"services": {service: {"upstream": "u"}}, "upstreams": {"u": {}}, **more}
+def rendered(table: RouteTable, document: Mapping[str, object]) -> KongConfiguration:
+    local = parse_settings(ONE)
+    return render(table, EdgePolicy.parse(document), local.upstreams, local)
+
+
+def everything() -> KongConfiguration:
+    return made(shop(), EVERYTHING, KONG)
+
+
+def one(service: str, settings: Mapping[str, object] | None = None, **more: object) -> dict[str, object]:
+    return {"services": {service: {"upstream": "u", **(settings or {})}}, **more}
 
 
 def test_kong_yml_of_the_shop_with_everything_is_the_golden_one(golden: Golden) -> None:
-    golden("kong_shop.yml", made(shop(), EVERYTHING).declarative)
+    golden("kong_shop.yml", everything().declarative)
 
 
 def test_kong_yml_of_the_nasty_protos_is_the_golden_one(golden: Golden) -> None:
@@ -75,15 +90,15 @@ def test_kong_yml_of_the_nasty_protos_is_the_golden_one(golden: Golden) -> None:
 
 
 def test_rendering_is_deterministic_and_names_its_protos() -> None:
-    configuration = made(shop(), EVERYTHING)
-    assert configuration == made(shop(), EVERYTHING)
+    configuration = everything()
+    assert configuration == everything()
     for proto in configuration.protos:
         assert f"/usr/local/kong/protos/{proto.file_name}\n" in configuration.declarative
     assert configuration.warnings
 
 
 def test_every_service_says_te_trailers_and_so_does_every_pre_function_of_a_route() -> None:
-    document = yaml.safe_load(made(shop(), EVERYTHING).declarative)
+    document = yaml.safe_load(everything().declarative)
     te = 'ngx.var.upstream_te = "trailers"\n'
     for service in document["services"]:
         assert {"name": "pre-function", "config": {"access": [te]}} in service["plugins"]
@@ -95,7 +110,7 @@ def test_every_service_says_te_trailers_and_so_does_every_pre_function_of_a_rout
 
 
 def test_timeouts_retries_and_tls_are_said_for_each_service() -> None:
-    services = {item["name"]: item for item in yaml.safe_load(made(shop(), EVERYTHING).declarative)["services"]}
+    services = {item["name"]: item for item in yaml.safe_load(everything().declarative)["services"]}
     orders, streams = services["shop.v1.OrderService"], services["shop.v1.InventoryService~streams"]
     assert (orders["protocol"], orders["host"], orders["retries"]) == ("grpcs", "orders", 2)
     assert (orders["connect_timeout"], orders["read_timeout"], orders["write_timeout"]) == (1000, 2500, 2500)
@@ -105,7 +120,7 @@ def test_timeouts_retries_and_tls_are_said_for_each_service() -> None:
 
 def test_what_a_method_may_be_called_does_not_depend_on_the_protocol() -> None:
     """A rate limit of one method holds by gRPC too, and so does authentication."""
-    document = yaml.safe_load(made(shop(), EVERYTHING).declarative)
+    document = yaml.safe_load(everything().declarative)
     routes = {route["name"]: route for service in document["services"] for route in service["routes"]}
     kept = ("jwt", "key-auth", "rate-limiting")
 
@@ -131,8 +146,9 @@ def test_without_cors_there_are_no_preflights_and_with_all_origins_the_star_stay
 def test_one_certificate_that_two_upstreams_use_is_there_once() -> None:
     certificate = {"certificate": "{vault://env/a}", "key": "{vault://env/b}"}
     upstream = {"host_header": "a.mesh.internal", "client_certificate": certificate}
-    document = one("shop.v1.OrderService") | {"upstreams": {"u": upstream, "v": upstream}}
-    found = yaml.safe_load(made(shop(), document).declarative)
+    document = {"services": {"shop.v1.OrderService": {"upstream": "u"}, "shop.v1.PaymentService": {"upstream": "v"}}}
+    found = yaml.safe_load(made(shop(), document, {"upstreams": {"u": upstream, "v": upstream, "w": {}}}).declarative)
+    assert [item["name"] for item in found["upstreams"]] == ["u", "v"]
     (entity,) = found["certificates"]
     assert {item["client_certificate"] for item in found["upstreams"]} == {entity["id"]}
     assert entity["cert"] == "{vault://env/a}"
@@ -141,7 +157,7 @@ def test_one_certificate_that_two_upstreams_use_is_there_once() -> None:
 def test_a_service_without_routes_is_exposed_by_grpc_alone() -> None:
     table = build(shop(), ["shop.v1.OrderService"])
     unrouted = RouteTable(table.api, ())
-    configuration = render(unrouted, parse_settings(one("shop.v1.OrderService")))
+    configuration = rendered(unrouted, one("shop.v1.OrderService"))
     assert configuration.protos == ()
     assert "grpc-gateway" not in configuration.declarative.replace("-- grpc-gateway's own", "")
     (service,) = yaml.safe_load(configuration.declarative)["services"]
@@ -158,25 +174,66 @@ def test_what_kong_would_distort_is_refused_unless_it_is_accepted() -> None:
     [
         (one("shop.v1.Nobody"), "services.shop.v1.Nobody: no such service; there are shop.v1.InventoryService"),
         (
-            {"services": {"shop.v1.OrderService": {"upstream": "u", "rate_limits": {"Nope": {"requests": 1}}}}},
-            "services.shop.v1.OrderService.rate_limits.Nope: it has no such method",
+            one("shop.v1.OrderService", {"methods": {"Nope": {"retries": 1}}}),
+            "services.shop.v1.OrderService.methods.Nope: it has no such method",
+        ),
+        (one("shop.v1.OrderService", {"native_grpc": False}), "no method is annotated, and native_grpc is off"),
+        (
+            one("shop.v1.OrderService", {"upstream": "v"}),
+            "services.shop.v1.OrderService.upstream: 'v' is not among the upstreams",
         ),
         (
-            {"services": {"shop.v1.OrderService": {"upstream": "u", "native_grpc": False}}},
-            "no method is annotated, and native_grpc is off",
+            one("shop.v1.OrderService", consumers={"a": {"jwt_issuers": [ISSUER | {"audiences": ["shop"]}]}}),
+            "consumers.a.jwt_issuers: Kong does not look at audiences",
         ),
     ],
 )
-def test_settings_that_do_not_fit_the_protos_are_refused(document: dict[str, object], message: str) -> None:
-    settings = parse_settings({"upstreams": {"u": {}}, **document})
+def test_a_policy_that_does_not_fit_is_refused(document: dict[str, object], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        render(RouteTable(shop(), ()), settings)
+        rendered(RouteTable(shop(), ()), document)
     assert message in str(caught.value)
 
 
 def test_routes_of_services_that_are_not_exposed_are_refused() -> None:
     with pytest.raises(SettingsError, match="has routes and is not exposed"):
-        render(build(shop()), parse_settings(one("shop.v1.OrderService")))
+        rendered(build(shop()), one("shop.v1.OrderService"))
+
+
+def test_a_method_with_a_timeout_or_retries_of_its_own_is_a_service_of_kong() -> None:
+    methods = {"GetStock": {"timeout": "3s"}, "WatchStock": {"retries": 0}}
+    configuration = made(shop(), one("shop.v1.InventoryService", {"methods": methods}))
+    name = "shop.v1.InventoryService"
+    services = {item["name"]: item for item in yaml.safe_load(configuration.declarative)["services"]}
+    assert list(services) == [name, f"{name}.GetStock", f"{name}.WatchStock"]
+    assert [route["name"] for route in services[name]["routes"]] == [f"{name}~grpc"]
+    get, watch = services[f"{name}.GetStock"], services[f"{name}.WatchStock"]
+    assert (get["read_timeout"], get["retries"], watch["read_timeout"], watch["retries"]) == (3000, 1, 3_600_000, 0)
+    assert [route["name"] for route in get["routes"]] == [f"{name}.GetStock", f"{name}.GetStock~grpc"]
+
+
+def test_a_method_that_is_opened_asks_for_nothing() -> None:
+    document = one(
+        "shop.v1.OrderService",
+        {"authentication": ["api_key"], "methods": {"GetOrder": {"authentication": ["none"]}}},
+        consumers={"a": {"api_keys": ["key"]}},
+    )
+    (service,) = yaml.safe_load(made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative)["services"]
+    asked = {
+        route["name"].removeprefix("shop.v1.OrderService"): "key-auth" in str(route.get("plugins"))
+        for route in service["routes"]
+    }
+    assert asked == {".GetOrder": False, ".PlaceOrder": True, "~grpc": True, ".GetOrder~grpc": False}
+    assert "{vault://hcv/kong/key}" in made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative
+
+
+def test_spans_can_be_sampled_and_requests_logged_without_keys() -> None:
+    document = one(
+        "shop.v1.OrderService", tracing={"endpoint": "http://c:4318/v1/traces", "sampled_percent": 5}, access_log=True
+    )
+    plugins = {item["name"]: item["config"] for item in yaml.safe_load(made(shop(), document).declarative)["plugins"]}
+    assert plugins["opentelemetry"] == {"traces_endpoint": "http://c:4318/v1/traces", "sampling_rate": 0.05}
+    assert plugins["file-log"]["path"] == "/dev/stdout"
+    assert plugins["file-log"]["custom_fields_by_lua"] == {"request.headers.x-api-key": "return nil"}
 
 
 def test_kong_conf_lets_the_programs_read_json_and_verifies_servers() -> None:
@@ -184,13 +241,12 @@ def test_kong_conf_lets_the_programs_read_json_and_verifies_servers() -> None:
     assert "nginx_proxy_grpc_ssl_verify = on" in KONG_CONF
 
 
-SETTINGS = parse_settings(one("t.v1.S"))
 SEGMENTS = ("a", "b", "a.b", "axb")
 
 
-def agrees(table: RouteTable, settings: EdgeSettings, paths: list[str]) -> None:
+def agrees(table: RouteTable, paths: list[str]) -> None:
     """Kong's router, its grpc-gateway and the table mean the same method with the same values."""
-    configuration = render(table, settings)
+    configuration = rendered(table, one("t.v1.S"))
     routes, found = http_routes(configuration.declarative), bindings(configuration.protos[0].text)
     for path in paths:
         expected = table.match("GET", path)
@@ -207,7 +263,7 @@ def test_kong_means_the_method_that_the_table_means() -> None:
         "/a/{id}", "/a/b", "/{id=**}", "/a/{id}:go", "/a/{id=b/**}", "/{id=a/*}/b", "/*/{id}/a.b", "/a.b/**", "/b/**:go"
     )
     paths = ["/" + "/".join(parts) for n in range(4) for parts in itertools.product(SEGMENTS, repeat=n)]
-    agrees(table, SETTINGS, [*paths, *(f"{path}:go" for path in paths), "//", "/a/", "/a//b"])
+    agrees(table, [*paths, *(f"{path}:go" for path in paths), "//", "/a/", "/a//b"])
 
 
 @hypothesis.settings(max_examples=40)
@@ -217,7 +273,7 @@ def test_kong_means_the_method_that_the_table_means_whatever_the_templates(
 ) -> None:
     texts = [str(template).replace("f0", "id").replace("f1", "id2") for template in found]
     table = with_string_paths(*texts)
-    agrees(table, SETTINGS, paths)
+    agrees(table, paths)
 
 
 def with_string_paths(*paths: str) -> RouteTable:

@@ -15,7 +15,7 @@ from gateway.errors import SettingsError
 from gateway.openapi import render
 from gateway.path_template import PathTemplate
 from gateway.routes import build
-from gateway.settings import parse_settings
+from mesh_client.core.edge_policy import EdgePolicy
 from tests.gateway.compiling import HEADER, compile_text, nasty, shop, with_paths, with_rules
 from tests.gateway.conftest import Golden
 from tests.gateway.templates import templates
@@ -34,8 +34,8 @@ def checked(made: Any) -> Any:
 
 
 def test_the_document_of_the_shop_is_the_golden_one(golden: Golden) -> None:
-    settings = parse_settings(EVERYTHING)
-    made = document(shop(), settings=settings, server="https://api.shop.example")
+    policy = EdgePolicy.parse(EVERYTHING)
+    made = document(shop(), policy=policy, server="https://api.shop.example")
     golden("openapi_shop.json", json.dumps(made, indent=2) + "\n")
 
 
@@ -52,7 +52,7 @@ def test_exactly_the_given_routes_are_described() -> None:
 
 
 def test_security_is_what_the_settings_say() -> None:
-    made = document(shop(), settings=parse_settings(EVERYTHING))
+    made = document(shop(), policy=EdgePolicy.parse(EVERYTHING))
     assert made["paths"]["/v1/orders"]["post"]["security"] == [{"jwt": [], "api_key": []}]
     assert "security" not in made["paths"]["/v1/stock/{sku}"]["get"]
     assert made["components"]["securitySchemes"] == {
