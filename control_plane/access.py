@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
@@ -154,6 +154,13 @@ class Access:
             return who
         if not ((operators and who.is_operator) or (control_planes and who.is_control_plane)):
             await self._refuse(context, who, f"may not {action}: only {service}'s own workloads may")
+        return who
+
+    async def require_one_of(self, context: Context, services: Collection[str], action: str) -> Caller | None:
+        """Whoever calls, who must be a workload of one of these services; None without identity."""
+        who = await self.require_caller(context, action)
+        if who is not None and who.service not in services:
+            await self._refuse(context, who, f"may not {action}: only workloads of {' or '.join(services)} may")
         return who
 
     def when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Callable[[], None]:

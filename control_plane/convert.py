@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
-from mesh.v1 import admin_pb2, discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
+from mesh.v1 import admin_pb2, discovery_pb2, edge_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
 from control_plane.policies import PROVISIONAL
 from control_plane.snapshot import EndpointsDelta, EndpointsResource, PolicyResource, Resource
 from control_plane.subscription import Change, ClientNode, ProtocolError, Rejection, Request, Response
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import FieldError, InvalidValueError
 from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
 from mesh_client.core.policy import ServicePolicy
@@ -85,6 +86,11 @@ _NOWHERE = Locality()
 def policy_to_proto(policy: ServicePolicy) -> policy_pb2.ServicePolicy:
     """The message, defaults written out."""
     return json_format.ParseDict(policy.dump(), policy_pb2.ServicePolicy())
+
+
+def edge_policy_to_proto(policy: EdgePolicy) -> edge_pb2.EdgePolicy:
+    """The message, defaults written out."""
+    return json_format.ParseDict(policy.dump(), edge_pb2.EdgePolicy())
 
 
 def policy_from_proto(message: policy_pb2.ServicePolicy) -> ServicePolicy:

@@ -1,4 +1,4 @@
-"""What sources tell the catalog and the policy book. Pure values."""
+"""What sources tell the catalog and the policy books. Pure values."""
 
 from __future__ import annotations
 
@@ -67,16 +67,16 @@ class SourceLost:
 class PolicyStored:
     """A policy document as its store holds it, valid or not."""
 
-    service: str
+    name: str
     document: bytes
     stored_version: str
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyDeleted:
-    """The store holds no policy for the service any more."""
+    """The store holds no policy of this name any more."""
 
-    service: str
+    name: str
 
 
 EndpointEvent = ServiceObserved | ServiceVanished | EndpointDrained | SourceConnected | SourceLost

@@ -15,7 +15,9 @@ import grpc.aio
 
 from control_plane.access import Access
 
-CHECKED_BY_THEMSELVES = frozenset({"mesh.v1.CertificateService", "mesh.v1.DiscoveryService", "mesh.v1.RegistryService"})
+CHECKED_BY_THEMSELVES = frozenset(
+    {"mesh.v1.CertificateService", "mesh.v1.DiscoveryService", "mesh.v1.EdgeService", "mesh.v1.RegistryService"}
+)
 """Services that decide by what a request says, once they have read it."""
 
 OPEN = frozenset(

@@ -20,6 +20,7 @@ from mesh.v1 import (
     authority_pb2,
     certificate_pb2,
     discovery_pb2,
+    edge_service_pb2,
     registry_pb2,
     registry_pb2_grpc,
 )
@@ -29,6 +30,7 @@ from control_plane.admin import AdminServicer
 from control_plane.catalog import Catalog
 from control_plane.credentials import add_port
 from control_plane.discovery import StreamHub
+from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.options import EMBEDDED, ControlPlaneOptions
@@ -37,12 +39,14 @@ from control_plane.ports import enrolment_server, mesh_server
 from control_plane.publisher import Debounce, Publisher
 from control_plane.registry import RegistryServicer
 from control_plane.snapshot import Snapshot, build_snapshot
-from control_plane.sources import PolicyStore, Source
+from control_plane.sources import PolicyStore, PolicyStoreEvent, Source
 from control_plane.sources.database import Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.last_good import LastGoodPolicies
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.policy import ServicePolicy
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class _Registry:
 
     source: Source
     policies: PolicyStore
+    edge_policies: PolicyStore
     leases: EmbeddedSource | None = None
     database: Database | None = None
 
@@ -66,7 +71,8 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
     if options.registry == EMBEDDED:
         database = Database(options.data_dir)
         leases = EmbeddedSource(database)
-        return _Registry(leases, EmbeddedPolicyStore(database), leases, database)
+        policies, edge_policies = EmbeddedPolicyStore(database), EmbeddedPolicyStore(database, EdgePolicy)
+        return _Registry(leases, policies, edge_policies, leases, database)
     # These bring in the HTTP client, which the embedded registry does without.
     from control_plane.sources.consul import ConsulSource
     from control_plane.sources.consul_http import ConsulToken, parse_registry
@@ -75,7 +81,18 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
     addresses = parse_registry(options.registry)
     file = options.consul_token_file
     token = ConsulToken(file=file) if file is not None else ConsulToken.find(options.consul_token)
-    return _Registry(ConsulSource(addresses, token), ConsulPolicyStore(addresses, token))
+    return _Registry(
+        ConsulSource(addresses, token),
+        ConsulPolicyStore(addresses, token),
+        ConsulPolicyStore(addresses, token, EdgePolicy),
+    )
+
+
+def _remembering(store: PolicyStore, options: ControlPlaneOptions) -> PolicyStore:
+    """The store, which says first what was good before if there is a place to keep that."""
+    if options.data_dir is None:
+        return store
+    return LastGoodPolicies(store, options.data_dir, store.is_fresh if isinstance(store, EmbeddedPolicyStore) else None)
 
 
 class ControlPlane:
@@ -93,13 +110,10 @@ class ControlPlane:
         self._options = options
         self._registry = _open_registry(options)
         self._source = source or self._registry.source
-        self._policies = policies or self._registry.policies
-        if options.data_dir is not None and policies is None:
-            store = self._policies
-            fresh = store.is_fresh if isinstance(store, EmbeddedPolicyStore) else None
-            self._policies = LastGoodPolicies(store, options.data_dir, fresh)
+        self._policies = policies or _remembering(self._registry.policies, options)
+        self._edge_policies = _remembering(self._registry.edge_policies, options)
         self._catalog = Catalog(options.catalog)
-        self._book = PolicyBook()
+        self._book = PolicyBook(ServicePolicy)
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))
         self.authority = None if options.insecure else CertificateAuthority(options.identity_options)
         """Who signs certificates; None without identity."""
@@ -108,6 +122,7 @@ class ControlPlane:
         self._hub = StreamHub(
             self._publisher, self._emit, options.control_plane_id, options.max_streams, access=self.access
         )
+        self._edges = EdgeHub(self.access)
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,6 +168,7 @@ class ControlPlane:
         self._tasks = [
             asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
             asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
+            asyncio.create_task(self._run(self._edge_policies.run(self._emit_edge)), name=self._edge_policies.name),
         ]
         _log.info("control plane %s listens on %s", self._options.control_plane_id, self.address)
         if self.authority is not None:
@@ -161,16 +177,23 @@ class ControlPlane:
     async def _listen(self) -> None:
         options, authority = self._options, self.authority
         server = mesh_server(options, self.access)
-        server.add_generic_rpc_handlers((self._hub.handler(),))
+        server.add_generic_rpc_handlers((self._hub.handler(), self._edges.handler()))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry.leases, self._hub, options.registry, self.access), server
         )
         admin = AdminServicer(
-            options.control_plane_id, self._catalog, self._book, self._policies, self._publisher, self._hub, self.access
+            options.control_plane_id,
+            self._catalog,
+            self._book,
+            (self._policies, self._edge_policies),
+            self._publisher,
+            self._hub,
+            edges=self._edges,
+            access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = [admin_pb2, discovery_pb2, registry_pb2, health_pb2]
+        files = [admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2]
         if authority is not None:
             authority.add_mesh_services(server, self.access)
             files += [authority_pb2, certificate_pb2]
@@ -203,6 +226,7 @@ class ControlPlane:
             self._policy_wait.cancel()
         self._publisher.close()
         self._hub.close()
+        self._edges.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -248,6 +272,15 @@ class ControlPlane:
             self._publisher.notify()
         if isinstance(event, SourceConnected) and event.source in self._unread:
             self._read(event.source)
+
+    def _emit_edge(self, event: PolicyStoreEvent) -> None:
+        """Takes one event of the store of edge policies in. Edges are not waited for: the mesh goes without them."""
+        if isinstance(event, PolicyStored | PolicyDeleted):
+            self._edges.apply(event)
+            return
+        self._emit(event)
+        if isinstance(event, SourceConnected):
+            self._edges.read()
 
     def _read(self, source: str) -> None:
         """A source was read whole for the first time."""

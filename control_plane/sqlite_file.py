@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh_client.core.errors import ConfigError
 
 
-def connect(path: Path | None, schema: str, version: int) -> sqlite3.Connection:
+def connect(path: Path | None, schema: Sequence[str]) -> sqlite3.Connection:
     """A connection for one thread, whose transactions are begun by hand. It goes on after the death of the process.
 
     Args:
         path: the file; None for memory.
-        schema: SQL that makes the tables in a new file, and sets ``user_version``.
-        version: of the schema.
+        schema: SQL that leads from each version of the tables to the next one, the first from nothing.
 
     Raises:
         ConfigError: a newer version of the control plane wrote the file.
@@ -29,10 +29,10 @@ def connect(path: Path | None, schema: str, version: int) -> sqlite3.Connection:
         if verdict != "ok":
             raise sqlite3.DatabaseError(str(verdict))
         (found,) = connection.execute("PRAGMA user_version").fetchone()
-        if found > version:
+        if found > len(schema):
             raise ConfigError(f"{path} was written by a newer version of the control plane; upgrade this one")
-        if found == 0:
-            connection.executescript(f"BEGIN; {schema} COMMIT;")
+        for number, step in enumerate(schema[found:], found + 1):
+            connection.executescript(f"BEGIN; {step} PRAGMA user_version = {number}; COMMIT;")
     except BaseException:
         connection.close()
         raise

@@ -19,7 +19,6 @@ from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "identity.sqlite"
-SCHEMA_VERSION = 1
 MAX_TOKENS = 10_000
 """Join tokens that may be good at once."""
 KEEP = 7 * 86_400.0
@@ -51,7 +50,6 @@ CREATE TABLE workloads (
     revoked INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
-PRAGMA user_version = 1;
 """
 
 _INSERT = (
@@ -320,7 +318,7 @@ class IdentityStore:
             _check_file(self._path)
         try:
             # After a power cut a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
-            self._connection = connect(self._path, _SCHEMA, SCHEMA_VERSION)
+            self._connection = connect(self._path, [_SCHEMA])
         except sqlite3.Error as error:
             raise ConfigError(
                 f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
@@ -344,7 +342,7 @@ def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
         raise ConfigError(f"{path} is not there: start the control plane first")
     _check_file(path)
     try:
-        with contextlib.closing(connect(path, _SCHEMA, SCHEMA_VERSION)) as connection:
+        with contextlib.closing(connect(path, [_SCHEMA])) as connection:
             connection.execute(_INSERT, _row(workload))
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None

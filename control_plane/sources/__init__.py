@@ -12,6 +12,7 @@ from typing import Protocol
 
 from control_plane.events import Event, PolicyEvent, SourceConnected, SourceLost
 from mesh_client.core.errors import MeshError
+from mesh_client.core.policy_base import Policy
 
 Emit = Callable[[Event], None]
 """Takes one event of a `Source`. Called in the event loop, never blocks, never raises."""
@@ -25,7 +26,7 @@ EmitPolicy = Callable[[PolicyStoreEvent], None]
 class StoredDocument:
     """A policy document as its store holds it, valid or not."""
 
-    service: str
+    name: str
     document: bytes
     version: str
     """The store's own version, for compare-and-set. Never empty."""
@@ -39,26 +40,25 @@ class VersionConflictError(PolicyStoreError):
     """The stored version is another than the caller expected.
 
     Attributes:
-        service: whose policy.
         expected: version that the caller named; empty: that none is stored.
         stored: version that is stored; empty when none is.
     """
 
-    def __init__(self, service: str, expected: str, stored: str) -> None:
+    def __init__(self, kind: type[Policy], name: str, expected: str, stored: str) -> None:
         wanted = f"version {expected}" if expected else "no policy"
         found = f"version {stored} is stored" if stored else "none is stored"
-        super().__init__(f"policy of {service}: expected {wanted}, but {found}; read it again and repeat the change")
-        self.service = service
+        super().__init__(
+            f"policy of {kind.called(name)}: expected {wanted}, but {found}; read it again and repeat the change"
+        )
         self.expected = expected
         self.stored = stored
 
 
 class NotStoredError(PolicyStoreError):
-    """No policy is stored for the service."""
+    """No policy of this name is stored."""
 
-    def __init__(self, service: str) -> None:
-        super().__init__(f"no policy is stored for {service}")
-        self.service = service
+    def __init__(self, kind: type[Policy], name: str) -> None:
+        super().__init__(f"no policy is stored for {kind.called(name)}")
 
 
 class StoreUnavailableError(PolicyStoreError):
@@ -77,7 +77,11 @@ class Source(Protocol):
 
 
 class PolicyStore(Protocol):
-    """Where policy documents are kept. Documents are stored as they are; validation is the caller's."""
+    """Where documents of one kind of policy are kept, as they are; validation is the caller's."""
+
+    @property
+    def kind(self) -> type[Policy]:
+        """The kind."""
 
     @property
     def name(self) -> str:
@@ -86,7 +90,7 @@ class PolicyStore(Protocol):
     async def run(self, emit: EmitPolicy) -> None:
         """Emits every stored document and every change, until cancelled."""
 
-    async def get(self, service: str) -> StoredDocument | None:
+    async def get(self, name: str) -> StoredDocument | None:
         """The stored document, or None.
 
         Raises:
@@ -94,17 +98,17 @@ class PolicyStore(Protocol):
         """
 
     async def list(self) -> Sequence[StoredDocument]:
-        """Every stored document, ordered by service.
+        """Every stored document, ordered by name.
 
         Raises:
             StoreUnavailableError: the store cannot be read.
         """
 
-    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+    async def put(self, name: str, document: bytes, if_version: str | None) -> StoredDocument:
         """Stores a document by compare-and-set.
 
         Args:
-            service: a service name.
+            name: a DNS label.
             document: at most ``MAX_DOCUMENT_BYTES``.
             if_version: version that must be stored now; empty: none must be; None: whatever is.
 
@@ -113,7 +117,7 @@ class PolicyStore(Protocol):
             StoreUnavailableError: the store cannot be written.
         """
 
-    async def delete(self, service: str, if_version: str | None) -> None:
+    async def delete(self, name: str, if_version: str | None) -> None:
         """Deletes a document by compare-and-set.
 
         Raises:

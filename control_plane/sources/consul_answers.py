@@ -23,11 +23,10 @@ from mesh_client.core.model import (
     Locality,
     check_service_name,
 )
+from mesh_client.core.policy_base import Policy
 
 MESH_TAG = "grpc-mesh"
 """Only services with this tag belong to the mesh."""
-POLICY_PREFIX = "mesh/policies/"
-"""Where policies are in the KV store."""
 
 _CONSUL = "consul"
 _ZONE, _REGION, _DRAINING, _REGISTRATION = "mesh-zone", "mesh-region", "mesh-draining", "mesh-registration"
@@ -142,8 +141,17 @@ def parse_checks(answer: object) -> dict[tuple[str, str], tuple[str, str]]:
         raise MalformedAnswerError(f"a check is not of the expected form: {error}") from None
 
 
-def parse_policies(answer: object) -> tuple[dict[str, StoredDocument], tuple[str, ...]]:
-    """The stored policies by service, and what is wrong with the keys left out, from a recursive ``/v1/kv`` read.
+def policy_prefix(kind: type[Policy]) -> str:
+    """Where policies of a kind are in the KV store."""
+    return f"mesh/{kind.STORED_AS}/"
+
+
+def parse_policies(answer: object, prefix: str) -> tuple[dict[str, StoredDocument], tuple[str, ...]]:
+    """The stored policies by name, and what is wrong with the keys left out, from a recursive ``/v1/kv`` read.
+
+    Args:
+        answer: what Consul said.
+        prefix: of the keys.
 
     Raises:
         MalformedAnswerError: the answer has another form.
@@ -160,15 +168,15 @@ def parse_policies(answer: object) -> tuple[dict[str, StoredDocument], tuple[str
             document = b"" if value is None else base64.b64decode(value, validate=True)
         except (_FieldError, TypeError, ValueError) as error:
             raise MalformedAnswerError(f"a key is not of the expected form: {error}") from None
-        name = key.removeprefix(POLICY_PREFIX)
+        name = key.removeprefix(prefix)
         if not name:
             continue  # the folder itself, which Consul's web page makes
         try:
-            service = check_service_name(name)
+            check_service_name(name)
         except InvalidValueError as error:
             problems.append(f"key {key[:160]!r}: {error}")
             continue
-        documents[service] = StoredDocument(service, document, str(index))
+        documents[name] = StoredDocument(name, document, str(index))
     return documents, tuple(problems)
 
 

@@ -1,4 +1,4 @@
-"""Policies in Consul's KV store, at ``mesh/policies/<service>``: read by blocking queries, written by transactions."""
+"""Policies in Consul's KV store, as ``mesh/policies/<service>``: read by blocking queries, written by transactions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from control_plane.sources import (
     VersionConflictError,
 )
 from control_plane.sources.blocking_query import Failure
-from control_plane.sources.consul_answers import POLICY_PREFIX, MalformedAnswerError, parse_policies
+from control_plane.sources.consul_answers import MalformedAnswerError, parse_policies, policy_prefix
 from control_plane.sources.consul_http import ConsulAddress, ConsulAnswer, ConsulError, ConsulReader, ConsulToken
 from control_plane.sources.consul_watch import Watch
 from control_plane.sources.policy_view import PolicyView
 from control_plane.sources.source_health import SourceHealth
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import Policy
 
 _logger = logging.getLogger(__name__)
 
@@ -38,11 +40,6 @@ _WRITE_TIMEOUT = 10.0
 _DELETE_ATTEMPTS = 5
 _FRESH_TOKEN_RETRIES = 5
 _FRESH_TOKEN_DELAY = 0.1
-_NO_WRITE = 'the token needs key_prefix "mesh/policies/" {policy = "write"}'
-_NO_RIGHTS = (
-    'the token may not read policies in Consul: it needs key_prefix "mesh/policies/" {policy = "read"}, '
-    "or write for mesh policy apply"
-)
 
 
 class ConsulPolicyStore:
@@ -50,21 +47,25 @@ class ConsulPolicyStore:
 
     Args:
         addresses: agents of one datacenter, tried in this order.
-        token: needs ``key_prefix "mesh/policies/"`` with read, and write for changes, under ACLs.
+        token: under ACLs needs ``key_prefix`` with read, and write for changes.
+        kind: of policy.
         clock: monotonic seconds.
         rng: for jitter.
     """
-
-    name = "consul-policies"
 
     def __init__(
         self,
         addresses: Sequence[ConsulAddress],
         token: ConsulToken,
+        kind: type[Policy] = ServicePolicy,
         *,
         clock: Callable[[], float] = time.monotonic,
         rng: Random | None = None,
     ) -> None:
+        self.kind = kind
+        self.name = f"consul-{kind.STORED_AS}"
+        self._words = kind.STORED_AS.replace("-", " ")
+        self._prefix = policy_prefix(kind)
         self._addresses = tuple(addresses)
         self._token = token
         self._clock = clock
@@ -72,24 +73,24 @@ class ConsulPolicyStore:
 
     async def run(self, emit: EmitPolicy) -> None:
         """Emits every stored document and every change, until cancelled."""
-        view = PolicyView()
+        view = PolicyView(self.kind)
         async with self._reader() as reader, asyncio.TaskGroup() as tasks:
-            health = SourceHealth(self.name, f"reading the policies in Consul at {reader.address}")
+            health = SourceHealth(self.name, f"reading the {self._words} in Consul at {reader.address}")
             problems: tuple[str, ...] = ()
 
             def say(event: SourceConnected | SourceLost | None) -> None:
                 if isinstance(event, SourceLost):
-                    _logger.warning("policies in Consul: %s", event.detail)
+                    _logger.warning("%s in Consul: %s", self._words, event.detail)
                 if event is not None:
                     emit(event)
 
             async def handle(answer: ConsulAnswer, restarted: bool) -> None:
                 nonlocal problems
                 before = problems
-                documents, problems = await _documents(reader, answer)
+                documents, problems = await self._documents(reader, answer)
                 for problem in problems:
                     if problem not in before:
-                        _logger.warning("policies in Consul: %s", problem)
+                        _logger.warning("%s in Consul: %s", self._words, problem)
                 for event in view.documents(documents, restarted):
                     emit(event)
                 say(health.well("loss") if view.loss is None else health.trouble("loss", view.loss))
@@ -99,7 +100,7 @@ class ConsulPolicyStore:
             tasks.create_task(reader.probe())
             await Watch(
                 reader,
-                f"/v1/kv/{POLICY_PREFIX}",
+                f"/v1/kv/{self._prefix}",
                 handle,
                 on_trouble=lambda detail: say(health.trouble("watch", detail)),
                 on_well=lambda: say(health.well("watch")),
@@ -108,24 +109,24 @@ class ConsulPolicyStore:
                 rng=self._rng,
             ).run()
 
-    async def get(self, service: str) -> StoredDocument | None:
+    async def get(self, name: str) -> StoredDocument | None:
         """The stored document, or None.
 
         Raises:
             StoreUnavailableError: Consul cannot be read, or not with this token.
         """
-        stored = await self._read(f"/v1/kv/{POLICY_PREFIX}{service}")
-        return next((document for document in stored if document.service == service), None)
+        stored = await self._read(f"/v1/kv/{self._prefix}{name}")
+        return next((document for document in stored if document.name == name), None)
 
     async def list(self) -> Sequence[StoredDocument]:
-        """Every stored document, ordered by service.
+        """Every stored document, ordered by name.
 
         Raises:
             StoreUnavailableError: Consul cannot be read, or not with this token.
         """
-        return await self._read(f"/v1/kv/{POLICY_PREFIX}", {"recurse": "true"})
+        return await self._read(f"/v1/kv/{self._prefix}", {"recurse": "true"})
 
-    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+    async def put(self, name: str, document: bytes, if_version: str | None) -> StoredDocument:
         """Stores a document by compare-and-set.
 
         Raises:
@@ -133,19 +134,19 @@ class ConsulPolicyStore:
             StoreUnavailableError: Consul cannot be written, or not with this token.
         """
         operation: dict[str, object] = {
-            "Key": POLICY_PREFIX + service,
+            "Key": self._prefix + name,
             "Value": base64.b64encode(document).decode(),
             "Verb": "set",
         }
         if if_version is not None:
-            operation |= {"Verb": "cas", "Index": _index(service, if_version)}
+            operation |= {"Verb": "cas", "Index": self._index(name, if_version)}
         index = await asyncio.to_thread(self._transact, operation)
         if index is None:
-            stored = await self.get(service)
-            raise VersionConflictError(service, if_version or "", stored.version if stored else "")
-        return StoredDocument(service, document, str(index))
+            stored = await self.get(name)
+            raise VersionConflictError(self.kind, name, if_version or "", stored.version if stored else "")
+        return StoredDocument(name, document, str(index))
 
-    async def delete(self, service: str, if_version: str | None) -> None:
+    async def delete(self, name: str, if_version: str | None) -> None:
         """Deletes a document by compare-and-set.
 
         Raises:
@@ -154,15 +155,52 @@ class ConsulPolicyStore:
             StoreUnavailableError: Consul cannot be written, or not with this token.
         """
         for _ in range(_DELETE_ATTEMPTS):
-            stored = await self.get(service)
+            stored = await self.get(name)
             if stored is None:
-                raise NotStoredError(service)
+                raise NotStoredError(self.kind, name)
             if if_version is not None and if_version != stored.version:
-                raise VersionConflictError(service, if_version, stored.version)
-            operation = {"Key": POLICY_PREFIX + service, "Verb": "delete-cas", "Index": int(stored.version)}
+                raise VersionConflictError(self.kind, name, if_version, stored.version)
+            operation = {"Key": self._prefix + name, "Verb": "delete-cas", "Index": int(stored.version)}
             if await asyncio.to_thread(self._transact, operation) is not None:
                 return
-        raise StoreUnavailableError(f"the policy of {service} changes faster than it can be deleted; try again")
+        raise StoreUnavailableError(
+            f"the policy of {self.kind.called(name)} changes faster than it can be deleted; try again"
+        )
+
+    def _index(self, name: str, if_version: str) -> int:
+        if not if_version:
+            return 0
+        if not if_version.isdecimal() or int(if_version) == 0:
+            raise VersionConflictError(self.kind, name, if_version, "another")
+        return int(if_version)
+
+    async def _documents(
+        self, reader: ConsulReader, answer: ConsulAnswer
+    ) -> tuple[dict[str, StoredDocument], tuple[str, ...]]:
+        """What an answer holds; "nothing" is believed only of a token that may see it. Raises ConsulError otherwise."""
+        if answer.found:
+            return parse_policies(answer.body, self._prefix)
+        try:
+            verdict = await reader.post(
+                "/v1/internal/acl/authorize",
+                [{"Resource": "key", "Access": "read", "Segment": f"{self._prefix}any"}],
+            )
+        except ConsulError as error:
+            if error.failure is Failure.FORBIDDEN and "ACL support disabled" in str(error):
+                return {}, ()
+            raise
+        # The path is that of Consul's own web page. An agent that lacks it is believed.
+        if verdict.found and isinstance(verdict.body, list) and verdict.body and verdict.body[0].get("Allow") is False:
+            raise ConsulError(
+                Failure.DOUBTFUL,
+                f"the token may not read {self._words} in Consul: it needs "
+                f'key_prefix "{self._prefix}" {{policy = "read"}}, or write for changes',
+            )
+        return {}, ()
+
+    @property
+    def _no_write(self) -> str:
+        return f'the token needs key_prefix "{self._prefix}" {{policy = "write"}}'
 
     def _reader(self) -> ConsulReader:
         return ConsulReader(self._addresses, self._token)
@@ -179,10 +217,10 @@ class ConsulPolicyStore:
                             raise
                 else:
                     answer = await reader.get(path, parameters)
-                documents, _ = await _documents(reader, answer)
+                documents, _ = await self._documents(reader, answer)
         except (ConsulError, MalformedAnswerError) as error:
             raise StoreUnavailableError(str(error)) from error
-        return [documents[service] for service in sorted(documents)]
+        return [documents[name] for name in sorted(documents)]
 
     def _transact(self, operation: dict[str, object]) -> int | None:
         """Runs in a thread. The index of the transaction's result; None when its compare-and-set failed."""
@@ -193,10 +231,12 @@ class ConsulPolicyStore:
             except consul.base.ClientError as error:
                 if "index is stale" in str(error):
                     return None
-                rights = f"; {_NO_WRITE}" if "Permission denied" in str(error) else ""
+                rights = f"; {self._no_write}" if "Permission denied" in str(error) else ""
                 raise StoreUnavailableError(f"Consul at {address} refused the write: {error}{rights}") from None
             except consul.ACLPermissionDenied as error:
-                raise StoreUnavailableError(f"Consul at {address} refused the write: {error}; {_NO_WRITE}") from None
+                raise StoreUnavailableError(
+                    f"Consul at {address} refused the write: {error}; {self._no_write}"
+                ) from None
             except requests.ConnectionError as error:
                 if not _was_never_sent(error):
                     raise StoreUnavailableError(
@@ -246,30 +286,3 @@ def _transaction_index(answer: object) -> int:
     except (KeyError, TypeError, IndexError, ValueError):
         text = json.dumps(answer, default=str)[:200]
         raise StoreUnavailableError(f"Consul answered the write in an unknown form: {text}") from None
-
-
-def _index(service: str, if_version: str) -> int:
-    if not if_version:
-        return 0
-    if not if_version.isdecimal() or int(if_version) == 0:
-        raise VersionConflictError(service, if_version, "another")
-    return int(if_version)
-
-
-async def _documents(reader: ConsulReader, answer: ConsulAnswer) -> tuple[dict[str, StoredDocument], tuple[str, ...]]:
-    """What an answer holds; "nothing" is believed only of a token that may see it. Raises ConsulError otherwise."""
-    if answer.found:
-        return parse_policies(answer.body)
-    try:
-        verdict = await reader.post(
-            "/v1/internal/acl/authorize",
-            [{"Resource": "key", "Access": "read", "Segment": f"{POLICY_PREFIX}any"}],
-        )
-    except ConsulError as error:
-        if error.failure is Failure.FORBIDDEN and "ACL support disabled" in str(error):
-            return {}, ()
-        raise
-    # The path is that of Consul's own web page. An agent that lacks it is believed.
-    if verdict.found and isinstance(verdict.body, list) and verdict.body and verdict.body[0].get("Allow") is False:
-        raise ConsulError(Failure.DOUBTFUL, _NO_RIGHTS)
-    return {}, ()

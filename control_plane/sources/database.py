@@ -20,9 +20,9 @@ from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
 FILE_NAME = "registry.sqlite"
-SCHEMA_VERSION = 1
 
-_SCHEMA = """
+_SCHEMA = (
+    """
 CREATE TABLE leases (
     service TEXT NOT NULL,
     endpoint_id TEXT NOT NULL,
@@ -35,8 +35,23 @@ CREATE TABLE leases (
 CREATE TABLE policies (service TEXT PRIMARY KEY, document BLOB NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE last_version (only INTEGER PRIMARY KEY CHECK (only = 1), version INTEGER NOT NULL);
 INSERT INTO last_version VALUES (1, 0);
-PRAGMA user_version = 1;
-"""
+""",
+    # Policies of more than one kind.
+    """
+CREATE TABLE documents (
+    kind TEXT NOT NULL,
+    name TEXT NOT NULL,
+    document BLOB NOT NULL,
+    version INTEGER NOT NULL,
+    PRIMARY KEY (kind, name)
+) WITHOUT ROWID;
+CREATE TABLE last_versions (kind TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO documents SELECT 'policies', service, document, version FROM policies;
+INSERT INTO last_versions SELECT 'policies', version FROM last_version WHERE version > 0;
+DROP TABLE policies;
+DROP TABLE last_version;
+""",
+)
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -127,7 +142,7 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if self.path is not None:
             _keep_to_ourselves(self.path)
-        return connect(self.path, _SCHEMA, SCHEMA_VERSION)
+        return connect(self.path, _SCHEMA)
 
     def _move_aside(self, problem: str) -> None:
         if self._connection is not None:

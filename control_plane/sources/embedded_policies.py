@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+from dataclasses import dataclass
 
 from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected, SourceLost
 from control_plane.sources import (
@@ -16,6 +17,8 @@ from control_plane.sources import (
     VersionConflictError,
 )
 from control_plane.sources.database import Database
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import Policy
 
 _logger = logging.getLogger(__name__)
 
@@ -25,12 +28,14 @@ class EmbeddedPolicyStore:
 
     Args:
         database: shared with the embedded registry.
+        kind: of policy.
     """
 
-    name = "embedded-policies"
-
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, kind: type[Policy] = ServicePolicy) -> None:
         self._database = database
+        self.kind = kind
+        self.name = f"embedded-{kind.STORED_AS}"
+        self._table = _Table(kind)
         self._emit: EmitPolicy = _ignore
         # Emissions keep the order of the writes: a write and its event are one step.
         self._order = asyncio.Lock()
@@ -42,7 +47,7 @@ class EmbeddedPolicyStore:
             try:
                 async with self._order:
                     for stored in await self.list():
-                        emit(PolicyStored(stored.service, stored.document, stored.version))
+                        emit(PolicyStored(stored.name, stored.document, stored.version))
                     self._emit = emit
                 break
             except StoreUnavailableError as error:
@@ -56,21 +61,21 @@ class EmbeddedPolicyStore:
         finally:
             self._emit = _ignore
 
-    async def get(self, service: str) -> StoredDocument | None:
+    async def get(self, name: str) -> StoredDocument | None:
         """The stored document, or None.
 
         Raises:
             StoreUnavailableError: the file cannot be read.
         """
-        return await self._database.run(lambda connection: _get(connection, service))
+        return await self._database.run(lambda connection: self._table.get(connection, name))
 
     async def list(self) -> list[StoredDocument]:
-        """Every stored document, ordered by service.
+        """Every stored document, ordered by name.
 
         Raises:
             StoreUnavailableError: the file cannot be read.
         """
-        return await self._database.run(_list)
+        return await self._database.run(self._table.list)
 
     async def is_fresh(self) -> bool:
         """Whether the file has never held a policy: it is a new mesh's, or was begun afresh after a damage.
@@ -78,9 +83,9 @@ class EmbeddedPolicyStore:
         Raises:
             StoreUnavailableError: the file cannot be read.
         """
-        return await self._database.run(lambda connection: _last_version(connection) == 0)
+        return await self._database.run(lambda connection: self._table.last_version(connection) == 0)
 
-    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+    async def put(self, name: str, document: bytes, if_version: str | None) -> StoredDocument:
         """Stores a document by compare-and-set.
 
         Raises:
@@ -88,9 +93,9 @@ class EmbeddedPolicyStore:
             StoreUnavailableError: the file cannot be written.
         """
         # A caller that gives up in between must not part a write from its event.
-        return await asyncio.shield(self._put(service, document, if_version))
+        return await asyncio.shield(self._put(name, document, if_version))
 
-    async def delete(self, service: str, if_version: str | None) -> None:
+    async def delete(self, name: str, if_version: str | None) -> None:
         """Deletes a document by compare-and-set.
 
         Raises:
@@ -98,56 +103,67 @@ class EmbeddedPolicyStore:
             VersionConflictError: another version is stored; nothing is changed.
             StoreUnavailableError: the file cannot be written.
         """
-        await asyncio.shield(self._delete(service, if_version))
+        await asyncio.shield(self._delete(name, if_version))
 
-    async def _put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+    async def _put(self, name: str, document: bytes, if_version: str | None) -> StoredDocument:
         async with self._order:
-            stored = await self._database.run(lambda connection: _put(connection, service, document, if_version))
-            self._emit(PolicyStored(service, stored.document, stored.version))
+            stored = await self._database.run(
+                lambda connection: self._table.put(connection, name, document, if_version)
+            )
+            self._emit(PolicyStored(name, stored.document, stored.version))
         return stored
 
-    async def _delete(self, service: str, if_version: str | None) -> None:
+    async def _delete(self, name: str, if_version: str | None) -> None:
         async with self._order:
-            await self._database.run(lambda connection: _delete(connection, service, if_version))
-            self._emit(PolicyDeleted(service))
+            await self._database.run(lambda connection: self._table.delete(connection, name, if_version))
+            self._emit(PolicyDeleted(name))
 
 
 def _ignore(_event: PolicyStoreEvent) -> None:
     """Nobody listens while the store does not run."""
 
 
-def _get(connection: sqlite3.Connection, service: str) -> StoredDocument | None:
-    row = connection.execute("SELECT document, version FROM policies WHERE service = ?", (service,)).fetchone()
-    return None if row is None else StoredDocument(service, row[0], str(row[1]))
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The documents of one kind, within a transaction."""
 
+    kind: type[Policy]
 
-def _last_version(connection: sqlite3.Connection) -> int:
-    (version,) = connection.execute("SELECT version FROM last_version").fetchone()
-    return int(version)
+    def get(self, connection: sqlite3.Connection, name: str) -> StoredDocument | None:
+        row = connection.execute(
+            "SELECT document, version FROM documents WHERE kind = ? AND name = ?", (self.kind.STORED_AS, name)
+        ).fetchone()
+        return None if row is None else StoredDocument(name, row[0], str(row[1]))
 
+    def list(self, connection: sqlite3.Connection) -> list[StoredDocument]:
+        rows = connection.execute(
+            "SELECT name, document, version FROM documents WHERE kind = ? ORDER BY name", (self.kind.STORED_AS,)
+        )
+        return [StoredDocument(name, document, str(version)) for name, document, version in rows]
 
-def _list(connection: sqlite3.Connection) -> list[StoredDocument]:
-    rows = connection.execute("SELECT service, document, version FROM policies ORDER BY service")
-    return [StoredDocument(service, document, str(version)) for service, document, version in rows]
+    def put(self, connection: sqlite3.Connection, name: str, document: bytes, if_version: str | None) -> StoredDocument:
+        self._check_version(name, if_version, self.get(connection, name))
+        connection.execute(
+            "INSERT INTO last_versions VALUES (?, 1) ON CONFLICT (kind) DO UPDATE SET version = version + 1",
+            (self.kind.STORED_AS,),
+        )
+        version = self.last_version(connection)
+        row = (self.kind.STORED_AS, name, document, version)
+        connection.execute("INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?)", row)
+        return StoredDocument(name, document, str(version))
 
+    def delete(self, connection: sqlite3.Connection, name: str, if_version: str | None) -> None:
+        stored = self.get(connection, name)
+        if stored is None:
+            raise NotStoredError(self.kind, name)
+        self._check_version(name, if_version, stored)
+        connection.execute("DELETE FROM documents WHERE kind = ? AND name = ?", (self.kind.STORED_AS, name))
 
-def _put(connection: sqlite3.Connection, service: str, document: bytes, if_version: str | None) -> StoredDocument:
-    _check_version(service, if_version, _get(connection, service))
-    connection.execute("UPDATE last_version SET version = version + 1")
-    version = _last_version(connection)
-    connection.execute("INSERT OR REPLACE INTO policies VALUES (?, ?, ?)", (service, document, version))
-    return StoredDocument(service, document, str(version))
+    def last_version(self, connection: sqlite3.Connection) -> int:
+        row = connection.execute("SELECT version FROM last_versions WHERE kind = ?", (self.kind.STORED_AS,)).fetchone()
+        return int(row[0]) if row else 0
 
-
-def _delete(connection: sqlite3.Connection, service: str, if_version: str | None) -> None:
-    stored = _get(connection, service)
-    if stored is None:
-        raise NotStoredError(service)
-    _check_version(service, if_version, stored)
-    connection.execute("DELETE FROM policies WHERE service = ?", (service,))
-
-
-def _check_version(service: str, if_version: str | None, stored: StoredDocument | None) -> None:
-    version = stored.version if stored else ""
-    if if_version is not None and if_version != version:
-        raise VersionConflictError(service, if_version, version)
+    def _check_version(self, name: str, if_version: str | None, stored: StoredDocument | None) -> None:
+        version = stored.version if stored else ""
+        if if_version is not None and if_version != version:
+            raise VersionConflictError(self.kind, name, if_version, version)

@@ -14,11 +14,10 @@ from control_plane.documents import parse_document
 from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument, StoreUnavailableError
 from mesh_client.core.errors import InvalidPolicyError
-from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import Policy
 
 _logger = logging.getLogger(__name__)
 
-FILE_NAME = "last-good-policies.json"
 RETRY_DELAY = 0.5
 """Seconds until a store that cannot be read is asked again whether it was lost."""
 
@@ -26,7 +25,8 @@ RETRY_DELAY = 0.5
 class LastGoodPolicies:
     """A policy store that says first which documents were good before, and then what is stored.
 
-    So the defaults, which authorize everybody and limit nobody, take the place of a policy only when it was deleted.
+    So the defaults take the place of a policy only when it was deleted: those of services authorize everybody and limit
+    nobody, those of edges expose nothing.
     The file is a help, not a store: one that is lost or damaged, or cannot be written, is warned of and done without.
 
     Args:
@@ -41,11 +41,16 @@ class LastGoodPolicies:
     ) -> None:
         self._store = store
         self._is_fresh = is_fresh
-        self._path = directory / FILE_NAME
+        self._path = directory / f"last-good-{store.kind.STORED_AS}.json"
         self._good: dict[str, bytes] = {}
         self._unconfirmed: set[str] = set()
         """Known from the file alone."""
         self._changed = asyncio.Event()
+
+    @property
+    def kind(self) -> type[Policy]:
+        """The store's."""
+        return self._store.kind
 
     @property
     def name(self) -> str:
@@ -56,21 +61,21 @@ class LastGoodPolicies:
         """Emits the documents that were good, then every stored document and every change, until cancelled."""
         self._good = await asyncio.to_thread(self._load)
         self._unconfirmed = set(self._good)
-        for service, document in self._good.items():
-            emit(PolicyStored(service, document, ""))
+        for name, document in self._good.items():
+            emit(PolicyStored(name, document, ""))
         if self._good and self._is_fresh is not None:
             await self._restore(self._is_fresh)
 
         def take(event: PolicyStoreEvent) -> None:
             if isinstance(event, SourceConnected):
-                for service in sorted(self._unconfirmed):
-                    self._forget(service)
-                    emit(PolicyDeleted(service))
+                for name in sorted(self._unconfirmed):
+                    self._forget(name)
+                    emit(PolicyDeleted(name))
                 self._unconfirmed.clear()
             elif isinstance(event, PolicyStored):
                 self._remember(event)
             elif isinstance(event, PolicyDeleted):
-                self._forget(event.service)
+                self._forget(event.name)
             emit(event)
 
         saving = asyncio.create_task(self._save_changes(), name="last good policies")
@@ -83,28 +88,28 @@ class LastGoodPolicies:
             if self._changed.is_set():
                 self._save(dict(self._good))
 
-    async def get(self, service: str) -> StoredDocument | None:
+    async def get(self, name: str) -> StoredDocument | None:
         """As the store's."""
-        return await self._store.get(service)
+        return await self._store.get(name)
 
     async def list(self) -> Sequence[StoredDocument]:
         """As the store's."""
         return await self._store.list()
 
-    async def put(self, service: str, document: bytes, if_version: str | None) -> StoredDocument:
+    async def put(self, name: str, document: bytes, if_version: str | None) -> StoredDocument:
         """As the store's."""
-        return await self._store.put(service, document, if_version)
+        return await self._store.put(name, document, if_version)
 
-    async def delete(self, service: str, if_version: str | None) -> None:
+    async def delete(self, name: str, if_version: str | None) -> None:
         """As the store's."""
-        await self._store.delete(service, if_version)
+        await self._store.delete(name, if_version)
 
     async def _restore(self, is_fresh: Callable[[], Awaitable[bool]]) -> None:
         while True:
             try:
                 if await is_fresh():
-                    for service, document in self._good.items():
-                        await self._store.put(service, document, None)
+                    for name, document in self._good.items():
+                        await self._store.put(name, document, None)
                     _logger.error(
                         "%s were lost: those that were good before are stored again (%s); see whether any is missing",
                         self.name,
@@ -117,14 +122,14 @@ class LastGoodPolicies:
                 return
 
     def _remember(self, event: PolicyStored) -> None:
-        self._unconfirmed.discard(event.service)
-        if self._good.get(event.service) == event.document or not _is_good(event.service, event.document):
+        self._unconfirmed.discard(event.name)
+        if self._good.get(event.name) == event.document or not self._is_good(event.name, event.document):
             return
-        self._good[event.service] = event.document
+        self._good[event.name] = event.document
         self._changed.set()
 
-    def _forget(self, service: str) -> None:
-        if self._good.pop(service, None) is not None:
+    def _forget(self, name: str) -> None:
+        if self._good.pop(name, None) is not None:
             self._changed.set()
 
     async def _save_changes(self) -> None:
@@ -141,21 +146,21 @@ class LastGoodPolicies:
     def _load(self) -> dict[str, bytes]:
         try:
             documents = json.loads(self._path.read_bytes())
-            pairs = {service: str(document).encode() for service, document in dict(documents).items()}
+            pairs = {name: str(document).encode() for name, document in dict(documents).items()}
         except FileNotFoundError:
             return {}
         except (OSError, TypeError, ValueError) as error:
             _logger.warning("%s is ignored: %s", self._path, error)
             return {}
-        return {service: document for service, document in pairs.items() if _is_good(service, document)}
+        return {name: document for name, document in pairs.items() if self._is_good(name, document)}
 
     def _save(self, documents: dict[str, bytes]) -> None:
-        text = json.dumps({service: document.decode() for service, document in sorted(documents.items())})
+        text = json.dumps({name: document.decode() for name, document in sorted(documents.items())})
         temporary: Path | None = None
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
-                "w", dir=self._path.parent, prefix=f".{FILE_NAME}.", encoding="utf-8", delete=False
+                "w", dir=self._path.parent, prefix=f".{self._path.name}.", encoding="utf-8", delete=False
             ) as file:
                 temporary = Path(file.name)
                 file.write(text)
@@ -165,10 +170,9 @@ class LastGoodPolicies:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
 
-
-def _is_good(service: str, document: bytes) -> bool:
-    try:
-        parse_document(document, ServicePolicy, service)
-    except (InvalidPolicyError, ValueError):
-        return False
-    return True
+    def _is_good(self, name: str, document: bytes) -> bool:
+        try:
+            parse_document(document, self.kind, name)
+        except (InvalidPolicyError, ValueError):
+            return False
+        return True

@@ -10,12 +10,19 @@ from collections.abc import Mapping
 
 from control_plane.events import PolicyDeleted, PolicyEvent, PolicyStored
 from control_plane.sources import StoredDocument
+from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import Policy
 
 
 class PolicyView:
-    """Folds answers into events."""
+    """Folds answers into events.
 
-    def __init__(self) -> None:
+    Args:
+        kind: of policy.
+    """
+
+    def __init__(self, kind: type[Policy] = ServicePolicy) -> None:
+        self._kind = kind
         self._known: dict[str, StoredDocument] = {}
         self._lost: set[str] = set()
 
@@ -24,8 +31,9 @@ class PolicyView:
         """What was lost, in words for the operator; None when nothing was."""
         if not self._lost:
             return None
+        lost = ", ".join(self._kind.called(name) for name in sorted(self._lost))
         return (
-            f"Consul came back without the policies of {', '.join(sorted(self._lost))}: they stay in force; apply them "
+            f"Consul came back without the policies of {lost}: they stay in force; apply them "
             "again, or restart the control plane to go without"
         )
 
@@ -36,12 +44,12 @@ class PolicyView:
             self._lost = set(self._known)
         self._lost -= stored.keys()
         events: list[PolicyEvent] = []
-        for service in sorted(missing - self._lost):
-            del self._known[service]
-            events.append(PolicyDeleted(service))
-        for service in sorted(stored):
-            document = stored[service]
-            if document != self._known.get(service):
-                self._known[service] = document
-                events.append(PolicyStored(service, document.document, document.version))
+        for name in sorted(missing - self._lost):
+            del self._known[name]
+            events.append(PolicyDeleted(name))
+        for name in sorted(stored):
+            document = stored[name]
+            if document != self._known.get(name):
+                self._known[name] = document
+                events.append(PolicyStored(name, document.document, document.version))
         return events

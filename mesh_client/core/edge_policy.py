@@ -212,6 +212,7 @@ class EdgePolicy(Policy):
     """What one edge exposes, and to whom."""
 
     NAMED_BY: ClassVar[str] = "edge"
+    STORED_AS: ClassVar[str] = "edge-policies"
 
     edge: DnsLabel = "edge"
     gateways: Annotated[tuple[DnsLabel, ...], Field(max_length=100)] = ()
@@ -228,6 +229,11 @@ class EdgePolicy(Policy):
     """A line of JSON for each request, on the edge's standard output."""
     accept: Annotated[tuple[Accepted, ...], Field(max_length=1000)] = ()
     """Findings of ``mesh gateway lint`` that are taken for warnings. Kong."""
+
+    @classmethod
+    def called(cls, name: str) -> str:
+        """How messages call what a policy of this name is for."""
+        return f"edge {name}"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

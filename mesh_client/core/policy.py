@@ -289,6 +289,7 @@ class ServicePolicy(Policy):
     """How clients call one service, and what its servers admit. The defaults are what a service without policy gets."""
 
     NAMED_BY: ClassVar[str] = "service"
+    STORED_AS: ClassVar[str] = "policies"
 
     service: DnsLabel
     timeout: PositiveDuration | None = None

@@ -101,11 +101,18 @@ class Policy(Model):
 
     NAMED_BY: ClassVar[str]
     """The field that holds its name."""
+    STORED_AS: ClassVar[str]
+    """What stores call all of its kind."""
 
     @property
     def name(self) -> str:
         """What it is stored under."""
         return cast("str", getattr(self, self.NAMED_BY))
+
+    @classmethod
+    def called(cls, name: str) -> str:
+        """How messages call what a policy of this name is for."""
+        return name
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> Self:

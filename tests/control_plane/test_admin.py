@@ -16,6 +16,7 @@ from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from control_plane.sources import EmitPolicy, StoredDocument, StoreUnavailableError
 from mesh_client.core.model import Endpoint, Health
+from mesh_client.core.policy import ServicePolicy
 from tests.control_plane.worlds import BOUND, ENDPOINTS, POLICY, HandSource, Request, World, running
 
 GOOD = "service: orders\ntimeout: 3s\n"
@@ -265,6 +266,7 @@ class BadStore:
     """A policy store with a bad document in it, that fails when it is asked to."""
 
     name = "bad-store"
+    kind = ServicePolicy
 
     def __init__(self) -> None:
         self.broken = False

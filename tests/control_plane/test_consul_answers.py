@@ -17,8 +17,10 @@ from control_plane.sources.consul_answers import (
     parse_health,
     parse_policies,
     parse_services,
+    policy_prefix,
 )
 from mesh_client.core.model import Endpoint, Health, Locality
+from mesh_client.core.policy import ServicePolicy
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -236,13 +238,15 @@ def test_an_answer_that_is_no_list_of_checks_is_malformed(answer: object) -> Non
 
 # -- policies
 
+PREFIX = policy_prefix(ServicePolicy)
+
 
 def key(name: str, value: object = "c2VydmljZTogeA==", index: object = 7) -> dict[str, object]:
     return {"Key": f"mesh/policies/{name}", "Value": value, "ModifyIndex": index}
 
 
 def test_a_key_is_a_policy() -> None:
-    documents, problems = parse_policies([key("orders"), key("payments", None, 9)])
+    documents, problems = parse_policies([key("orders"), key("payments", None, 9)], PREFIX)
     assert documents == {
         "orders": StoredDocument("orders", b"service: x", "7"),
         "payments": StoredDocument("payments", b"", "9"),
@@ -251,7 +255,7 @@ def test_a_key_is_a_policy() -> None:
 
 
 def test_a_key_that_names_no_service_is_described() -> None:
-    documents, problems = parse_policies([key("orders/old"), key(""), key("orders")])
+    documents, problems = parse_policies([key("orders/old"), key(""), key("orders")], PREFIX)
     assert set(documents) == {"orders"}
     assert len(problems) == 1
     assert "orders/old" in problems[0]
@@ -263,4 +267,4 @@ def test_a_key_that_names_no_service_is_described() -> None:
 )
 def test_an_answer_that_is_no_list_of_keys_is_malformed(answer: object) -> None:
     with pytest.raises(MalformedAnswerError):
-        parse_policies(answer)
+        parse_policies(answer, PREFIX)

@@ -116,7 +116,7 @@ async def test_reads_and_writes_go_to_the_next_agent_when_the_first_is_not_there
     consul.answer(KEYS, [KEY])
     store = ConsulPolicyStore([absent, consul.address], ConsulToken())
     assert (await store.put("orders", b"1", "8")).version == "9"
-    assert [stored.service for stored in await store.list()] == ["orders"]
+    assert [stored.name for stored in await store.list()] == ["orders"]
     consul.answer(KEYS, b"gone", status=500)
     with pytest.raises(StoreUnavailableError, match="gone"):
         await store.list()

@@ -30,6 +30,7 @@ from control_plane.subscription import Subscriptions
 from mesh_client import convert
 from mesh_client.core import store as client
 from mesh_client.core.model import Endpoint, Health, ResourceKind
+from mesh_client.core.policy import ServicePolicy
 
 SERVICES = ["orders", "payments", "stock"]
 IDS = [f"endpoint-{number:02}" for number in range(12)]
@@ -71,7 +72,7 @@ def spoil(resource: resource_pb2.Resource) -> None:
 class ConvergenceModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
-        self.book = PolicyBook()
+        self.book = PolicyBook(ServicePolicy)
         self.services: dict[str, tuple[Endpoint, ...]] = {}
         self.snapshot = EMPTY
         self.encoder = ResponseEncoder("control-plane-1")

@@ -26,7 +26,9 @@ from mesh_client.core.policy import ServicePolicy
 ENDPOINT = Endpoint(
     "1", "::1", 1000, weight=7, health=Health.UNHEALTHY, locality=Locality("region", "zone"), metadata={"version": "v2"}
 )
-SNAPSHOT = build_snapshot({"orders": (Endpoint("0", "127.0.0.1", 1), ENDPOINT), "empty": ()}, PolicyBook().policy)
+SNAPSHOT = build_snapshot(
+    {"orders": (Endpoint("0", "127.0.0.1", 1), ENDPOINT), "empty": ()}, PolicyBook(ServicePolicy).policy
+)
 
 
 @pytest.mark.parametrize("endpoint", [ENDPOINT, Endpoint("2", "host.example", 1, health=Health.DRAINING)])

@@ -21,13 +21,14 @@ from control_plane.policies import PolicyBook
 from control_plane.publisher import Debounce, Publisher
 from control_plane.snapshot import build_snapshot
 from mesh_client.core.model import Endpoint
+from mesh_client.core.policy import ServicePolicy
 from tests.control_plane.worlds import BOUND, ENDPOINTS, POLICY, Client, HandSource, Request, World, running
 
 
 @asynccontextmanager
 async def hub_alone(endpoint: Endpoint) -> AsyncIterator[tuple[StreamHub, grpc.aio.Server, str]]:
     """A hub without a control plane around it, its server and address."""
-    book = PolicyBook()
+    book = PolicyBook(ServicePolicy)
     publisher = Publisher(
         lambda previous, now: (build_snapshot({"orders": (endpoint,)}, book.policy, previous), None), Debounce()
     )

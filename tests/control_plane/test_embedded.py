@@ -12,10 +12,11 @@ import pytest
 
 from control_plane.events import EndpointDrained, PolicyDeleted, PolicyStored
 from control_plane.sources import NotStoredError, StoreUnavailableError, VersionConflictError
-from control_plane.sources.database import Database
+from control_plane.sources.database import _SCHEMA, Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.leases import LeaseHeldError
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Health
 from tests.control_plane.recording import recorded
@@ -48,15 +49,13 @@ async def execute(database: Database, statement: str) -> None:
 
 async def test_work_is_done_or_undone_whole(database: Database) -> None:
     def half(connection: sqlite3.Connection) -> None:
-        connection.execute("UPDATE last_version SET version = 7")
+        connection.execute("INSERT INTO last_versions VALUES ('policies', 7)")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await database.run(half)
-    (version,) = await database.run(
-        lambda connection: connection.execute("SELECT version FROM last_version").fetchone()
-    )
-    assert version == 0
+    rows = await database.run(lambda connection: connection.execute("SELECT * FROM last_versions").fetchall())
+    assert rows == []
 
 
 async def test_a_mistake_in_a_statement_is_an_unavailable_store_and_no_damage(database: Database) -> None:
@@ -70,7 +69,7 @@ async def test_in_memory_nothing_is_written() -> None:
     assert database.path is None
     store = EmbeddedPolicyStore(database)
     await store.put("a", b"1", "")
-    assert [stored.service for stored in await store.list()] == ["a"]
+    assert [stored.name for stored in await store.list()] == ["a"]
     await database.close()
 
 
@@ -167,6 +166,25 @@ async def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
         await database.open()
     await database.close()
     assert not list(tmp_path.glob("*.damaged-*"))
+
+
+async def test_policies_of_a_file_that_an_older_version_wrote_are_taken_over(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "registry.sqlite")) as connection:
+        connection.executescript(_SCHEMA[0])
+        connection.execute("INSERT INTO policies VALUES ('orders', 'service: orders', 7)")
+        connection.execute("UPDATE last_version SET version = 9")
+        connection.execute("PRAGMA user_version = 1")
+        connection.commit()
+    database = Database(tmp_path)
+    store, edges = EmbeddedPolicyStore(database), EmbeddedPolicyStore(database, EdgePolicy)
+    assert [(item.name, item.version) for item in await store.list()] == [("orders", "7")]
+    assert (await store.put("orders", b"1", "7")).version == "10"
+    assert not await store.is_fresh()
+    assert await edges.is_fresh()
+    await database.close()
+    again = Database(tmp_path)
+    assert [item.version for item in await EmbeddedPolicyStore(again).list()] == ["10"]
+    await again.close()
 
 
 # -- leases
@@ -269,12 +287,12 @@ async def test_a_stream_that_was_taken_over_has_no_say_any_more(database: Databa
 async def test_a_store_that_cannot_be_read_at_first_is_read_later(tmp_path: Path) -> None:
     database = Database(tmp_path)
     await execute(database, "ALTER TABLE leases RENAME TO hidden")
-    await execute(database, "ALTER TABLE policies RENAME TO covered")
+    await execute(database, "ALTER TABLE documents RENAME TO covered")
     async with recorded(EmbeddedSource(database)) as leases, recorded(EmbeddedPolicyStore(database)) as policies:
         await leases.until(lambda: "no such table" in leases.detail)
         await policies.until(lambda: "no such table" in policies.detail)
         await execute(database, "ALTER TABLE hidden RENAME TO leases")
-        await execute(database, "ALTER TABLE covered RENAME TO policies")
+        await execute(database, "ALTER TABLE covered RENAME TO documents")
         await leases.until(lambda: leases.connected)
         await policies.until(lambda: policies.connected)
     await database.close()
@@ -338,6 +356,25 @@ async def test_a_version_is_never_given_twice(database: Database) -> None:
     await store.delete("orders", None)
     second = await store.put("orders", b"1", None)
     assert first.version != second.version
+
+
+async def test_policies_of_another_kind_are_others(database: Database) -> None:
+    services, edges = EmbeddedPolicyStore(database), EmbeddedPolicyStore(database, EdgePolicy)
+    async with recorded(services) as of_services, recorded(edges) as of_edges:
+        await of_services.until(lambda: of_services.connected)
+        await of_edges.until(lambda: of_edges.connected)
+        await services.put("public", b"service: public", "")
+        assert await edges.is_fresh()
+        with pytest.raises(NotStoredError, match="no policy is stored for edge public"):
+            await edges.delete("public", None)
+        stored = await edges.put("public", b"edge: public", "")
+        assert (stored.version, await edges.get("public"), await edges.list()) == ("1", stored, [stored])
+        with pytest.raises(VersionConflictError, match="policy of edge public: expected version 7"):
+            await edges.delete("public", "7")
+        await services.delete("public", None)
+        assert await edges.list() == [stored]
+    assert (of_services.policies, of_edges.policies) == ({}, {"public": b"edge: public"})
+    assert (services.name, edges.name) == ("embedded-policies", "embedded-edge-policies")
 
 
 async def test_changes_are_said_in_order_and_stored_policies_at_the_start(database: Database) -> None:

@@ -13,9 +13,11 @@ from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.sources import StoreUnavailableError
 from control_plane.sources.database import Database
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
-from control_plane.sources.last_good import FILE_NAME, LastGoodPolicies
+from control_plane.sources.last_good import LastGoodPolicies
+from mesh_client.core.edge_policy import EdgePolicy
 from tests.control_plane.recording import Recording, recorded
 
+FILE_NAME = "last-good-policies.json"
 GOOD = b"service: orders\ntimeout: 1s\n"
 BETTER = b"service: orders\ntimeout: 2s\n"
 BAD = b"service: orders\ntimeout: never\n"
@@ -79,7 +81,7 @@ async def test_changes_are_kept_while_it_runs(tmp_path: Path) -> None:
             await policies.delete("orders", None)
             assert await policies.get("orders") is None
             (left,) = await policies.list()
-            assert left.service == "payments"
+            assert left.name == "payments"
     assert (await events(tmp_path))[0] == PolicyStored("payments", b"service: payments", "")
 
 
@@ -134,6 +136,31 @@ async def test_what_was_good_is_stored_again_in_a_file_that_was_lost(
         assert not await store.is_fresh()
     # A deletion is one: the file has held policies.
     assert await events(tmp_path) == [CONNECTED]
+
+
+async def both(directory: Path, edge: bytes | None = None) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What a control plane whose file was lost knows of policies of both kinds, once it has stored this one."""
+    database = Database(None)
+    await database.open()
+    services, edges = EmbeddedPolicyStore(database), EmbeddedPolicyStore(database, EdgePolicy)
+    async with (
+        recorded(LastGoodPolicies(services, directory, services.is_fresh)) as of_services,
+        recorded(LastGoodPolicies(edges, directory, edges.is_fresh)) as of_edges,
+    ):
+        await of_services.until(lambda: of_services.connected)
+        await of_edges.until(lambda: of_edges.connected)
+        if edge is not None:
+            await edges.put("public", edge, "")
+    await database.close()
+    return of_services.policies, of_edges.policies
+
+
+async def test_policies_of_edges_are_kept_beside_and_come_back_too(tmp_path: Path) -> None:
+    edge = b"edge: public\nservices: {a.B: {upstream: b}}\n"
+    await events(tmp_path, orders=GOOD)
+    assert await both(tmp_path, edge) == ({"orders": GOOD}, {"public": edge})
+    assert await both(tmp_path) == ({"orders": GOOD}, {"public": edge})
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, "last-good-edge-policies.json"}
 
 
 async def test_a_store_that_cannot_say_whether_it_was_lost_is_asked_again(

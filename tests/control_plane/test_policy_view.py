@@ -6,6 +6,7 @@ from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected, S
 from control_plane.sources import StoredDocument
 from control_plane.sources.policy_view import PolicyView
 from control_plane.sources.source_health import SourceHealth
+from mesh_client.core.edge_policy import EdgePolicy
 
 
 def stored(*names: str, version: str = "1") -> dict[str, StoredDocument]:
@@ -50,6 +51,14 @@ def test_everything_gone_after_a_restart_is_a_loss_until_it_is_stored_again() ->
     assert view.documents(stored("b", version="3"), False) == [event("b", "3")]
     assert view.loss is None
     assert view.documents({}, False) == [PolicyDeleted("b")]
+
+
+def test_a_lost_policy_of_an_edge_is_called_one() -> None:
+    view = PolicyView(EdgePolicy)
+    view.documents(stored("public"), False)
+    view.documents({}, True)
+    assert view.loss is not None
+    assert "the policies of edge public: " in view.loss
 
 
 def test_nothing_stored_before_and_after_a_restart_is_no_loss() -> None:

@@ -15,6 +15,7 @@ from control_plane.publisher import Debounce, Publisher
 from control_plane.snapshot import EMPTY, Snapshot, build_snapshot
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import ResourceKind
+from mesh_client.core.policy import ServicePolicy
 
 
 class TestDebounce:
@@ -64,7 +65,7 @@ class World:
         self.deadline: float | None = None
         self.compiled = 0
         self.published: asyncio.Queue[tuple[Snapshot, frozenset[tuple[ResourceKind, str]]]] = asyncio.Queue()
-        self.book = PolicyBook()
+        self.book = PolicyBook(ServicePolicy)
         self.publisher = Publisher(self.compile, Debounce(quiet, maximum))
         self.publisher.listen(lambda snapshot, changed: self.published.put_nowait((snapshot, changed)))
 

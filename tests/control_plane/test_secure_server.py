@@ -309,6 +309,7 @@ async def test_one_workload_does_not_keep_the_others_out(world: World, monkeypat
 
 async def test_who_changes_policies_is_logged(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "control_plane.admin")
+    caplog.set_level(logging.INFO, "control_plane.admin_policies")
     admin = admin_pb2_grpc.AdminServiceStub(await world.operator())
     await admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document="service: orders"), timeout=TIMEOUT)
     await admin.DeletePolicy(admin_pb2.DeletePolicyRequest(service="orders"), timeout=TIMEOUT)

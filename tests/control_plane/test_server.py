@@ -134,11 +134,12 @@ class TestRegistries:
         async with grpc.aio.insecure_channel(plane.address) as channel:
             world = World(plane, HandSource(), channel)
             async with asyncio.timeout(BOUND):
-                while len((await world.admin.GetStatus(admin_pb2.GetStatusRequest())).sources) < 2:
+                while len((await world.admin.GetStatus(admin_pb2.GetStatusRequest())).sources) < 3:
                     await asyncio.sleep(0)
             shown = await world.admin.GetStatus(admin_pb2.GetStatusRequest())
             assert [(source.name, source.connected) for source in shown.sources] == [
                 ("consul", False),
+                ("consul-edge-policies", False),
                 ("consul-policies", False),
             ]
             call = world.registry.Register()

@@ -25,6 +25,7 @@ from control_plane.snapshot import (
     endpoints_delta,
 )
 from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind
+from mesh_client.core.policy import ServicePolicy
 
 
 def endpoints(*ids: str, port: int = 1000) -> tuple[Endpoint, ...]:
@@ -32,7 +33,7 @@ def endpoints(*ids: str, port: int = 1000) -> tuple[Endpoint, ...]:
 
 
 def resource(*members: Endpoint) -> EndpointsResource:
-    return build_snapshot({"orders": members}, PolicyBook().policy).endpoints["orders"]
+    return build_snapshot({"orders": members}, PolicyBook(ServicePolicy).policy).endpoints["orders"]
 
 
 class TestVersions:
@@ -67,7 +68,7 @@ class TestVersions:
 
 class TestBuilding:
     def test_every_known_service_has_policy_and_endpoints(self) -> None:
-        book = PolicyBook()
+        book = PolicyBook(ServicePolicy)
         book.apply(PolicyStored("orders", b"service: orders\ntimeout: 3s\n", "1"))
         book.apply(PolicyStored("unknown", b"service: unknown\n", "1"))
         snapshot = build_snapshot({"orders": endpoints("1"), "payments": ()}, book.policy)
@@ -77,7 +78,7 @@ class TestBuilding:
         check_consistency(snapshot)
 
     def test_what_does_not_change_stays_the_same_object(self) -> None:
-        book = PolicyBook()
+        book = PolicyBook(ServicePolicy)
         before = build_snapshot({"orders": endpoints("1"), "payments": endpoints("2")}, book.policy)
         book.apply(PolicyStored("orders", b"service: orders\ntimeout: 3s\n", "1"))
         after = build_snapshot({"orders": endpoints("1"), "payments": endpoints("2", "3")}, book.policy, before)
@@ -86,14 +87,14 @@ class TestBuilding:
         assert set(changes(before, after)) == {(ResourceKind.POLICY, "orders"), (ResourceKind.ENDPOINTS, "payments")}
 
     def test_new_and_gone_services_are_changes_of_both_kinds(self) -> None:
-        book = PolicyBook()
+        book = PolicyBook(ServicePolicy)
         before = build_snapshot({"old": ()}, book.policy)
         after = build_snapshot({"new": ()}, book.policy, before)
         assert set(changes(before, after)) == {(kind, name) for kind in ResourceKind for name in ("old", "new")}
         assert not list(changes(after, after))
 
     def test_resources_are_found_by_kind_and_name(self) -> None:
-        snapshot = build_snapshot({"orders": ()}, PolicyBook().policy)
+        snapshot = build_snapshot({"orders": ()}, PolicyBook(ServicePolicy).policy)
         assert snapshot.get(ResourceKind.POLICY, "orders") is snapshot.policies["orders"]
         assert snapshot.get(ResourceKind.ENDPOINTS, "orders") is snapshot.endpoints["orders"]
         assert snapshot.get(ResourceKind.ENDPOINTS, "payments") is None
@@ -112,28 +113,28 @@ class TestConsistency:
             check_consistency(self.broken(None, resource()))
 
     def test_a_resource_under_another_name_is_refused(self) -> None:
-        good = build_snapshot({"payments": (), "orders": ()}, PolicyBook().policy)
+        good = build_snapshot({"payments": (), "orders": ()}, PolicyBook(ServicePolicy).policy)
         with pytest.raises(InconsistentSnapshotError, match="policy are named payments"):
             check_consistency(self.broken(good.policies["payments"], resource()))
 
     def test_a_policy_of_another_service_is_refused(self) -> None:
-        policy, version = PolicyBook().policy("payments")
+        policy, version = PolicyBook(ServicePolicy).policy("payments")
         with pytest.raises(InconsistentSnapshotError, match="that of payments"):
             check_consistency(self.broken(PolicyResource("orders", version, policy, 1), resource()))
 
     @pytest.mark.parametrize("ids", [("1", "1"), ("2", "1")])
     def test_endpoints_out_of_order_or_twice_are_refused(self, ids: tuple[str, ...]) -> None:
-        policy = build_snapshot({"orders": ()}, PolicyBook().policy).policies["orders"]
+        policy = build_snapshot({"orders": ()}, PolicyBook(ServicePolicy).policy).policies["orders"]
         with pytest.raises(InconsistentSnapshotError, match="in order and unique"):
             check_consistency(self.broken(policy, EndpointsResource("orders", "v", endpoints(*ids), 1)))
 
     def test_what_was_published_before_is_not_checked_again(self) -> None:
-        policy = build_snapshot({"orders": ()}, PolicyBook().policy).policies["orders"]
+        policy = build_snapshot({"orders": ()}, PolicyBook(ServicePolicy).policy).policies["orders"]
         odd = self.broken(policy, EndpointsResource("orders", "v", endpoints("1", "1"), 1))
         check_consistency(odd, previous=odd)
 
     def test_a_service_that_goes_leaves_nothing_to_check(self) -> None:
-        check_consistency(EMPTY, previous=build_snapshot({"orders": ()}, PolicyBook().policy))
+        check_consistency(EMPTY, previous=build_snapshot({"orders": ()}, PolicyBook(ServicePolicy).policy))
 
 
 members = st.lists(st.integers(0, 30), unique=True).map(

@@ -21,6 +21,7 @@ from control_plane.subscription import (
     SubscriptionState,
 )
 from mesh_client.core.model import Endpoint, ResourceKind, StatusCode
+from mesh_client.core.policy import ServicePolicy
 
 NODE = ClientNode("client-1", "web")
 POLICY, ENDPOINTS = ResourceKind.POLICY, ResourceKind.ENDPOINTS
@@ -32,7 +33,7 @@ class Stream:
     def __init__(self, max_subscriptions: int = 100) -> None:
         self.machine = Subscriptions(max_subscriptions=max_subscriptions)
         self.services: dict[str, tuple[Endpoint, ...]] = {}
-        self.book = PolicyBook()
+        self.book = PolicyBook(ServicePolicy)
         self.snapshot = EMPTY
         self.now = 0.0
 

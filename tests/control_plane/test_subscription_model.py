@@ -98,7 +98,7 @@ class Client:
 class ProtocolModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
-        self.book = PolicyBook()
+        self.book = PolicyBook(ServicePolicy)
         self.services: dict[str, tuple[Endpoint, ...]] = {}
         self.snapshot = EMPTY
         self.client = Client()

@@ -46,7 +46,7 @@ CHECK_INTERVAL = 0.3
 """Seconds between self-checks of instances. Their TTL checks with Consul last three times that and a second."""
 READER = (
     'service_prefix "" { policy = "read" }\nnode_prefix "" { policy = "read" }\n'
-    'key_prefix "mesh/policies/" { policy = "read" }'
+    'key_prefix "mesh/policies/" { policy = "read" }\nkey_prefix "mesh/edge-policies/" { policy = "read" }'
 )
 """What a control plane needs of Consul."""
 

@@ -12,6 +12,8 @@ from control_plane.policies import PolicyBook
 from control_plane.sources import NotStoredError, StoreUnavailableError, VersionConflictError
 from control_plane.sources.consul_http import ConsulToken, parse_registry
 from control_plane.sources.consul_policies import ConsulPolicyStore
+from mesh_client.core.edge_policy import EdgePolicy
+from mesh_client.core.policy import ServicePolicy
 from tests.control_plane.recording import Recording, recorded
 from tests.integration.consul_cluster import ConsulCluster
 
@@ -34,8 +36,8 @@ async def recording(store: ConsulPolicyStore) -> AsyncIterator[Recording]:
         yield recording
 
 
-def folded(recording: Recording) -> PolicyBook:
-    book = PolicyBook()
+def folded(recording: Recording) -> PolicyBook[ServicePolicy]:
+    book = PolicyBook(ServicePolicy)
     for event in recording.events:
         if isinstance(event, PolicyStored | PolicyDeleted):
             book.apply(event)
@@ -100,6 +102,26 @@ async def test_keys_that_are_no_policies_disturb_nobody(consul: ConsulCluster, r
     assert recording.connected
 
 
+async def test_policies_of_edges_are_beside(
+    consul: ConsulCluster, store: ConsulPolicyStore, recording: Recording
+) -> None:
+    edges = ConsulPolicyStore(parse_registry(consul.registry), ConsulToken(), EdgePolicy)
+    async with recorded(edges) as of_edges:
+        await of_edges.until(lambda: of_edges.connected)
+        first = await edges.put("public", b"edge: public", "")
+        await consul.put_key("mesh/edge-policies/inside", b"edge: inside")
+        await of_edges.until(lambda: set(of_edges.policies) == {"public", "inside"})
+        assert [item.name for item in await edges.list()] == ["inside", "public"]
+        with pytest.raises(VersionConflictError, match="policy of edge public: expected no policy"):
+            await edges.put("public", b"edge: public", "")
+        await edges.delete("public", first.version)
+        with pytest.raises(NotStoredError, match="edge public"):
+            await edges.delete("public", None)
+        await of_edges.until(lambda: set(of_edges.policies) == {"inside"})
+    assert await store.list() == []
+    assert recording.policies == {}
+
+
 async def test_policies_that_consul_lost_stay_until_they_are_stored_again(
     consul: ConsulCluster, store: ConsulPolicyStore, recording: Recording
 ) -> None:
@@ -127,4 +149,4 @@ async def test_environment_variables_of_consuls_own_command_do_not_redirect_writ
 ) -> None:
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "127.0.0.1:1")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert (await store.put("orders", b"service: orders", "")).service == "orders"
+    assert (await store.put("orders", b"service: orders", "")).name == "orders"
