@@ -8,11 +8,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from control_plane.documents import parse_document
 from mesh_client.core.errors import ConfigError, FieldError, InvalidPolicyError
-from mesh_client.core.policy import ServicePolicy
-from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES
+from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES, Policy
+
+Kind = TypeVar("Kind", bound=Policy)
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
@@ -49,17 +51,17 @@ class Document:
 
 
 @dataclass(slots=True)
-class Checked:
+class Checked(Generic[Kind]):
     """A document and what is known of it."""
 
     document: Document
-    policy: ServicePolicy | None = None
+    policy: Kind | None = None
     errors: list[FieldError] = field(default_factory=list)
 
     @property
-    def service(self) -> str:
-        """The service that it is for, or empty when it cannot be understood."""
-        return "" if self.policy is None else self.policy.service
+    def name(self) -> str:
+        """What it is for, or empty when it cannot be understood."""
+        return "" if self.policy is None else self.policy.name
 
 
 def split_documents(text: str, file: str) -> Iterator[Document]:
@@ -81,7 +83,7 @@ def split_documents(text: str, file: str) -> Iterator[Document]:
         begin = end
 
 
-def read_documents(files: Sequence[Path]) -> list[Document]:
+def read_documents(files: Sequence[Path], kind: type[Policy]) -> list[Document]:
     """All documents of all files in order; ``-`` is standard input.
 
     Raises:
@@ -92,7 +94,9 @@ def read_documents(files: Sequence[Path]) -> list[Document]:
         name = "stdin" if str(path) == "-" else str(path)
         found = list(split_documents(_read(path, name), name))
         if not found:
-            raise ConfigError(f"{name}: holds no policy; expected at least one YAML document with `service: NAME`")
+            raise ConfigError(
+                f"{name}: holds no policy; expected at least one YAML document with `{kind.NAMED_BY}: NAME`"
+            )
         documents += found
     return documents
 
@@ -114,22 +118,22 @@ def _read(path: Path, name: str) -> str:
         raise ConfigError(f"{name}: is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
 
 
-def check(documents: Iterable[Document]) -> list[Checked]:
+def check(documents: Iterable[Document], kind: type[Kind]) -> list[Checked[Kind]]:
     """What each document states or what is wrong with it, by the model that clients and control plane use too.
 
-    That a service is stated twice is an error of the later document: which one counts would be an accident.
+    That one name is stated twice is an error of the later document: which one counts would be an accident.
     """
-    checked: list[Checked] = []
+    checked: list[Checked[Kind]] = []
     stated: dict[str, Document] = {}
     for document in documents:
-        result = Checked(document)
+        result = Checked[Kind](document)
         checked.append(result)
         try:
-            result.policy = parse_document(document.in_place, ServicePolicy)
+            result.policy = parse_document(document.in_place, kind)
         except InvalidPolicyError as error:
             result.errors = list(error.errors)
             continue
-        earlier = stated.setdefault(result.policy.service, document)
+        earlier = stated.setdefault(result.name, document)
         if earlier is not document:
-            result.errors.append(FieldError("service", f"{result.service!r} is stated already by {earlier.place}"))
+            result.errors.append(FieldError(kind.NAMED_BY, f"{result.name!r} is stated already by {earlier.place}"))
     return checked

@@ -69,14 +69,22 @@ def checked_service(text: str) -> str:
 
 def complete_service(context: typer.Context, incomplete: str) -> list[str]:
     """Names of known services for the shell's completion; none when the control plane does not answer at once."""
+    return [item.service for item in _status(context).services if item.service.startswith(incomplete)]
+
+
+def complete_edge(context: typer.Context, incomplete: str) -> list[str]:
+    """The same for edges."""
+    return [item.edge for item in _status(context).edges if item.edge.startswith(incomplete)]
+
+
+def _status(context: typer.Context) -> admin_pb2.GetStatusResponse:
     addresses = context.params.get("control_plane") or DEFAULT_CONTROL_PLANE
     try:
         insecure = bool(context.params.get("insecure"))
         with connect(addresses, _COMPLETION_TIMEOUT, context.params.get("operator"), insecure=insecure) as client:
-            status = client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
+            return client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
     except MeshError:
-        return []
-    return [service.service for service in status.services if service.service.startswith(incomplete)]
+        return admin_pb2.GetStatusResponse()
 
 
 Insecure = Annotated[
@@ -109,6 +117,16 @@ Service = Annotated[
         callback=checked_service,
         autocompletion=complete_service,
         help="Name of the service.",
+        show_default=False,
+    ),
+]
+EdgeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="EDGE",
+        callback=checked_service,
+        autocompletion=complete_edge,
+        help="Name of the edge.",
         show_default=False,
     ),
 ]

@@ -29,7 +29,7 @@ PIPE_WIDTH = 200
 """Columns of what is not written to a terminal: a table is never cut for `grep`."""
 
 
-_POLICY = "mesh.v1.ServicePolicy"
+_POLICIES = frozenset({"mesh.v1.ServicePolicy", "mesh.v1.EdgePolicy"})
 
 
 class Failure(MeshError):  # noqa: N818 - it is an outcome of a command whose message has been written already
@@ -118,7 +118,7 @@ def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:
         elif value or not sparse:
             is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
             made[field.name] = (
-                {key: value[key] for key in sorted(value)}
+                {key: _value(value[key], choices, sparse) for key in sorted(value)}
                 if is_map
                 else [_value(item, choices, sparse) for item in value]
             )
@@ -131,7 +131,7 @@ def _value(value: object, choices: Mapping[int, str], sparse: bool) -> Json:
     if isinstance(value, Timestamp):
         return moment(value)
     if isinstance(value, Message):
-        return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name == _POLICY)
+        return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name in _POLICIES)
     if isinstance(value, int) and value in choices:
         return choices[value]
     return cast("Json", value)

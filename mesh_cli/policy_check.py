@@ -202,7 +202,7 @@ def _shortened(names: Sequence[str], most: int = 5) -> str:
 
 
 def _from_file(file: Path, service: str | None, method: str) -> Source:
-    checked = check_documents(read_documents([file]))
+    checked = check_documents(read_documents([file], ServicePolicy), ServicePolicy)
     sources = []
     for item in checked:
         if item.policy is None or item.errors:

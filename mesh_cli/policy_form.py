@@ -3,58 +3,77 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import yaml
-from mesh.v1 import policy_pb2
 from rich.text import Text
 
 from mesh_cli.output import Json, printable, to_json
+from mesh_cli.policy_kind import Message
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy_base import Policy
 
+_MODELS: Mapping[str, type[Policy]] = {"mesh.v1.ServicePolicy": ServicePolicy, "mesh.v1.EdgePolicy": EdgePolicy}
 _DIFF_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 _CONTEXT = 3
 
 
-def stated(policy: policy_pb2.ServicePolicy) -> dict[str, Json]:
+def _model(policy: Message) -> type[Policy]:
+    return _MODELS[policy.DESCRIPTOR.full_name]
+
+
+def stated(policy: Message) -> dict[str, Json]:
     """What a policy message states, as its YAML form has it; durations are numbers of seconds."""
     return to_json(policy, sparse=True)
 
 
-def effective(policy: policy_pb2.ServicePolicy) -> dict[str, Json]:
+def effective(policy: Message) -> dict[str, Json]:
     """The policy with every default filled in, as clients obey it.
 
     What this version of the model does not accept is shown as it is: a newer control plane may know more.
     """
     document = stated(policy)
     try:
-        return cast("dict[str, Json]", ServicePolicy.parse(document).dump())
+        return cast("dict[str, Json]", _model(policy).parse(document).dump())
     except InvalidPolicyError:
         return document
 
 
-def settings(policy: policy_pb2.ServicePolicy) -> list[str]:
+def settings(policy: Message) -> list[str]:
     """Names of the top-level settings that differ from the defaults."""
     full = effective(policy)
-    defaults = ServicePolicy(service=policy.service or "defaults").dump()
-    return [name for name, value in full.items() if name != "service" and defaults.get(name) != value]
+    named_by = _model(policy).NAMED_BY
+    defaults = _model(policy).parse({named_by: full.get(named_by, "defaults")}).dump()
+    return [name for name, value in full.items() if name != named_by and defaults.get(name) != value]
 
 
 def to_yaml(document: dict[str, Json]) -> str:
     """A policy as YAML in the model's order of fields."""
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
-def stated_yaml(policy: policy_pb2.ServicePolicy) -> str:
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines, such as keys, as blocks."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def stated_yaml(policy: Message) -> str:
     """A stored policy as YAML that `mesh policy apply` takes, without what it leaves to the defaults."""
     document = stated(policy)
     try:
-        model = ServicePolicy.parse(document)
+        model = _model(policy).parse(document)
     except InvalidPolicyError:
         return to_yaml(document)
-    return to_yaml({"service": model.service, **model.model_dump(mode="json", exclude_defaults=True)})
+    return to_yaml({model.NAMED_BY: model.name, **model.model_dump(mode="json", exclude_defaults=True)})
 
 
 def difference(before: dict[str, Json], after: dict[str, Json], before_name: str, after_name: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mesh.v1 import admin_pb2, resource_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2, resource_pb2
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -20,11 +20,18 @@ from mesh_cli.options import (
     connect,
 )
 from mesh_cli.output import add_row, age, count, names, printable, reports_errors, table, to_json
+from mesh_cli.policy_kind import EDGE, SERVICE
 from mesh_cli.watch import show
 
 _TYPES = {
     resource_pb2.RESOURCE_TYPE_SERVICE_POLICY: "policy",
     resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS: "endpoints",
+}
+_KINDS = {edge_service_pb2.EDGE_KIND_KONG: "kong", edge_service_pb2.EDGE_KIND_ENVOY: "envoy"}
+_OUTCOMES = {
+    edge_service_pb2.EDGE_OUTCOME_APPLIED: ("applied", "green"),
+    edge_service_pb2.EDGE_OUTCOME_REJECTED: ("rejected", "bold red"),
+    edge_service_pb2.EDGE_OUTCOME_FAILED: ("failed", "bold red"),
 }
 
 
@@ -38,7 +45,7 @@ def status(
     operator: Operator = None,
     insecure: Insecure = False,
 ) -> None:
-    """Show the control plane: its sources, services and clients, rejected and invalid policies, held removals."""
+    """Show the control plane: sources, services, clients and edges, rejected and invalid policies, held removals."""
     with connect(control_plane, timeout, operator, insecure=insecure) as client:
         show(
             lambda: client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest()),
@@ -65,6 +72,7 @@ def render_status(answer: admin_pb2.GetStatusResponse, address: str) -> Renderab
         _services(answer),
         _clients(answer),
         _rejections(answer),
+        _edges(answer),
     ):
         rendered = list(section)
         if rendered:
@@ -100,11 +108,14 @@ def _removal_hold(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableTyp
 
 def _policy_problems(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
     for problem in answer.policy_problems:
-        obeyed = f"version {printable(problem.obeyed_version)}" if problem.obeyed_version else "the defaults"
-        service = printable(problem.service)
+        obeyed = f"version {printable(problem.obeyed_version)}" if problem.obeyed_version else ""
+        if problem.kind == admin_pb2.POLICY_KIND_EDGE:
+            kind, whose, keep = EDGE, "gateways keep to ", obeyed or "what they have"
+        else:
+            kind, whose, keep = SERVICE, "clients keep to ", obeyed or "the defaults"
         yield Text(
-            f"Invalid policy: the one stored for {service} is not obeyed; clients keep to {obeyed}. "
-            f"Correct it with `mesh policy apply`.",
+            f"Invalid policy: the one stored for {kind.called(printable(problem.service))} is not obeyed; "
+            f"{whose}{keep}. Correct it with `mesh {kind.command} apply`.",
             style="red",
         )
         for error in problem.errors:
@@ -190,3 +201,56 @@ def _rejections(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]
                     ),
                     style="red",
                 )
+
+
+def _edges(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
+    if not answer.edges:
+        return
+    shown = table("EDGE", "CURRENT", "GATEWAY", "KIND", "OF", "PEER", "FOR", "APPLIED", "LAST RESULT", "AGO")
+    for edge in answer.edges:
+        stored = "" if edge.has_policy else " (none)"
+        which = (edge.edge, f"{edge.policy_version}{stored}" if edge.policy_version else "-")
+        if not edge.gateways:
+            add_row(shown, *which, Text("no gateway", style="yellow"), *7 * ("-",))
+        for gateway in edge.gateways:
+            add_row(
+                shown,
+                *which,
+                gateway.id,
+                _KINDS.get(gateway.kind, "-"),
+                gateway.service or "-",
+                gateway.peer,
+                age(gateway.connected),
+                gateway.report.applied_version or "-",
+                gateway_result(gateway, edge.policy_version),
+                age(gateway.report.ago) if gateway.HasField("report") else "-",
+            )
+            which = ("", "")
+    yield shown
+    for edge in answer.edges:
+        if edge.unknown_upstreams:
+            services = names(edge.unknown_upstreams)
+            yield Text(
+                f"Edge {printable(edge.edge)} sends calls to what no registry lists: {services}.", style="yellow"
+            )
+        for gateway in edge.gateways:
+            if gateway.report.detail:
+                result = _OUTCOMES.get(gateway.report.outcome, ("unknown", ""))[0]
+                yield Text(
+                    printable(
+                        f"{result.capitalize()}: {gateway.id} of edge {edge.edge} keeps "
+                        f"{gateway.report.applied_version or 'none'} in place of policy "
+                        f"{gateway.report.policy_version}: {gateway.report.detail}"
+                    ),
+                    style="red",
+                )
+
+
+def gateway_result(gateway: admin_pb2.EdgeGatewayStatus, current: str) -> Text:
+    """In a word: what became of the policy, as far as the gateway has said."""
+    if not gateway.HasField("report"):
+        return Text("waiting", style="yellow")
+    word, style = _OUTCOMES.get(gateway.report.outcome, ("unknown", "yellow"))
+    if current and gateway.report.policy_version != current:
+        return Text(f"behind, {word} {printable(gateway.report.policy_version)}", style="yellow")
+    return Text(word, style=style)

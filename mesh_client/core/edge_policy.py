@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.config import JsonDict
 
 from mesh_client.core.policy_base import DnsLabel, Duration, Model, Percent, Policy, PositiveDuration, at_fields
 
@@ -25,6 +26,9 @@ _P256 = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
 """Begins the SubjectPublicKeyInfo of every key for ES256: DER, 91 bytes, an uncompressed point (RFC 5480)."""
 _RSA = bytes.fromhex("300d06092a864886f70d0101010500")
 """The algorithm within the SubjectPublicKeyInfo of every RSA key (RFC 3279)."""
+
+_NO_OTHERS: JsonDict = {"additionalProperties": False}
+"""For editors: a mapping whose names have a pattern takes no others."""
 
 GrpcService = Annotated[str, Field(pattern=_GRPC_SERVICE, max_length=256)]
 """Full name of a gRPC service, as in ``shop.v1.OrderService``."""
@@ -110,7 +114,7 @@ class ExposedService(Model):
     """Longest silence, for methods that stream."""
     retries: Annotated[int, Field(ge=0, le=10)] = 1
     """Further endpoints that are tried when one cannot be connected to."""
-    methods: Annotated[dict[GrpcMethod, ExposedMethod], Field(max_length=500)] = {}  # noqa: RUF012  # pydantic copies it
+    methods: Annotated[dict[GrpcMethod, ExposedMethod], Field(max_length=500, json_schema_extra=_NO_OTHERS)] = {}  # noqa: RUF012  # pydantic copies it
     """Settings of single methods, by name."""
     native_grpc: bool = True
     """Also expose the service by gRPC, to the same callers with the same limits."""
@@ -217,9 +221,9 @@ class EdgePolicy(Policy):
     edge: DnsLabel = "edge"
     gateways: Annotated[tuple[DnsLabel, ...], Field(max_length=100)] = ()
     """Services of the mesh whose processes may follow this policy. Empty: the service that is named like the edge."""
-    services: Annotated[dict[GrpcService, ExposedService], Field(max_length=200)] = {}  # noqa: RUF012  # pydantic copies it
+    services: Annotated[dict[GrpcService, ExposedService], Field(max_length=200, json_schema_extra=_NO_OTHERS)] = {}  # noqa: RUF012  # pydantic copies it
     """Exposed gRPC services, by their full names."""
-    consumers: Annotated[dict[ConsumerName, EdgeConsumer], Field(max_length=2000)] = {}  # noqa: RUF012  # pydantic copies it
+    consumers: Annotated[dict[ConsumerName, EdgeConsumer], Field(max_length=2000, json_schema_extra=_NO_OTHERS)] = {}  # noqa: RUF012  # pydantic copies it
     cors: Cors | None = None
     """Without it, no page of another origin may call."""
     correlation_id: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
-from mesh.v1 import admin_pb2, endpoint_pb2, policy_pb2, resource_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
 from mesh_client.core.policy import ServicePolicy
 
@@ -164,7 +164,82 @@ def troubled_status() -> admin_pb2.GetStatusResponse:
             node_id="\x1b[31mevil\x07 [bold]", service="tools", peer="10.0.0.66:1", connected=span(0)
         )
     )
+    status.policy_problems.append(
+        admin_pb2.PolicyProblem(
+            kind=admin_pb2.POLICY_KIND_EDGE,
+            service="public",
+            errors=[admin_pb2.FieldError(path="services.shop.v1.OrderService.upstream", message="Field required")],
+            obeyed_version="0c11a7d5e5f00b42",
+        )
+    )
+    status.edges.append(
+        admin_pb2.EdgeStatus(
+            edge="public",
+            policy_version="0c11a7d5e5f00b42",
+            has_policy=True,
+            unknown_upstreams=["reviews"],
+            gateways=[
+                gateway("edge-01", edge_service_pb2.EDGE_KIND_KONG),
+                gateway(
+                    "edge-02",
+                    edge_service_pb2.EDGE_KIND_ENVOY,
+                    edge_service_pb2.EdgeReport(
+                        policy_version="0c11a7d5e5f00b42",
+                        outcome=edge_service_pb2.EDGE_OUTCOME_REJECTED,
+                        detail="services.shop.v1.OrderService.methods.Nope: it has no such method",
+                        ago=span(8.5),
+                        applied_version="9d02c1e7aa5540f1",
+                        endpoints_versions={"orders": "9f3a1b5c7d2e4f60"},
+                    ),
+                ),
+                gateway(
+                    "edge-03",
+                    edge_service_pb2.EDGE_KIND_ENVOY,
+                    edge_service_pb2.EdgeReport(
+                        policy_version="9d02c1e7aa5540f1",
+                        outcome=edge_service_pb2.EDGE_OUTCOME_FAILED,
+                        detail="Kong at http://127.0.0.1:8001 does not answer",
+                        ago=span(95),
+                    ),
+                ),
+            ],
+        )
+    )
+    status.edges.append(admin_pb2.EdgeStatus(edge="partners", policy_version="51ab00ff12de9c07", has_policy=True))
+    status.edges.append(
+        admin_pb2.EdgeStatus(
+            edge="tests",
+            policy_version="7777aaaa0000bbbb",
+            gateways=[
+                gateway(
+                    "edge-04",
+                    edge_service_pb2.EDGE_KIND_ENVOY,
+                    edge_service_pb2.EdgeReport(
+                        policy_version="7777aaaa0000bbbb",
+                        outcome=edge_service_pb2.EDGE_OUTCOME_APPLIED,
+                        ago=span(3),
+                        applied_version="7777aaaa0000bbbb",
+                    ),
+                )
+            ],
+        )
+    )
     return status
+
+
+def gateway(
+    id: str, kind: edge_service_pb2.EdgeKind.ValueType, report: edge_service_pb2.EdgeReport | None = None
+) -> admin_pb2.EdgeGatewayStatus:
+    """One gateway that follows."""
+    return admin_pb2.EdgeGatewayStatus(
+        id=id,
+        kind=kind,
+        service="edge",
+        workload_id="77b0c1d2e3f4a5b6",
+        peer="10.0.2.7:51514",
+        connected=span(312),
+        report=report,
+    )
 
 
 def inventory_endpoints() -> admin_pb2.ListEndpointsResponse:

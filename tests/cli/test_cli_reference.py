@@ -20,6 +20,8 @@ EXAMPLES = {
     "mesh policy apply --dry-run orders.yaml": ["policy_dry_run.txt"],
     "mesh policy get orders": ["policy_get_stated.yaml"],
     "mesh policy list": ["policy_list.txt"],
+    "mesh edge apply --dry-run public.yaml": ["edge_dry_run.txt"],
+    "mesh edge list": ["edge_list.txt"],
     "mesh token list": ["token_list.txt"],
     "mesh ca status": ["ca_status.txt"],
     "mesh policy check orders shop.v1.PaymentService/Charge": ["policy_check_allowed.txt"],

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mesh_cli.documents import Document, check, read_documents, split_documents
 from mesh_client.core.errors import ConfigError
+from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.policy_base import MAX_DOCUMENT_BYTES
 
 
@@ -54,23 +55,25 @@ def test_splitting_agrees_with_yaml_wherever_yaml_understands_the_text(lines: li
 
 def test_a_broken_document_does_not_hide_the_next() -> None:
     documents = list(split_documents("service: 'orders\n---\nservice: payments\n", "file"))
-    first, second = check(documents)
+    first, second = check(documents, ServicePolicy)
     assert first.errors
-    assert second.service == "payments"
+    assert second.name == "payments"
     assert not second.errors
 
 
 def test_errors_name_the_lines_of_the_file() -> None:
-    (_, second) = check(split_documents("service: orders\n---\nservice: payments\ntimeout: never\n", "file"))
+    (_, second) = check(
+        split_documents("service: orders\n---\nservice: payments\ntimeout: never\n", "file"), ServicePolicy
+    )
     assert [error.message for error in second.errors] == ["expected a duration such as 250ms, 1.5s, 2m or 1h (line 4)"]
 
 
 def test_a_document_of_the_largest_size_is_valid_however_far_down_it_is() -> None:
     head = "service: orders\n"
     text = head + "#" * (MAX_DOCUMENT_BYTES - len(head))
-    (result,) = check([Document("file", 2, 400_000, text)])
+    (result,) = check([Document("file", 2, 400_000, text)], ServicePolicy)
     assert not result.errors
-    (too_large,) = check([Document("file", 2, 400_000, text + "#")])
+    (too_large,) = check([Document("file", 2, 400_000, text + "#")], ServicePolicy)
     assert "at most 262144 are allowed" in too_large.errors[0].message
 
 
@@ -78,7 +81,11 @@ def test_documents_of_several_files_are_read_in_order(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("service: a\n---\nservice: b\n")
     second.write_bytes(b"\xef\xbb\xbfservice: c\n")
-    assert [item.service for item in check(read_documents([second, first]))] == ["c", "a", "b"]
+    assert [item.name for item in check(read_documents([second, first], ServicePolicy), ServicePolicy)] == [
+        "c",
+        "a",
+        "b",
+    ]
 
 
 def test_a_file_that_is_far_too_large_is_refused_unread(tmp_path: Path) -> None:
@@ -86,4 +93,4 @@ def test_a_file_that_is_far_too_large_is_refused_unread(tmp_path: Path) -> None:
     with large.open("wb") as stream:
         stream.truncate(65 * 1024 * 1024)
     with pytest.raises(ConfigError, match="is larger than 64 MiB; split it up"):
-        read_documents([large])
+        read_documents([large], ServicePolicy)

@@ -11,7 +11,16 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from mesh.v1 import discovery_pb2, discovery_pb2_grpc, endpoint_pb2, registry_pb2, registry_pb2_grpc, resource_pb2
+from mesh.v1 import (
+    discovery_pb2,
+    discovery_pb2_grpc,
+    edge_service_pb2,
+    edge_service_pb2_grpc,
+    endpoint_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+    resource_pb2,
+)
 from typer.testing import Result
 
 from control_plane.events import ServiceObserved, SourceConnected
@@ -267,3 +276,45 @@ async def test_held_removals_are_shown_and_confirmed(run: Run, tmp_path: Path) -
         assert (confirmed.exit_code, confirmed.stdout) == (0, "6 endpoints removed.\n")
         await status_in_which(mesh, lambda status: status["removal_hold"] is None)
         assert "has no endpoints" in (await mesh("endpoints", "orders")).stdout
+
+
+async def test_a_policy_of_an_edge_is_stored_shown_and_deleted(plane: ControlPlane, run: Run, tmp_path: Path) -> None:
+    mesh = against(plane, run)
+    file = tmp_path / "public.yaml"
+    file.write_text("edge: public\nservices: {a.B: {upstream: orders}}\n")
+    stored = await mesh("edge", "apply", str(file))
+    assert (stored.exit_code, stored.stdout) == (0, "edge public: stored version 1\n")
+    assert stored.stderr == (
+        f"mesh: {file}, document 1: services.a.B.upstream: no registry lists a service 'orders' now; until one does, "
+        "calls are answered with 503\n"
+    )
+    assert "public" in (await mesh("edge", "list")).stdout
+    assert (await mesh("policy", "list")).stdout == "No policies are stored; every service gets the defaults.\n"
+    async with (
+        grpc.aio.insecure_channel(plane.address) as channel,
+        asyncio.timeout(10),
+    ):
+        follow = edge_service_pb2_grpc.EdgeServiceStub(channel).Follow()
+        gateway = edge_service_pb2.EdgeGateway(edge="public", id="edge-1", kind=edge_service_pb2.EDGE_KIND_KONG)
+        await follow.write(edge_service_pb2.FollowRequest(gateway=gateway))
+        response = await follow.read()
+        assert isinstance(response, edge_service_pb2.FollowResponse)
+        report = edge_service_pb2.EdgeReport(
+            policy_version=response.version,
+            outcome=edge_service_pb2.EDGE_OUTCOME_REJECTED,
+            detail="services.a.B: no such service",
+        )
+        await follow.write(edge_service_pb2.FollowRequest(report=report))
+        status = await status_in_which(
+            mesh, lambda status: status["edges"] and any(item["report"] for item in status["edges"][0]["gateways"])
+        )
+        (edge,) = status["edges"]
+        assert (edge["policy_version"], edge["unknown_upstreams"]) == (response.version, ["orders"])
+        assert edge["gateways"][0]["report"]["outcome"] == "EDGE_OUTCOME_REJECTED"
+        assert "services.a.B: no such service" in (await mesh("status")).stdout
+        follow.cancel()
+    file.write_text("edge: public\nservices: {a.B: {upstream: Orders}}\n")
+    refused = await mesh("edge", "apply", str(file))
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 2)
+    assert (await mesh("edge", "delete", "public")).stdout == "edge public: deleted; it exposes nothing\n"
+    assert (await mesh("edge", "delete", "public")).exit_code == 1

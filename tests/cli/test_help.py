@@ -24,6 +24,13 @@ COMMANDS = [
     ("policy", "delete"),
     ("policy", "check"),
     ("policy", "schema"),
+    ("edge",),
+    ("edge", "apply"),
+    ("edge", "validate"),
+    ("edge", "get"),
+    ("edge", "list"),
+    ("edge", "delete"),
+    ("edge", "schema"),
     ("removals",),
     ("removals", "confirm"),
     ("operator",),
@@ -69,6 +76,12 @@ def test_the_shell_completes_names_of_services(
     assert _completions(words, admin.address, monkeypatch) == (
         ["inventory", "orders"] if words.endswith(" ") else ["orders"]
     )
+
+
+def test_the_shell_completes_names_of_edges(run: Run, admin: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mesh_cli.options._COMPLETION_TIMEOUT", 30.0)
+    admin.answers["GetStatus"] = samples.troubled_status()
+    assert _completions("mesh edge get p", admin.address, monkeypatch) == ["public", "partners"]
 
 
 def test_the_shell_completes_nothing_without_a_control_plane(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:

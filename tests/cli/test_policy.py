@@ -19,6 +19,7 @@ from tests.cli.scripted import Refusal, ScriptedAdmin
 Golden = Callable[[str, str], None]
 Write = Callable[..., str]
 
+KIND = admin_pb2.POLICY_KIND_SERVICE
 BAD = """\
 service: orders
 timeout: soon
@@ -134,8 +135,8 @@ def test_a_policy_is_stored_and_its_version_shown(run: Run, admin: ScriptedAdmin
     result = run("policy", "apply", write(samples.ORDERS), "--control-plane", admin.address)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "orders: stored version 7\n", "")
     assert admin.requests == [
-        admin_pb2.ValidatePolicyRequest(document=samples.ORDERS),
-        admin_pb2.ApplyPolicyRequest(document=samples.ORDERS),
+        admin_pb2.ValidatePolicyRequest(document=samples.ORDERS, kind=KIND),
+        admin_pb2.ApplyPolicyRequest(document=samples.ORDERS, kind=KIND),
     ]
 
 
@@ -190,7 +191,7 @@ def test_what_a_control_plane_of_another_version_rejects_is_not_stored(
 @pytest.mark.parametrize(("given", "sent"), [("7", "7"), ("", "")])
 def test_the_expected_version_is_sent(given: str, sent: str, run: Run, admin: ScriptedAdmin, write: Write) -> None:
     run("policy", "apply", write(samples.ORDERS), "--if-version", given, "--control-plane", admin.address)
-    assert admin.requests[-1] == admin_pb2.ApplyPolicyRequest(document=samples.ORDERS, if_version=sent)
+    assert admin.requests[-1] == admin_pb2.ApplyPolicyRequest(document=samples.ORDERS, kind=KIND, if_version=sent)
 
 
 def test_an_expected_version_for_several_policies_is_wrong_use(run: Run, admin: ScriptedAdmin, write: Write) -> None:
@@ -229,7 +230,7 @@ def test_a_dry_run_shows_the_difference_of_the_effective_policies(
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (0, "")
     golden("policy_dry_run.txt", result.stdout)
-    assert admin.requests[-1] == admin_pb2.ApplyPolicyRequest(document=samples.ORDERS, dry_run=True)
+    assert admin.requests[-1] == admin_pb2.ApplyPolicyRequest(document=samples.ORDERS, kind=KIND, dry_run=True)
     golden("policy_dry_run.json", run(*arguments, "--json").stdout)
 
 
@@ -321,7 +322,7 @@ def test_a_service_without_a_policy_is_said_to_have_the_defaults(run: Run, admin
     result = run("policy", "get", "orders", "--control-plane", admin.address)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "mesh: orders has no policy of its own, so the defaults apply; see them with --effective\n"
+        "mesh: orders has no policy of its own, so the defaults apply; see the defaults with --effective\n"
     )
     effective = run("policy", "get", "orders", "--effective", "--control-plane", admin.address)
     assert (effective.exit_code, effective.stderr) == (0, "")
@@ -361,8 +362,8 @@ def test_a_policy_is_deleted(run: Run, admin: ScriptedAdmin) -> None:
     as_json = run("policy", "delete", "orders", "--if-version", "7", "--json", "--control-plane", admin.address)
     assert json.loads(as_json.stdout) == {"service": "orders", "deleted": True}
     assert admin.requests == [
-        admin_pb2.DeletePolicyRequest(service="orders"),
-        admin_pb2.DeletePolicyRequest(service="orders", if_version="7"),
+        admin_pb2.DeletePolicyRequest(service="orders", kind=KIND),
+        admin_pb2.DeletePolicyRequest(service="orders", kind=KIND, if_version="7"),
     ]
 
 

@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
 
-from mesh_cli.policy import policy_schema
+from mesh_cli.policy_actions import schema as schema_of
+from mesh_cli.policy_kind import EDGE, SERVICE, PolicyKind
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.policy import ServicePolicy
 from tests.cli import samples
 from tests.cli.conftest import Run
+from tests.cli.test_edge_reference import EXAMPLES as EDGE_EXAMPLES
 from tests.cli.test_policy_reference import EXAMPLES
+from tests.edge_policies import edge_policies
 
 TYPES: dict[str, type | tuple[type, ...]] = {
     "object": dict,
@@ -36,6 +41,7 @@ def violations(value: object, schema: dict[str, Any], root: dict[str, Any], path
     """
     unknown = set(schema) - ANNOTATIONS - BOUNDS - set(SIZES) - set(SIZES.values())
     unknown -= {"$ref", "type", "enum", "pattern", "anyOf", "items", "properties", "additionalProperties", "required"}
+    unknown -= {"patternProperties", "propertyNames"}
     assert not unknown, f"{path}: {unknown}"
     if "$ref" in schema:
         yield from violations(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root, path)
@@ -69,8 +75,12 @@ def violations(value: object, schema: dict[str, Any], root: dict[str, Any], path
             yield f"{path}: size"
         yield from (f"{path}.{name}: required" for name in schema.get("required", ()) if name not in value)
         properties, other = schema.get("properties", {}), schema.get("additionalProperties", {})
+        patterns = schema.get("patternProperties", {})
         for name, item in value.items():
-            if name in properties:
+            yield from violations(name, schema.get("propertyNames", {}), root, f"{path}.{name}")
+            if matching := [part for pattern, part in patterns.items() if re.search(pattern, name)]:
+                yield from violations(item, matching[0], root, f"{path}.{name}")
+            elif name in properties:
                 yield from violations(item, properties[name], root, f"{path}.{name}")
             elif other is False:
                 yield f"{path}.{name}: unknown"
@@ -78,8 +88,8 @@ def violations(value: object, schema: dict[str, Any], root: dict[str, Any], path
                 yield from violations(item, other, root, f"{path}.{name}")
 
 
-def check(document: str) -> list[str]:
-    schema: dict[str, Any] = json.loads(json.dumps(policy_schema()))
+def check(document: str, kind: PolicyKind = SERVICE) -> list[str]:
+    schema: dict[str, Any] = json.loads(json.dumps(schema_of(kind)))
     return list(violations(yaml.safe_load(document), schema, schema))
 
 
@@ -87,7 +97,7 @@ def test_the_schema_is_written_as_json(run: Run) -> None:
     result = run("policy", "schema")
     assert (result.exit_code, result.stderr) == (0, "")
     schema = json.loads(result.stdout)
-    assert schema == json.loads(json.dumps(policy_schema()))
+    assert schema == json.loads(json.dumps(schema_of(SERVICE)))
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["required"] == ["service"]
 
@@ -125,3 +135,37 @@ def test_an_editor_sees_what_the_control_plane_would_refuse(document: str, viola
     assert check(document) == [violation]
     with pytest.raises(InvalidPolicyError):
         ServicePolicy.parse(yaml.safe_load(document))
+
+
+def test_the_schema_of_edge_policies_is_written_as_json(run: Run) -> None:
+    result = run("edge", "schema")
+    assert json.loads(result.stdout) == json.loads(json.dumps(schema_of(EDGE)))
+
+
+@pytest.mark.parametrize("document", EDGE_EXAMPLES, ids=range(len(EDGE_EXAMPLES)))
+def test_valid_policies_of_edges_satisfy_their_schema(document: str) -> None:
+    assert check(document, EDGE) == []
+
+
+@given(edge_policies)
+def test_any_whole_policy_of_an_edge_satisfies_the_schema(policy: EdgePolicy) -> None:
+    assert check(json.dumps(policy.dump()), EDGE) == []
+
+
+@pytest.mark.parametrize(
+    ("document", "violation"),
+    [
+        ("{service: orders}", ".service: unknown"),
+        ("{services: {a.B: {}}}", ".services.a.B.upstream: required"),
+        ("{services: {a/B: {upstream: b}}}", ".services.a/B: unknown"),
+        ("{services: {a.B: {upstream: b, authentication: [basic]}}}", ".services.a.B.authentication[0]: enum"),
+        ("{services: {a.B: {upstream: b, methods: {/A: {}}}}}", ".services.a.B.methods./A: unknown"),
+        ("{services: {a.B: {upstream: b, timeout: soon}}}", ".services.a.B.timeout: pattern"),
+        ("{consumers: {a: {api_keys: [../key]}}}", ".consumers.a.api_keys[0]: pattern"),
+        ("{cors: {origins: []}}", ".cors.origins: size"),
+    ],
+)
+def test_an_editor_sees_what_is_wrong_with_the_policy_of_an_edge(document: str, violation: str) -> None:
+    assert check(document, EDGE) == [violation]
+    with pytest.raises(InvalidPolicyError):
+        EdgePolicy.parse(yaml.safe_load(document))
