@@ -218,7 +218,12 @@ class EdgeHub:
                 follower.wake.clear()
                 if follower.ending is not None:
                     await context.abort(*follower.ending)
-                if not self.book.is_provisional(follower.edge):
+                if self.book.is_provisional(follower.edge):
+                    if follower.sent_version is None:
+                        follower.sent_version = ""
+                        await context.write(pb.FollowResponse())
+                        continue
+                else:
                     # It may be for others now.
                     await self._may_follow(follower.edge, context)
                     policy, version = self.book.policy(follower.edge)

@@ -82,9 +82,6 @@ def _check(table: RouteTable, policy: EdgePolicy, upstreams: Mapping[str, Upstre
     for name, service in policy.services.items():
         if service.upstream not in upstreams:
             raise SettingsError(f"services.{name}.upstream: {service.upstream!r} is not among the upstreams")
-    for name, consumer in policy.consumers.items():
-        if any(item.audiences for item in consumer.jwt_issuers):
-            raise SettingsError(f"consumers.{name}.jwt_issuers: Kong does not look at audiences; leave them out for it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,15 @@ class _Renderer:
         directory = self.settings.proto_directory.rstrip("/")
         # A plugin of a route replaces the same plugin of its service: the service's pre-function is here again.
         plugins = [
-            _plugin("pre-function", {"access": kong_lua.access(route, service.max_body_bytes)}),
+            _plugin(
+                "pre-function",
+                {
+                    "access": [
+                        *kong_lua.access(route, service.max_body_bytes),
+                        *self._audiences(_settings(service, route.method)),
+                    ]
+                },
+            ),
             *_access_plugins(_settings(service, route.method)),
             _plugin("grpc-gateway", {"proto": f"{directory}/{self.proto_names[route.method.service]}"}),
         ]
@@ -175,15 +180,27 @@ class _Renderer:
         self, name: str, service: ExposedService, methods: Sequence[Method], *, by_prefix: bool
     ) -> Iterator[Entity]:
         """One by the service's prefix, and one by its whole path for each method that is treated otherwise."""
-        usual = list(_access_plugins(service.settings("", streams=False)))
+        usual = self._native_plugins(service.settings("", streams=False))
         paths = {f"{name}~grpc": (f"/{name}/", usual)} if by_prefix else {}
         for method in methods:
-            plugins = list(_access_plugins(_settings(service, method)))
+            plugins = self._native_plugins(_settings(service, method))
             if not by_prefix or plugins != usual:
                 paths[f"{method.full_name}~grpc"] = (f"~/{escape(name)}/{method.name}$", plugins)
         for route_name, (path, plugins) in paths.items():
             entity: Entity = {"name": route_name, "protocols": _GRPC, "paths": [path], "strip_path": False}
             yield entity | {"plugins": plugins} if plugins else entity
+
+    def _native_plugins(self, settings: MethodSettings) -> list[Entity]:
+        plugins = list(_access_plugins(settings))
+        if guard := self._audiences(settings):
+            plugins.insert(0, _plugin("pre-function", {"access": [kong_lua.TRAILERS, *guard]}))
+        return plugins
+
+    def _audiences(self, settings: MethodSettings) -> list[str]:
+        """What looks at the audiences of tokens, where they are asked for."""
+        issuers = [item for consumer in self.policy.consumers.values() for item in consumer.jwt_issuers]
+        known = {item.issuer: item.audiences for item in issuers if item.audiences}
+        return [kong_lua.audiences(known)] if known and Authentication.JWT in settings.authentication else []
 
     def _consumers(self) -> Iterator[Entity]:
         for name, consumer in sorted(self.policy.consumers.items()):

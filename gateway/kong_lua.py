@@ -1,13 +1,13 @@
 """Lua that Kong's pre-function and post-function plugins run: what its grpc-gateway leaves out.
 
 It runs in Kong's sandbox, by the documented plugin development kit; ``untrusted_lua_sandbox_requires = cjson.safe`` in
-kong.conf lets it read and write JSON. Configuration cannot break out of it: what comes from protos and settings is
-identifiers and numbers.
+kong.conf lets it read and write JSON. Configuration cannot break out of it: what comes from protos and policies is
+identifiers, numbers, and texts of which every other character is escaped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gateway.routes import Route
 
@@ -71,6 +71,34 @@ _OVERRIDE = """\
 for field in pairs({bound}) do
   if decoded and decoded[field] ~= nil then
     return kong.response.exit(400, {{ code = 3, message = field .. " is set by the path; leave it out of the body" }})
+  end
+end
+"""
+
+_AUDIENCES = """\
+-- Kong's jwt plugin, which checks the token afterwards, does not look at whom it is for.
+local audiences = {audiences}
+local function claims_of(token)
+  local payload = token:match("^[^.]+[.]([^.]+)[.]")
+  payload = payload and payload:gsub("%-", "+"):gsub("_", "/")
+  payload = payload and ngx.decode_base64(payload .. string.rep("=", -#payload % 4))
+  return payload and require("cjson.safe").decode(payload)
+end
+local header = kong.request.get_header("authorization")
+local token = header and header:match("[Bb]earer%s+(.+)")
+if token then
+  local claims = claims_of(token)
+  -- Without an issuer among the claims, the plugin would take the one in the token's header.
+  local allowed = false
+  if type(claims) == "table" and type(claims.iss) == "string" then
+    local known = audiences[claims.iss]
+    allowed = known == nil
+    for _, audience in ipairs(type(claims.aud) == "table" and claims.aud or {{ claims.aud }}) do
+      allowed = allowed or known[audience]
+    end
+  end
+  if not allowed then
+    return kong.response.exit(401, {{ code = 16, message = "the token is not for this audience" }})
   end
 end
 """
@@ -145,6 +173,28 @@ def access(route: Route, max_body_bytes: int | None) -> list[str]:
         )
         guards += _OVERRIDE.format(bound=bound) if names and whole else ""
     return [TRAILERS, guards] if guards else [TRAILERS]
+
+
+def audiences(known: Mapping[str, Sequence[str]]) -> str:
+    """Refuses tokens that name none of the audiences that their issuer's tokens must name, before Kong checks them.
+
+    Args:
+        known: audiences by issuer; issuers that are not in it may name any.
+    """
+    table = ", ".join(
+        f"[{_text(issuer)}] = {{ {', '.join(f'[{_text(name)}] = true' for name in names)} }}"
+        for issuer, names in sorted(known.items())
+    )
+    return _AUDIENCES.format(audiences=f"{{ {table} }}")
+
+
+def _text(value: str) -> str:
+    """A literal of Lua that holds nothing but letters, digits and escapes."""
+    return (
+        '"'
+        + "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"\\{byte:03d}" for byte in value.encode())
+        + '"'
+    )
 
 
 def errors(origins: Sequence[str]) -> dict[str, list[str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from google.protobuf import json_format
-from mesh.v1 import discovery_pb2, endpoint_pb2, policy_pb2, resource_pb2
+from mesh.v1 import discovery_pb2, edge_pb2, endpoint_pb2, policy_pb2, resource_pb2
 
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
 from mesh_client.core.model import Endpoint, Health, Locality, ResourceKind, check_service_name, sorted_endpoints
 from mesh_client.core.policy import ServicePolicy
@@ -84,6 +85,20 @@ def policy_from_proto(message: policy_pb2.ServicePolicy) -> ServicePolicy:
 def policy_to_proto(policy: ServicePolicy) -> policy_pb2.ServicePolicy:
     """The message that states a policy, defaults included."""
     return json_format.ParseDict(policy.dump(), policy_pb2.ServicePolicy())
+
+
+def edge_policy_from_proto(message: edge_pb2.EdgePolicy) -> EdgePolicy:
+    """The policy of an edge that a message states.
+
+    Raises:
+        InvalidPolicyError: with the path of each bad field.
+    """
+    return EdgePolicy.parse(json_format.MessageToDict(message, preserving_proto_field_name=True))
+
+
+def edge_policy_to_proto(policy: EdgePolicy) -> edge_pb2.EdgePolicy:
+    """The message that states the policy of an edge, defaults included."""
+    return json_format.ParseDict(policy.dump(), edge_pb2.EdgePolicy())
 
 
 def resource_from_proto(message: resource_pb2.Resource) -> Resource:

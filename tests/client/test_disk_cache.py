@@ -82,7 +82,7 @@ def test_a_file_that_is_far_too_large_is_not_read(
     cache: DiskCache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.save([ACTIVE])
-    monkeypatch.setattr("mesh_client.disk_cache.MAX_BYTES", 10)
+    monkeypatch.setattr("mesh_client.checked_file.MAX_BYTES", 10)
     assert cache.load() == ([], [])
     assert "at most 10 bytes" in caplog.text
 

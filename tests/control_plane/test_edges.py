@@ -79,9 +79,13 @@ async def apply(admin: admin_pb2_grpc.AdminServiceAsyncStub, document: str) -> a
 
 
 async def edge_status(admin: admin_pb2_grpc.AdminServiceAsyncStub, edge: str = "edge") -> admin_pb2.EdgeStatus:
-    status = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=BOUND)
-    (found,) = [item for item in status.edges if item.edge == edge]
-    return found
+    """The status of an edge, once it has one."""
+    async with asyncio.timeout(BOUND):
+        while True:
+            status = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=BOUND)
+            for item in status.edges:
+                if item.edge == edge:
+                    return item
 
 
 async def reported(admin: admin_pb2_grpc.AdminServiceAsyncStub, version: str) -> pb.EdgeReport:
@@ -162,6 +166,7 @@ async def alone() -> AsyncIterator[tuple[EdgeHub, grpc.aio.Channel]]:
 class TestUnknownPolicies:
     async def test_nothing_is_sent_before_the_store_was_read_but_what_was_good_before(self) -> None:
         async with alone() as (hub, channel), Gateway(channel) as gateway, Gateway(channel, "new") as new:
+            assert await gateway.read() == await new.read() == pb.FollowResponse()
             hub.apply(PolicyStored("edge", b"access_log: true", ""))
             assert (await gateway.read()).policy.access_log
             assert {state.edge: bool(state.policy_version) for state in hub.states()} == {"edge": True, "new": False}
@@ -173,6 +178,7 @@ class TestUnknownPolicies:
             hub.read()
             hub.apply(PolicyStored("edge", b"edge: [", "1"))
             async with Gateway(channel) as gateway:
+                assert await gateway.read() == pb.FollowResponse()
                 hub.apply(PolicyStored("edge", b"access_log: true", "2"))
                 assert (await gateway.read()).policy.access_log
                 hub.apply(PolicyStored("edge", b"access_log: never", "3"))

@@ -182,10 +182,6 @@ def test_what_kong_would_distort_is_refused_unless_it_is_accepted() -> None:
             one("shop.v1.OrderService", {"upstream": "v"}),
             "services.shop.v1.OrderService.upstream: 'v' is not among the upstreams",
         ),
-        (
-            one("shop.v1.OrderService", consumers={"a": {"jwt_issuers": [ISSUER | {"audiences": ["shop"]}]}}),
-            "consumers.a.jwt_issuers: Kong does not look at audiences",
-        ),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused(document: dict[str, object], message: str) -> None:
@@ -224,6 +220,27 @@ def test_a_method_that_is_opened_asks_for_nothing() -> None:
     }
     assert asked == {".GetOrder": False, ".PlaceOrder": True, "~grpc": True, ".GetOrder~grpc": False}
     assert "{vault://hcv/kong/key}" in made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative
+
+
+def test_audiences_are_looked_at_wherever_tokens_are() -> None:
+    document = one(
+        "shop.v1.OrderService",
+        {"authentication": ["jwt"], "methods": {"GetOrder": {"authentication": ["none"]}}},
+        consumers={"a": {"jwt_issuers": [ISSUER | {"audiences": ["shop"]}]}},
+    )
+    (service,) = yaml.safe_load(made(shop(), document).declarative)["services"]
+    guarded = {
+        route["name"].removeprefix("shop.v1.OrderService"): [
+            "audiences" in program
+            for plugin in route.get("plugins", [])
+            if plugin["name"] == "pre-function"
+            for program in plugin["config"]["access"]
+        ]
+        for route in service["routes"]
+    }
+    assert guarded[".PlaceOrder"] == [False, False, True]
+    assert guarded["~grpc"] == [False, True]
+    assert not any(guarded[".GetOrder"] + guarded[".GetOrder~grpc"])
 
 
 def test_spans_can_be_sampled_and_requests_logged_without_keys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from gateway.routes import Route, build
 from tests.gateway.compiling import nasty, shop, with_rules
 
 KIT = """
-function(request, response, json)
+function(request, response, json, decode_base64)
   local exits = {}
   local kong = { request = {}, response = {} }
   function kong.request.get_query() return request.query end
@@ -33,10 +34,10 @@ function(request, response, json)
     response.body = json.encode(body)
     return "exited"
   end
-  local ngx = { var = {} }
+  local ngx = { var = {}, decode_base64 = decode_base64 }
   response.ngx = ngx
   local sandbox = {
-    kong = kong, ngx = ngx, pairs = pairs, type = type, tonumber = tonumber, string = string,
+    kong = kong, ngx = ngx, pairs = pairs, ipairs = ipairs, type = type, tonumber = tonumber, string = string,
     require = function(name) assert(name == "cjson.safe"); return json end,
   }
   return function(program) return setfenv(assert(loadstring(program)), sandbox)() end
@@ -61,7 +62,7 @@ class Kong:
         self.response = table({"status": self.status, "body": self.answer, "headers": table(dict(self.answer_headers))})
         request = table({"query": table(dict(self.query)), "body": self.body, "headers": table(dict(self.headers))})
         codec = self.lua.table_from({"decode": self.decode, "encode": self.encode})
-        self.program = self.lua.eval(KIT)(request, self.response, codec)
+        self.program = self.lua.eval(KIT)(request, self.response, codec, self.decode_base64)
 
     def decode(self, text: str) -> object:
         try:
@@ -69,8 +70,15 @@ class Kong:
         except ValueError:
             return None
         if isinstance(value, dict | list):
-            return self.lua.table_from(value)
+            return self.lua.table_from(value, recursive=True)
         return object() if value is None else value  # cjson.null is no nil
+
+    def decode_base64(self, text: bytes | str) -> object:
+        """As ngx.decode_base64: nil for what is none."""
+        try:
+            return base64.b64decode(text, validate=True).decode()
+        except ValueError:
+            return None
 
     def encode(self, value: object) -> str:
         return json.dumps(dict(cast("Mapping[str, object]", value)))
@@ -202,3 +210,60 @@ def test_the_star_of_kongs_transcoder_goes_out_only_if_all_origins_may_call(
 ) -> None:
     kong = Kong(answer_headers={"access-control-allow-origin": "*"})
     assert answered(kong, *origins).response.headers["access-control-allow-origin"] == left
+
+
+STRANGE = 'it\'s "quoted" \\ \n]] é'
+GUARD = [kong_lua.audiences({"i": ("shop", "tests"), STRANGE: (STRANGE,)})]
+
+
+def token(claims: object, header: object = None, *, urlsafe: bool = True) -> str:
+    def part(value: object) -> str:
+        raw = base64.urlsafe_b64encode(json.dumps(value, ensure_ascii=False).encode()).decode()
+        return raw.rstrip("=") if urlsafe else raw
+
+    return f"{part(header or {'alg': 'ES256'})}.{part(claims)}.signature"
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"iss": "i", "aud": "shop"},
+        {"iss": "i", "aud": ["others", "tests"]},
+        {"iss": "of whom any is fine", "aud": "others"},
+        {"iss": "of whom any is fine"},
+        {"iss": STRANGE, "aud": STRANGE},
+        {"iss": "i", "aud": "shop", "filler": "?>~" * 20},
+    ],
+)
+@pytest.mark.parametrize("scheme", ["Bearer ", "bearer  "])
+def test_tokens_for_an_audience_pass(claims: object, scheme: str) -> None:
+    assert Kong(headers={"authorization": scheme + token(claims)}).runs(GUARD).response.status == 200
+
+
+@pytest.mark.parametrize("header", [{}, {"authorization": "Basic eA=="}])
+def test_what_has_no_token_is_left_to_the_plugin(header: dict[str, str]) -> None:
+    assert Kong(headers=header).runs(GUARD).response.status == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        token({"iss": "i", "aud": "others"}),
+        token({"iss": "i", "aud": ["others", 1, None]}),
+        token({"iss": "i", "aud": {"1": "shop"}}),
+        token({"iss": "i", "aud": {"shop": True}}),
+        token({"iss": "i", "aud": []}),
+        token({"iss": "i"}),
+        token({"iss": "i", "aud": None}),
+        token({"aud": "shop"}, {"alg": "ES256", "iss": "of whom any is fine"}),
+        token({"iss": False, "aud": "shop"}, {"alg": "ES256", "iss": "of whom any is fine"}),
+        token(["i"]),
+        token(None),
+        "a.!.c",
+        "a.b",
+        "nonsense",
+    ],
+)
+def test_tokens_for_nobody_here_and_odd_ones_are_refused(text: str) -> None:
+    status, body = Kong(headers={"authorization": f"Bearer {text}"}).runs(GUARD).status_and_body
+    assert (status, body) == (401, {"code": 16, "message": "the token is not for this audience"})
