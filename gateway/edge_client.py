@@ -37,7 +37,7 @@ from mesh_client.core.policy import Backoff
 from mesh_client.core.rate_limit import TokenBucket
 from mesh_client.core.retry import backoff_delay
 from mesh_client.discovery import AGED
-from mesh_client.stream_end import StreamEnd
+from mesh_client.stream_end import StreamEnd, obey_cancellation
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 RECONNECT = Backoff(initial=0.2, max=10.0, multiplier=2.0)
@@ -236,6 +236,7 @@ class EdgeClient:
         while True:
             await self._credentials()
             answered = await self._follow(self._addresses[index % len(self._addresses)])
+            obey_cancellation()
             failures = 0 if answered else failures + 1
             if failures >= len(self._addresses):
                 self._fall_back()

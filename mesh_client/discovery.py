@@ -21,7 +21,7 @@ from mesh_client.core.handshake import explain
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Store, Subscribe
-from mesh_client.stream_end import StreamEnd
+from mesh_client.stream_end import StreamEnd, obey_cancellation
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
@@ -100,6 +100,7 @@ class Discovery:
             await self._credentials()
             address = self._addresses[index % len(self._addresses)]
             answered = await self._follow(address)
+            obey_cancellation()
             self.failures = 0 if answered else self.failures + 1
             self._on_state()
             index += 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 from mesh.v1 import admin_pb2, admin_pb2_grpc
 from mesh.v1 import edge_service_pb2 as pb
 
+from control_plane.convert import edge_policy_to_proto
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from gateway import edge_client
@@ -178,33 +181,43 @@ async def test_a_control_plane_that_is_not_there_is_left_for_another(tmp_path: P
                     await applied(client)
 
 
+Follow = Callable[[AsyncIterator[pb.FollowRequest], Any], Awaitable[None]]
+
+
 @asynccontextmanager
-async def scripted(*responses: pb.FollowResponse) -> AsyncIterator[tuple[str, asyncio.Queue[pb.FollowRequest]]]:
-    """A control plane that answers with these, and what it is told."""
-    told: asyncio.Queue[pb.FollowRequest] = asyncio.Queue()
-
-    async def follow(requests: AsyncIterator[pb.FollowRequest], context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]  # cannot be subscripted at run time
-        for response in responses:
-            await context.write(response)
-        async for request in requests:
-            told.put_nowait(request)
-
+async def serving(follow: Follow) -> AsyncIterator[str]:
+    """The address of a control plane that answers so."""
     handler = grpc.stream_stream_rpc_method_handler(
-        follow, pb.FollowRequest.FromString, pb.FollowResponse.SerializeToString
+        follow,
+        pb.FollowRequest.FromString,
+        pb.FollowResponse.SerializeToString,
     )
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mesh.v1.EdgeService", {"Follow": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield f"127.0.0.1:{port}", told
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
 
 
-def response(version: str, policy: EdgePolicy) -> pb.FollowResponse:
-    from control_plane.convert import edge_policy_to_proto
+@asynccontextmanager
+async def scripted(*responses: pb.FollowResponse) -> AsyncIterator[tuple[str, asyncio.Queue[pb.FollowRequest]]]:
+    """A control plane that answers with these, and what it is told."""
+    told: asyncio.Queue[pb.FollowRequest] = asyncio.Queue()
 
+    async def follow(requests: AsyncIterator[pb.FollowRequest], context: Any) -> None:
+        for item in responses:
+            await context.write(item)
+        async for request in requests:
+            told.put_nowait(request)
+
+    async with serving(follow) as address:
+        yield address, told
+
+
+def response(version: str, policy: EdgePolicy) -> pb.FollowResponse:
     return pb.FollowResponse(version=version, policy=edge_policy_to_proto(policy), stored=True)
 
 
@@ -279,6 +292,36 @@ async def test_of_reports_that_come_faster_than_they_are_sent_the_last_is(monkey
                 client.report(EdgeReport(str(number), EdgeOutcome.FAILED))
             assert (await told.get()).report.policy_version == "9"
         assert told.empty()
+
+
+async def test_a_stream_that_ends_is_opened_again() -> None:
+    ended: list[pb.FollowRequest] = []
+
+    async def follow(requests: AsyncIterator[pb.FollowRequest], context: Any) -> None:
+        ended.append(await anext(aiter(requests)))
+        await context.write(response("1", LOGS))
+        if len(ended) == 2:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "max connection age")
+
+    async with serving(follow) as address, follower(address) as client:
+        await until(lambda: len(ended) == 3)
+        assert [request.gateway.held_version for request in ended] == ["", "1", "1"]
+        assert client.current is not None
+
+
+async def test_without_an_identity_the_edge_starts_with_what_it_ran_by_last(tmp_path: Path) -> None:
+    class Nobody(PlaintextTransport):
+        """A transport that has tried everything, and got no certificate."""
+
+        problem = "the authority does not answer"
+        failing = True
+
+    async with scripted(response("1", LOGS)) as (address, _):
+        async with follower(address, cache=tmp_path) as client:
+            await applied(client)
+        async with follower(address, cache=tmp_path, transport=Nobody()) as client, asyncio.timeout(PATIENCE):
+            assert (await client.changed(None)).policy == LOGS
+            assert client.state == "not tried, for want of a certificate: the authority does not answer"
 
 
 async def test_a_defect_of_ours_is_logged_and_tried_again(
