@@ -9,32 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gateway.http_status import GRPC_STATUS, HTTP_STATUS
 from gateway.routes import Route
 
 TRAILERS = 'ngx.var.upstream_te = "trailers"\n'
 """Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
-
-HTTP_STATUS = dict(
-    zip(range(1, 17), (499, 500, 400, 504, 404, 409, 403, 429, 400, 409, 400, 501, 500, 503, 500, 401), strict=True)
-)
-"""HTTP status by gRPC status, as google/rpc/code.proto has it. Kong itself makes 500 of UNIMPLEMENTED."""
-
-GRPC_STATUS = {
-    400: 3,
-    401: 16,
-    403: 7,
-    404: 5,
-    405: 12,
-    408: 4,
-    409: 10,
-    429: 8,
-    499: 1,
-    501: 12,
-    502: 14,
-    503: 14,
-    504: 4,
-}
-"""gRPC status by HTTP status, for what the edge answers itself; else INVALID_ARGUMENT below 500, INTERNAL above."""
 
 _QUERY = """\
 -- Kong's grpc-gateway lets query parameters override what the path says.

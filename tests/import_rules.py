@@ -85,6 +85,8 @@ _PURE_GATEWAY = " ".join(path.removesuffix(".py").replace("/", ".") for path in 
 _PURE_LIBRARIES = {
     # descriptors are values, and protobuf does no I/O for them
     **{path: "google" for path in PURE if path.startswith("gateway/")},
+    "gateway/envoy_authentication.py": "cryptography",
+    "gateway/envoy_settings.py": "pydantic",
     "gateway/kong.py": "yaml",
     "gateway/settings.py": "pydantic",
     "control_plane/documents.py": "yaml",

@@ -1,0 +1,260 @@
+"""The routes of an Envoy: one for each binding and each method, with its own limits, and answers for all else.
+
+The table decides which method a path means: REST routes come in its order, by regular expressions that match exactly
+what its templates match. What none of them matches is answered here, before anything is transcoded or forwarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gateway import envoy_authentication, envoy_transcoder
+from gateway.allowed_methods import allowed_methods
+from gateway.descriptors import Method
+from gateway.envoy_xds import ALWAYS, Json, typed
+from gateway.path_template import PathTemplate, Wildcard
+from gateway.routes import RouteTable
+from mesh_client.core.edge_policy import Cors, EdgePolicy, EdgeRateLimit, ExposedService, MethodSettings
+from mesh_client.core.policy_base import format_duration
+
+NAME = "edge"
+OPENAPI_PATH = "/openapi.json"
+
+RATE_LIMIT_FILTER = "envoy.filters.http.local_ratelimit"
+REST_RESPONSE_FILTER = "rest_response"
+REST_STATUS_FILTER = "rest_status"
+CORS_FILTER = "envoy.filters.http.cors"
+
+_RATE_LIMIT = "extensions.filters.http.local_ratelimit.v3.LocalRateLimit"
+_MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute"
+
+MAX_CALLERS = 10_000
+"""Whose requests a rate limit counts at one time; beyond it, who has not called for longest is forgotten."""
+
+_SECONDS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
+_RETRY_ON = "connect-failure,refused-stream,reset-before-request,unavailable"
+"""What happens before there is any answer. UNAVAILABLE is what mesh clients try again, too."""
+_STREAM_RETRY_ON = "connect-failure,refused-stream,reset-before-request"
+_SLOW_CALLER = 5.0
+"""Seconds of silence, beyond a call's timeout, after which a caller that has not sent its whole request is given up."""
+
+_GRPC: Json = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
+_NOT_GRPC: Json = {**_GRPC, "invert_match": True, "treat_missing_header_as_empty": True}
+
+
+def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> Json:
+    """The route configuration.
+
+    Args:
+        table: the routes of exactly the services that the policy exposes.
+        policy: of the edge.
+        openapi: what is answered at `OPENAPI_PATH`.
+    """
+    routes = [_openapi(openapi), *_rest(table, policy), *_native(table, policy)]
+    allowed = allowed_methods(table)
+    if policy.cors is not None and table.routes:
+        cluster = policy.services[table.routes[0].method.service].upstream
+        routes += [_preflight(item.template, cluster) for item in allowed]
+    routes += [_other_method(item.template, item.verbs) for item in allowed]
+    routes.append(_answer({"prefix": "/"}, 404, "no method has this path"))
+    host: Json = {"name": NAME, "domains": ["*"], "routes": routes}
+    if policy.cors is not None:
+        host["typed_per_filter_config"] = {CORS_FILTER: _cors(table, policy.cors)}
+    return {
+        "name": NAME,
+        "virtual_hosts": [host],
+        "max_direct_response_body_size_bytes": max(4_096, len(openapi.encode())),
+    }
+
+
+def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
+    for route in table.routes:
+        method = route.method
+        service = policy.services[method.service]
+        settings = service.settings(method.name, streams=method.streams)
+        yield {
+            "name": route.name,
+            "match": {**_path(route.template), "headers": [_verb(route.verb), _NOT_GRPC]},
+            "route": _rest_action(service, settings, method),
+            "decorator": _operation(method),
+            "request_headers_to_add": _deadline(settings, "OVERWRITE_IF_EXISTS_OR_ADD") if not method.streams else [],
+            "typed_per_filter_config": {
+                **_access(settings),
+                envoy_transcoder.FILTER: envoy_transcoder.transcoder(route, service.max_body_bytes),
+                **_rest_headers(),
+            },
+        }
+
+
+def _native(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
+    for name, service in sorted(policy.services.items()):
+        if not service.native_grpc:
+            continue
+        for method in table.api.services[name]:
+            settings = service.settings(method.name, streams=method.streams)
+            yield {
+                "name": f"{method.full_name}~grpc",
+                "match": {"path": f"/{name}/{method.name}", "headers": [_verb("POST"), _GRPC]},
+                "route": _native_action(service, settings, method),
+                "decorator": _operation(method),
+                "request_headers_to_add": _deadline(settings, "ADD_IF_ABSENT") if not method.streams else [],
+                "typed_per_filter_config": _access(settings),
+            }
+
+
+def _path(template: PathTemplate) -> Json:
+    if any(isinstance(segment, Wildcard) for segment in template.segments):
+        return {"safe_regex": {"regex": template.regex()}}
+    return {"path": str(template)}
+
+
+def _verb(verb: str) -> Json:
+    return {"name": ":method", "string_match": {"exact": verb}}
+
+
+def _operation(method: Method) -> Json:
+    """The name of the spans."""
+    return {"operation": f"{method.service}/{method.name}", "propagate": False}
+
+
+def _rest_action(service: ExposedService, settings: MethodSettings, method: Method) -> Json:
+    retries = _retries(settings, method)
+    if method.streams:
+        return {
+            "cluster": service.upstream,
+            "timeout": "0s",
+            "idle_timeout": format_duration(settings.timeout),
+            **retries,
+        }
+    return {
+        "cluster": service.upstream,
+        "timeout": format_duration(settings.timeout),
+        "idle_timeout": format_duration(settings.timeout + _SLOW_CALLER),
+        **retries,
+    }
+
+
+def _native_action(service: ExposedService, settings: MethodSettings, method: Method) -> Json:
+    """Of gRPC's own timeouts, since Envoy's other ones end calls with UNAVAILABLE."""
+    timeout = format_duration(settings.timeout)
+    limits: Json = (
+        {"idle_timeout": timeout, "max_stream_duration": {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"}}
+        if method.streams
+        else {"max_stream_duration": {"max_stream_duration": timeout, "grpc_timeout_header_max": timeout}}
+    )
+    return {"cluster": service.upstream, "timeout": "0s", **limits, **_retries(settings, method)}
+
+
+def _retries(settings: MethodSettings, method: Method) -> Json:
+    if not settings.retries:
+        return {}
+    previous = "extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+    return {
+        "retry_policy": {
+            "retry_on": _STREAM_RETRY_ON if method.client_streaming else _RETRY_ON,
+            "num_retries": settings.retries,
+            "retry_host_predicate": [{"name": "previous_hosts", "typed_config": typed(previous)}],
+            "host_selection_retry_max_attempts": 5,
+        }
+    }
+
+
+def _deadline(settings: MethodSettings, action: str) -> list[Json]:
+    """What services are told of the timeout, so that they stop and pass it on."""
+    value = f"{max(1, round(settings.timeout * 1_000))}m"
+    return [{"header": {"key": "grpc-timeout", "value": value}, "append_action": action}]
+
+
+def _access(settings: MethodSettings) -> Json:
+    config = envoy_authentication.of_route(settings)
+    if settings.rate_limit is not None:
+        config[RATE_LIMIT_FILTER] = _rate_limit(settings.rate_limit)
+    return config
+
+
+def _rate_limit(limit: EdgeRateLimit) -> Json:
+    """A bucket for each caller, made as it comes; it fills up within the window."""
+    if limit.by == "ip":
+        action: Json = {"remote_address": {}}
+        key = "remote_address"
+    else:
+        key = "consumer"
+        action = {"request_headers": {"header_name": envoy_authentication.CONSUMER_HEADER, "descriptor_key": key}}
+    bucket: Json = {
+        "max_tokens": limit.requests,
+        "tokens_per_fill": limit.requests,
+        "fill_interval": f"{_SECONDS[limit.per]}s",
+    }
+    return typed(
+        _RATE_LIMIT,
+        stat_prefix=NAME,
+        token_bucket=bucket,
+        filter_enabled=ALWAYS,
+        filter_enforced=ALWAYS,
+        rate_limits=[{"actions": [action]}],
+        descriptors=[{"entries": [{"key": key}], "token_bucket": bucket}],
+        max_dynamic_descriptors=MAX_CALLERS,
+        # The one bucket for all is for requests without a caller, of which there are none.
+        always_consume_default_token_bucket=False,
+        enable_x_ratelimit_headers="DRAFT_VERSION_03",
+        enable_retry_after_header=True,
+        rate_limited_as_resource_exhausted=True,
+    )
+
+
+def _rest_headers() -> Json:
+    """What is gRPC's own in answers is of no use to callers of REST.
+
+    Details of errors are dropped: with one of a type that the transcoder does not know, it would answer with no body.
+    They also tell the outside what was meant for colleagues.
+    """
+    status = [{"remove": "grpc-status-details-bin"}]
+    answers = [{"remove": name} for name in ("grpc-status", "grpc-message", "grpc-encoding", "grpc-accept-encoding")]
+    return {
+        REST_RESPONSE_FILTER: typed(_MUTATION, mutations={"response_mutations": answers}),
+        REST_STATUS_FILTER: typed(
+            _MUTATION, mutations={"response_mutations": status, "response_trailers_mutations": status}
+        ),
+    }
+
+
+def _openapi(document: str) -> Json:
+    header = {"key": "content-type", "value": "application/json"}
+    return {
+        "name": "openapi",
+        "match": {"path": OPENAPI_PATH, "headers": [_verb("GET")]},
+        "direct_response": {"status": 200, "body": {"inline_string": document}},
+        "response_headers_to_add": [{"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}],
+    }
+
+
+def _preflight(template: PathTemplate, cluster: str) -> Json:
+    """Where the CORS filter answers preflights, and lets none pass: it does so for routes that forward alone."""
+    present = [{"name": name, "present_match": True} for name in ("origin", "access-control-request-method")]
+    return {"match": {**_path(template), "headers": [_verb("OPTIONS"), *present]}, "route": {"cluster": cluster}}
+
+
+def _other_method(template: PathTemplate, verbs: tuple[str, ...]) -> Json:
+    allowed = ", ".join(verbs)
+    answer = _answer({**_path(template), "headers": [_NOT_GRPC]}, 405, f"this path has the methods {allowed}")
+    return {**answer, "response_headers_to_add": [{"header": {"key": "allow", "value": allowed}}]}
+
+
+def _answer(match: Json, status: int, message: str) -> Json:
+    return {"match": match, "direct_response": {"status": status, "body": {"inline_string": message}}}
+
+
+def _cors(table: RouteTable, cors: Cors) -> Json:
+    origins: list[Json] = [
+        {"safe_regex": {"regex": ".*"}} if origin == "*" else {"exact": origin} for origin in cors.origins
+    ]
+    return typed(
+        "extensions.filters.http.cors.v3.CorsPolicy",
+        allow_origin_string_match=origins,
+        allow_methods=", ".join(sorted({route.verb for route in table.routes})),
+        allow_headers=", ".join(cors.headers),
+        expose_headers=", ".join(cors.exposed_headers),
+        max_age=f"{cors.max_age:.0f}",
+        allow_credentials=cors.credentials,
+        forward_not_matching_preflights=False,
+    )
