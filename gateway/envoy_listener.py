@@ -26,6 +26,7 @@ _MESSAGES = {
     504: "the service did not answer in time",
 }
 """What is said in place of Envoy's own words, which tell of hosts and connections."""
+_MALFORMED = "the request is malformed, has a header with an underscore, or has %%2F, %%5C or %%00 in its path"
 _STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 426, 429, 431, 500, 501, 502, 503, 504)
 
 
@@ -122,11 +123,9 @@ def _local_replies() -> Iterator[Json]:
         said: Json = {"text_format_source": {"inline_string": message}}
         yield {"filter": _all(grpc, transcoded, _status(status)), "body_format_override": said}
     yield {"filter": _all(grpc, transcoded), "body_format_override": plain}
-    refused = _header(":path", {"string_match": {"safe_regex": {"regex": "(?i)[^?]*%(?:2f|5c|00).*"}}})
-    yield {
-        "filter": _all(refused, _status(400)),
-        "body_format_override": _json(3, "%%2F, %%5C and %%00 are not allowed in paths"),
-    }
+    # What is refused before Envoy has written its own headers has no message, or one about HTTP's grammar.
+    early = _header("x-forwarded-proto", {"present_match": True, "invert_match": True})
+    yield {"filter": _all(early, _status(400)), "body_format_override": _json(3, _MALFORMED)}
     for status in _STATUSES:
         code = GRPC_STATUS.get(status, 3 if status < 500 else 13)
         yield {

@@ -6,14 +6,16 @@ what its templates match. What none of them matches is answered here, before any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from google.protobuf.descriptor import FieldDescriptor
 
 from gateway import envoy_authentication, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
 from gateway.envoy_xds import ALWAYS, Json, typed
 from gateway.path_template import PathTemplate, Wildcard
-from gateway.routes import RouteTable
+from gateway.routes import Route, RouteTable
 from mesh_client.core.edge_policy import Cors, EdgePolicy, EdgeRateLimit, ExposedService, MethodSettings
 from mesh_client.core.policy_base import format_duration
 
@@ -72,9 +74,12 @@ def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
         method = route.method
         service = policy.services[method.service]
         settings = service.settings(method.name, streams=method.streams)
+        match: Json = {**_path(route.template), "headers": [_verb(route.verb), _NOT_GRPC]}
+        if route.template.variables:
+            yield _override(route, match)
         yield {
             "name": route.name,
-            "match": {**_path(route.template), "headers": [_verb(route.verb), _NOT_GRPC]},
+            "match": match,
             "route": _rest_action(service, settings, method),
             "decorator": _operation(method),
             "request_headers_to_add": _deadline(settings, "OVERWRITE_IF_EXISTS_OR_ADD") if not method.streams else [],
@@ -100,6 +105,40 @@ def _native(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
                 "request_headers_to_add": _deadline(settings, "ADD_IF_ABSENT") if not method.streams else [],
                 "typed_per_filter_config": _access(settings),
             }
+
+
+def _override(route: Route, match: Json) -> Json:
+    """Refuses requests whose query says again what the path says, for to the transcoder the query's word is the last.
+
+    A service that decides by the message would decide about another thing than whoever decided by the path.
+    """
+    names = "|".join(query_names(route.fields_along(variable)) for variable in route.template.variables)
+    headers: list[Json] = [
+        _verb(route.verb),
+        _NOT_GRPC,
+        {"name": ":path", "string_match": {"contains": "?"}},  # most requests have none, and this is quick
+        {"name": ":path", "string_match": {"safe_regex": {"regex": f"[^?]*[?](?:.*&)?(?:{names})=.*"}}},
+    ]
+    shown = ", ".join(variable.name for variable in route.template.variables)
+    return _answer({**match, "headers": headers}, 400, f"the path says this already, so the query must not: {shown}")
+
+
+def query_names(fields: Sequence[FieldDescriptor]) -> str:
+    """A regular expression of all names that the transcoder takes for a field: in the proto, in JSON, and encoded.
+
+    Args:
+        fields: the fields along its path.
+    """
+    either = ("|".join(map(_encodable, sorted({field.name, field.json_name}))) for field in fields)
+    return "(?:[.]|%2[eE])".join(f"(?:{names})" for names in either)
+
+
+def _encodable(name: str) -> str:
+    """The name, each of its bytes as it is or percent-encoded."""
+    return "".join(
+        f"(?:{chr(byte) if chr(byte).isalnum() and byte < 128 else f'[{chr(92)}x{byte:02x}]'}|%(?i:{byte:02x}))"
+        for byte in name.encode()
+    )
 
 
 def _path(template: PathTemplate) -> Json:

@@ -45,6 +45,10 @@ class Route:
             (variable, _walk(self.method.input, variable.field_path)[-1]) for variable in self.template.variables
         )
 
+    def fields_along(self, variable: Variable) -> tuple[FieldDescriptor, ...]:
+        """The fields on the way to the one that a variable of the template ends at, and that one."""
+        return tuple(_walk(self.method.input, variable.field_path))
+
     def query_fields(self) -> tuple[tuple[str, FieldDescriptor], ...]:
         """What query parameters can set: dotted JSON names with their fields, in the order of declaration.
 

@@ -100,8 +100,10 @@ async def main() -> None:
     stubs()[1].add_ContractServiceServicer_to_server(contract, server)
     stubs()[1].add_ExtraServiceServicer_to_server(contract, server)
     host = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
-    print(server.add_insecure_port(f"{host}:0"), flush=True)
+    port = server.add_insecure_port(f"{host}:0")
     await server.start()
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop(None)
 

@@ -12,6 +12,7 @@ import pytest
 from lupa.luajit21 import LuaRuntime
 
 from gateway import kong_lua
+from gateway.http_status import HTTP_STATUS
 from gateway.routes import Route, build
 from tests.gateway.compiling import nasty, shop, with_rules
 
@@ -159,7 +160,7 @@ def answered(kong: Kong, *origins: str) -> Kong:
     return kong.runs(phases["header_filter"]).runs(phases["body_filter"])
 
 
-@pytest.mark.parametrize(("code", "status"), kong_lua.HTTP_STATUS.items())
+@pytest.mark.parametrize(("code", "status"), HTTP_STATUS.items())
 def test_each_grpc_status_is_an_http_status_with_a_json_body(code: int, status: int) -> None:
     headers = {"grpc-status": str(code), "grpc-message": "not%20a%C3%BC%0A", "content-length": "0"}
     kong = answered(Kong(answer_headers=headers))
