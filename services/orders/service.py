@@ -13,6 +13,8 @@ from shop.v1.inventory_pb2_grpc import InventoryServiceStub
 from shop.v1.orders_pb2_grpc import OrderServiceServicer
 from shop.v1.payments_pb2_grpc import PaymentServiceStub
 
+from services.orders.listing import OrderQuery, next_page_token
+from services.orders.messages import order_message
 from services.orders.store import OrderStore, State, StoredOrder
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,8 @@ ROUNDS = 3
 RELEASE_TIMEOUT = 5.0
 """Seconds in which stock is given back, whatever was left of the call's own time."""
 
-_STATES = {
-    State.PENDING: pb.ORDER_STATE_PENDING,
-    State.PLACED: pb.ORDER_STATE_PLACED,
-    State.REJECTED: pb.ORDER_STATE_REJECTED,
-}
+MAX_TEXT = 200
+"""Characters of a note, or of a reason."""
 
 
 class OrderService(OrderServiceServicer):
@@ -91,16 +90,77 @@ class OrderService(OrderServiceServicer):
                 break
         else:
             await context.abort(grpc.StatusCode.ABORTED, "other attempts at this order keep taking over; try again")
-        return pb.PlaceOrderResponse(order=_message(finished))
+        return pb.PlaceOrderResponse(order=order_message(finished))
 
     async def GetOrder(
         self, request: pb.GetOrderRequest, context: grpc.aio.ServicerContext[pb.GetOrderRequest, pb.GetOrderResponse]
     ) -> pb.GetOrderResponse:
         """One order, whichever instance took it."""
+        if request.order_id:
+            order = await self._orders.find(request.order_id)
+        elif request.idempotency_key:
+            order = await self._orders.find_by_key(request.idempotency_key)
+        else:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "order_id or idempotency_key is needed")
+        if order is None:
+            wanted = request.order_id or request.idempotency_key
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no order {wanted!r}")
+        return pb.GetOrderResponse(order=order_message(order))
+
+    async def ListOrders(
+        self,
+        request: pb.ListOrdersRequest,
+        context: grpc.aio.ServicerContext[pb.ListOrdersRequest, pb.ListOrdersResponse],
+    ) -> pb.ListOrdersResponse:
+        """Orders, page by page."""
+        try:
+            query = OrderQuery.of(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        page = await self._orders.list(
+            query.selection, oldest_first=query.oldest_first, after=query.after, limit=query.limit
+        )
+        return pb.ListOrdersResponse(
+            orders=map(order_message, page.orders),
+            next_page_token=next_page_token(page),
+            total_amount_cents=page.total_amount_cents,
+        )
+
+    async def UpdateOrder(
+        self,
+        request: pb.UpdateOrderRequest,
+        context: grpc.aio.ServicerContext[pb.UpdateOrderRequest, pb.UpdateOrderResponse],
+    ) -> pb.UpdateOrderResponse:
+        """Changes what may be changed of an order."""
+        if len(request.order.note) > MAX_TEXT:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"order.note must have at most {MAX_TEXT} characters")
+        order = await self._orders.annotate(request.order_id, request.order.note)
+        if order is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no order {request.order_id!r}")
+        return pb.UpdateOrderResponse(order=order_message(order))
+
+    async def CancelOrder(
+        self,
+        request: pb.CancelOrderRequest,
+        context: grpc.aio.ServicerContext[pb.CancelOrderRequest, pb.CancelOrderResponse],
+    ) -> pb.CancelOrderResponse:
+        """Cancels a placed order. Each step may be repeated, and the last one is to say that it is cancelled."""
+        if len(request.reason) > MAX_TEXT:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"reason must have at most {MAX_TEXT} characters")
         order = await self._orders.find(request.order_id)
         if order is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no order {request.order_id!r}")
-        return pb.GetOrderResponse(order=_message(order))
+        if order.state is State.PLACED:
+            try:
+                await self._payments.Refund(payments_pb2.RefundRequest(order_id=order.order_id))
+                await self._release(order)
+            except grpc.aio.AioRpcError as error:
+                await context.abort(grpc.StatusCode.ABORTED, f"cannot be cancelled now, try again: {error.details()}")
+            order = await self._orders.cancel(order.order_id, request.reason) or order
+            logger.info("cancelled", extra={"order": order.order_id})
+        if order.state is not State.CANCELLED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"the order is {order.state}, not placed")
+        return pb.CancelOrderResponse(order=order_message(order))
 
     async def _fulfil(self, order: StoredOrder) -> StoredOrder | None:
         """The finished order; None when a later attempt took over. Errors other than a refusal are raised."""
@@ -155,16 +215,3 @@ class OrderService(OrderServiceServicer):
         await self._inventory.Release(
             inventory_pb2.ReleaseRequest(order_id=order.order_id, attempt=order.attempt), timeout=RELEASE_TIMEOUT
         )
-
-
-def _message(order: StoredOrder) -> pb.Order:
-    return pb.Order(
-        order_id=order.order_id,
-        sku=order.sku,
-        quantity=order.quantity,
-        state=_STATES[order.state],
-        payment_id=order.payment_id,
-        taken_by=order.taken_by,
-        amount_cents=order.amount_cents,
-        rejection=order.rejection,
-    )

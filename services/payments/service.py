@@ -47,6 +47,18 @@ class PaymentService(PaymentServiceServicer):
         logger.info("charged", extra={"order": request.order_id, "payment": payment.payment_id})
         return pb.ChargeResponse(payment_id=payment.payment_id)
 
+    async def Refund(
+        self, request: pb.RefundRequest, context: grpc.aio.ServicerContext[pb.RefundRequest, pb.RefundResponse]
+    ) -> pb.RefundResponse:
+        """Gives the money of an order back, once, however often it is called."""
+        if self._outage.active:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "payments pretends to be out of order")
+        payment = await self._payments.refund(request.order_id)
+        if payment is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"order {request.order_id} has no payment")
+        logger.info("refunded", extra={"order": request.order_id, "payment": payment.payment_id})
+        return pb.RefundResponse(payment_id=payment.payment_id)
+
     async def GetPayment(
         self,
         request: pb.GetPaymentRequest,
@@ -59,5 +71,8 @@ class PaymentService(PaymentServiceServicer):
         if payment is None or payment.declined:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"order {request.order_id} has no payment")
         return pb.GetPaymentResponse(
-            payment_id=payment.payment_id, amount_cents=payment.amount_cents, currency=payment.currency
+            payment_id=payment.payment_id,
+            amount_cents=payment.amount_cents,
+            currency=payment.currency,
+            refunded=payment.refunded,
         )

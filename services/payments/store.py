@@ -14,7 +14,8 @@ CREATE TABLE IF NOT EXISTS payments (
     payment_id TEXT NOT NULL,
     amount_cents INTEGER NOT NULL,
     currency TEXT NOT NULL,
-    declined INTEGER NOT NULL
+    declined INTEGER NOT NULL,
+    refunded INTEGER NOT NULL DEFAULT 0
 );
 """
 
@@ -28,6 +29,7 @@ class Payment:
     amount_cents: int
     currency: str
     declined: bool
+    refunded: bool = False
 
 
 class PaymentStore:
@@ -45,10 +47,21 @@ class PaymentStore:
                 declined = amount_cents > limit_cents
                 payment = Payment(order_id, f"pay-{uuid.uuid4().hex[:12]}", amount_cents, currency, declined)
                 connection.execute(
-                    "INSERT INTO payments VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO payments (order_id, payment_id, amount_cents, currency, declined)"
+                    " VALUES (?, ?, ?, ?, ?)",
                     (payment.order_id, payment.payment_id, payment.amount_cents, payment.currency, payment.declined),
                 )
             return payment
+
+        return await self._database.write(work)
+
+    async def refund(self, order_id: str) -> Payment | None:
+        """The order's payment, given back; None when there is none, or it was declined."""
+
+        def work(connection: sqlite3.Connection) -> Payment | None:
+            connection.execute("UPDATE payments SET refunded = 1 WHERE order_id = ? AND NOT declined", (order_id,))
+            payment = _find(connection, order_id)
+            return payment if payment is not None and payment.refunded else None
 
         return await self._database.write(work)
 
@@ -62,5 +75,10 @@ def _find(connection: sqlite3.Connection, order_id: str) -> Payment | None:
     if row is None:
         return None
     return Payment(
-        row["order_id"], row["payment_id"], row["amount_cents"], row["currency"], declined=bool(row["declined"])
+        row["order_id"],
+        row["payment_id"],
+        row["amount_cents"],
+        row["currency"],
+        declined=bool(row["declined"]),
+        refunded=bool(row["refunded"]),
     )

@@ -11,7 +11,9 @@ from tests.gateway.compiling import NASTY, SHOP, compile_files, compile_text, na
 def test_services_methods_and_comments_are_found() -> None:
     api = shop()
     assert list(api.services) == ["shop.v1.InventoryService", "shop.v1.OrderService", "shop.v1.PaymentService"]
-    assert [method.name for method in api.services["shop.v1.OrderService"]] == ["PlaceOrder", "GetOrder"]
+    assert [method.name for method in api.services["shop.v1.OrderService"]] == [
+        *("PlaceOrder", "GetOrder", "ListOrders", "UpdateOrder", "CancelOrder")
+    ]
     assert api.comment("shop.v1.GetStockRequest.sku") == "Stock keeping unit."
     assert api.comment("shop.v1.OrderState.ORDER_STATE_PAID") == ""
 

@@ -46,6 +46,7 @@ EVERYTHING: dict[str, object] = {
     },
     "cors": {"origins": ["https://shop.example"], "credentials": True},
     "tracing": {"endpoint": "http://collector:4318/v1/traces"},
+    "accept": ["int64:shop.v1.Order.number", "int64:shop.v1.ListOrdersResponse.total_amount_cents"],
 }
 KONG: dict[str, object] = {
     "upstreams": {
@@ -136,17 +137,19 @@ def test_what_a_method_may_be_called_does_not_depend_on_the_protocol() -> None:
 
 
 def test_without_cors_there_are_no_preflights_and_with_all_origins_the_star_stays() -> None:
-    plain = made(shop(), one("shop.v1.OrderService")).declarative
+    plain = made(shop(), one("shop.v1.InventoryService")).declarative
     assert "OPTIONS" not in plain
     assert 'if kong.response.get_header("access-control-allow-origin") == "*"' in plain
-    star = made(shop(), one("shop.v1.OrderService", cors={"origins": ["*"]})).declarative
+    star = made(shop(), one("shop.v1.InventoryService", cors={"origins": ["*"]})).declarative
     assert 'if false and kong.response.get_header("access-control-allow-origin") == "*"' in star
 
 
 def test_one_certificate_that_two_upstreams_use_is_there_once() -> None:
     certificate = {"certificate": "{vault://env/a}", "key": "{vault://env/b}"}
     upstream = {"host_header": "a.mesh.internal", "client_certificate": certificate}
-    document = {"services": {"shop.v1.OrderService": {"upstream": "u"}, "shop.v1.PaymentService": {"upstream": "v"}}}
+    document = {
+        "services": {"shop.v1.InventoryService": {"upstream": "u"}, "shop.v1.PaymentService": {"upstream": "v"}}
+    }
     found = yaml.safe_load(made(shop(), document, {"upstreams": {"u": upstream, "v": upstream, "w": {}}}).declarative)
     assert [item["name"] for item in found["upstreams"]] == ["u", "v"]
     (entity,) = found["certificates"]
@@ -216,16 +219,23 @@ def test_a_service_of_kong_that_would_have_no_route_is_left_out() -> None:
 
 def test_a_method_that_is_opened_asks_for_nothing() -> None:
     document = one(
-        "shop.v1.OrderService",
-        {"authentication": ["api_key"], "methods": {"GetOrder": {"authentication": ["none"]}}},
+        "shop.v1.InventoryService",
+        {"authentication": ["api_key"], "methods": {"GetStock": {"authentication": ["none"]}}},
         consumers={"a": {"api_keys": ["key"]}},
     )
-    (service,) = yaml.safe_load(made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative)["services"]
+    services = yaml.safe_load(made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative)["services"]
     asked = {
-        route["name"].removeprefix("shop.v1.OrderService"): "key-auth" in str(route.get("plugins"))
+        route["name"].removeprefix("shop.v1.InventoryService"): "key-auth" in str(route.get("plugins"))
+        for service in services
         for route in service["routes"]
     }
-    assert asked == {".GetOrder": False, ".PlaceOrder": True, "~grpc": True, ".GetOrder~grpc": False}
+    assert asked == {
+        ".GetStock": False,
+        ".GetStock~grpc": False,
+        "~grpc": True,
+        ".WatchStock": True,
+        ".WatchStock~grpc": True,
+    }
     assert "{vault://hcv/kong/key}" in made(shop(), document, ONE | {"vault": "hcv/kong"}).declarative
 
 
@@ -252,7 +262,7 @@ def test_audiences_are_looked_at_wherever_tokens_are() -> None:
 
 def test_spans_can_be_sampled_and_requests_logged_without_keys() -> None:
     document = one(
-        "shop.v1.OrderService", tracing={"endpoint": "http://c:4318/v1/traces", "sampled_percent": 5}, access_log=True
+        "shop.v1.PaymentService", tracing={"endpoint": "http://c:4318/v1/traces", "sampled_percent": 5}, access_log=True
     )
     plugins = {item["name"]: item["config"] for item in yaml.safe_load(made(shop(), document).declarative)["plugins"]}
     assert plugins["opentelemetry"] == {"traces_endpoint": "http://c:4318/v1/traces", "sampling_rate": 0.05}

@@ -19,9 +19,13 @@ def problems(*rules: str) -> list[str]:
 
 def test_routes_of_the_shop() -> None:
     assert [(str(route), route.name, route.body) for route in build(shop()).routes] == [
+        ("POST /v1/orders/{order_id}:cancel", "shop.v1.OrderService.CancelOrder", "*"),
         ("GET /v1/stock/{sku}:watch", "shop.v1.InventoryService.WatchStock", ""),
+        ("GET /v1/orders", "shop.v1.OrderService.ListOrders", ""),
         ("POST /v1/orders", "shop.v1.OrderService.PlaceOrder", "*"),
+        ("GET /v1/orders/by-key/{idempotency_key}", "shop.v1.OrderService.GetOrder.2", ""),
         ("GET /v1/orders/{order_id}", "shop.v1.OrderService.GetOrder", ""),
+        ("PATCH /v1/orders/{order_id}", "shop.v1.OrderService.UpdateOrder", "order"),
         ("GET /v1/payments/{order_id}", "shop.v1.PaymentService.GetPayment", ""),
         ("GET /v1/stock/{sku}", "shop.v1.InventoryService.GetStock", ""),
     ]

@@ -33,6 +33,21 @@ class Orders(orders_pb2_grpc.OrderServiceServicer):
     ) -> orders_pb2.PlaceOrderResponse:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
 
+    async def ListOrders(
+        self, request: orders_pb2.ListOrdersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> orders_pb2.ListOrdersResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
+
+    async def UpdateOrder(
+        self, request: orders_pb2.UpdateOrderRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> orders_pb2.UpdateOrderResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
+
+    async def CancelOrder(
+        self, request: orders_pb2.CancelOrderRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> orders_pb2.CancelOrderResponse:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
+
     async def GetOrder(
         self, request: orders_pb2.GetOrderRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> orders_pb2.GetOrderResponse:

@@ -36,6 +36,13 @@ class Payments(payments_pb2_grpc.PaymentServiceServicer):
     ) -> payments_pb2.ChargeResponse:
         await context.abort(grpc.StatusCode.INTERNAL, "out of order")
 
+    async def Refund(
+        self,
+        request: payments_pb2.RefundRequest,
+        context: grpc.aio.ServicerContext[payments_pb2.RefundRequest, payments_pb2.RefundResponse],
+    ) -> payments_pb2.RefundResponse:
+        await context.abort(grpc.StatusCode.INTERNAL, "out of order")
+
 
 @pytest.fixture
 async def control_plane() -> AsyncIterator[InMemoryControlPlane]:
