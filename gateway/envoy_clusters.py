@@ -114,7 +114,8 @@ def _cluster(upstream: str, connect_timeout: float, endpoints: Sequence[Endpoint
 
 def _discovery(upstream: str, endpoints: Sequence[Endpoint], settings: EnvoySettings) -> Json:
     if has_names(endpoints):
-        return {"type": "STRICT_DNS", "load_assignment": load_assignment(upstream, endpoints)}
+        assignment = load_assignment(upstream, endpoints)
+        return {"type": "STRICT_DNS", "dns_lookup_family": "V4_PREFERRED", "load_assignment": assignment}
     source = file_source(endpoints_path(settings.directory, upstream))
     return {"type": "EDS", "eds_cluster_config": {"eds_config": source}}
 
@@ -173,6 +174,7 @@ def _collector(tracing: Tracing) -> Json:
         "name": TRACING_CLUSTER,
         "connect_timeout": "1s",
         "type": "STATIC" if _is_ip(host) else "STRICT_DNS",
+        "dns_lookup_family": "V4_PREFERRED",
         "load_assignment": {"cluster_name": TRACING_CLUSTER, "endpoints": [{"lb_endpoints": [address]}]},
     }
     if secure:

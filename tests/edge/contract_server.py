@@ -1,6 +1,7 @@
 """The services of tests/edge/protos on a real gRPC server: ``python -m tests.edge.contract_server`` prints its port.
 
-In a process of its own, which ends with its standard input.
+In a process of its own, which ends with its standard input. Its argument is JSON: the host to listen on, and for mTLS
+the paths of PEM files.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib
+import json
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -70,6 +72,7 @@ class Contract:
     async def Count(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for number in range(1, request.to + 1):
             yield stubs()[0].CountResponse(number=number)
+            await asyncio.sleep(request.milliseconds / 1_000)
         if request.code:
             await context.abort(_CODES[request.code], "counted")
 
@@ -99,8 +102,13 @@ async def main() -> None:
     contract = Contract()
     stubs()[1].add_ContractServiceServicer_to_server(contract, server)
     stubs()[1].add_ExtraServiceServicer_to_server(contract, server)
-    host = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1"
-    port = server.add_insecure_port(f"{host}:0")
+    options = json.loads(sys.argv[1])
+    address = f"{options['host']}:0"
+    if "key" in options:
+        key, chain, roots = (Path(options[name]).read_bytes() for name in ("key", "certificate", "roots"))
+        port = server.add_secure_port(address, grpc.ssl_server_credentials([(key, chain)], roots, True))
+    else:
+        port = server.add_insecure_port(address)
     await server.start()
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()

