@@ -144,7 +144,7 @@ def _encodable(name: str) -> str:
 def _path(template: PathTemplate) -> Json:
     if any(isinstance(segment, Wildcard) for segment in template.segments):
         return {"safe_regex": {"regex": template.regex()}}
-    return {"path": str(template)}
+    return {"path": str(PathTemplate(template.segments, (), template.verb))}
 
 
 def _verb(verb: str) -> Json:
