@@ -84,7 +84,7 @@ def render(
             versions[f"cluster.{upstream}.version_text"] = f"eds/{upstream}.json"
     files["cds.json"] = xds_file(CLUSTER, clusters(policy, endpoints, settings))
     files["rds.json"] = xds_file(ROUTES, [route_configuration(table, policy, openapi)])
-    files["lds.json"] = xds_file(LISTENER, [listener(policy, settings, api_keys, f"{directory}/rds.json")])
+    files["lds.json"] = xds_file(LISTENER, [listener(table, policy, settings, api_keys, f"{directory}/rds.json")])
     versions |= {
         "cluster_manager.cds.version_text": "cds.json",
         f"http.{NAME}.rds.{NAME}.version_text": "rds.json",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gateway import envoy_authentication, envoy_transcoder
+from gateway import envoy_authentication, envoy_limits, envoy_transcoder
 from gateway.envoy_clusters import SERVER_CERTIFICATE, TRACING_CLUSTER, secret_source
-from gateway.envoy_routes import CORS_FILTER, NAME, RATE_LIMIT_FILTER, REST_RESPONSE_FILTER, REST_STATUS_FILTER
+from gateway.envoy_routes import CORS_FILTER, NAME, REST_RESPONSE_FILTER, REST_STATUS_FILTER
 from gateway.envoy_settings import EnvoySettings, split_address
 from gateway.envoy_xds import Json, extension, file_source, socket_address
 from gateway.http_status import GRPC_STATUS
+from gateway.routes import RouteTable
 from mesh_client.core.edge_policy import EdgePolicy, Tracing
 
 _BUFFER = 32 << 10
@@ -27,13 +28,16 @@ _MESSAGES = {
 }
 """What is said in place of Envoy's own words, which tell of hosts and connections."""
 _MALFORMED = "the request is malformed, has a header with an underscore, or has %%2F, %%5C or %%00 in its path"
-_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 426, 429, 431, 500, 501, 502, 503, 504)
+_STATUSES = (400, 401, 404, 405, 408, 413, 415, 426, 429, 431, 500, 501, 502, 503, 504)
 
 
-def listener(policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str, str], routes: str) -> Json:
+def listener(
+    table: RouteTable, policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str, str], routes: str
+) -> Json:
     """The only listener.
 
     Args:
+        table: the routes of exactly the services that the policy exposes.
         policy: of the edge.
         settings: of this Envoy.
         api_keys: values of the keys that the policy names.
@@ -42,7 +46,7 @@ def listener(policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str,
     Raises:
         SettingsError: a key that the policy names cannot be used.
     """
-    chain: Json = {"filters": [_connection_manager(policy, settings, api_keys, routes)]}
+    chain: Json = {"filters": [_connection_manager(table, policy, settings, api_keys, routes)]}
     if settings.downstream_tls is not None:
         common: Json = {
             "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
@@ -59,12 +63,14 @@ def listener(policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str,
     }
 
 
-def _connection_manager(policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str, str], routes: str) -> Json:
+def _connection_manager(
+    table: RouteTable, policy: EdgePolicy, settings: EnvoySettings, api_keys: Mapping[str, str], routes: str
+) -> Json:
     config: Json = {
         "stat_prefix": NAME,
         "codec_type": "AUTO",
         "rds": {"route_config_name": NAME, "config_source": file_source(routes)},
-        "http_filters": list(_filters(policy, api_keys)),
+        "http_filters": list(_filters(table, policy, api_keys)),
         "early_header_mutation_extensions": [envoy_authentication.sanitizer()],
         # Whom the edge trusts, and what it makes of paths, before any route is looked for.
         "use_remote_address": True,
@@ -101,13 +107,13 @@ def _connection_manager(policy: EdgePolicy, settings: EnvoySettings, api_keys: M
     return extension("envoy.filters.network.http_connection_manager", manager, **config)
 
 
-def _filters(policy: EdgePolicy, api_keys: Mapping[str, str]) -> Iterator[Json]:
+def _filters(table: RouteTable, policy: EdgePolicy, api_keys: Mapping[str, str]) -> Iterator[Json]:
     """In the order of requests; answers pass them in the opposite one."""
     if policy.cors is not None:
         yield extension(CORS_FILTER, "extensions.filters.http.cors.v3.Cors")
     yield extension(REST_RESPONSE_FILTER, _MUTATION)
     yield from envoy_authentication.filters(policy, api_keys)
-    yield extension(RATE_LIMIT_FILTER, "extensions.filters.http.local_ratelimit.v3.LocalRateLimit", stat_prefix=NAME)
+    yield from envoy_limits.filters(table, policy)
     yield {"name": envoy_transcoder.FILTER, "typed_config": envoy_transcoder.nothing()}
     yield extension(REST_STATUS_FILTER, _MUTATION)
     router = "extensions.filters.http.router.v3.Router"
@@ -122,10 +128,13 @@ def _local_replies() -> Iterator[Json]:
     for status, message in sorted(_MESSAGES.items()):
         said: Json = {"text_format_source": {"inline_string": message}}
         yield {"filter": _all(grpc, transcoded, _status(status)), "body_format_override": said}
+    # The only thing that is 403 here: a token for somebody else, which is no token (RFC 6750, section 3.1).
+    yield {"filter": _all(grpc, transcoded, _status(403)), "status_code": 401, "body_format_override": plain}
     yield {"filter": _all(grpc, transcoded), "body_format_override": plain}
     # What is refused before Envoy has written its own headers has no message, or one about HTTP's grammar.
     early = _header("x-forwarded-proto", {"present_match": True, "invert_match": True})
     yield {"filter": _all(early, _status(400)), "body_format_override": _json(3, _MALFORMED)}
+    yield {"filter": _status(403), "status_code": 401, "body_format_override": _json(16, "%LOCAL_REPLY_BODY%")}
     for status in _STATUSES:
         code = GRPC_STATUS.get(status, 3 if status < 500 else 13)
         yield {

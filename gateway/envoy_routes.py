@@ -10,30 +10,24 @@ from collections.abc import Iterator, Sequence
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from gateway import envoy_authentication, envoy_transcoder
+from gateway import envoy_authentication, envoy_limits, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
-from gateway.envoy_xds import ALWAYS, Json, typed
+from gateway.envoy_xds import Json, typed
 from gateway.path_template import PathTemplate, Wildcard
 from gateway.routes import Route, RouteTable
-from mesh_client.core.edge_policy import Cors, EdgePolicy, EdgeRateLimit, ExposedService, MethodSettings
+from mesh_client.core.edge_policy import Cors, EdgePolicy, ExposedService, MethodSettings
 from mesh_client.core.policy_base import format_duration
 
 NAME = "edge"
 OPENAPI_PATH = "/openapi.json"
 
-RATE_LIMIT_FILTER = "envoy.filters.http.local_ratelimit"
 REST_RESPONSE_FILTER = "rest_response"
 REST_STATUS_FILTER = "rest_status"
 CORS_FILTER = "envoy.filters.http.cors"
 
-_RATE_LIMIT = "extensions.filters.http.local_ratelimit.v3.LocalRateLimit"
 _MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute"
 
-MAX_CALLERS = 10_000
-"""Whose requests a rate limit counts at one time; beyond it, who has not called for longest is forgotten."""
-
-_SECONDS = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
 _RETRY_ON = "connect-failure,refused-stream,reset-before-request,unavailable"
 """What happens before there is any answer. UNAVAILABLE is what mesh clients try again, too."""
 _STREAM_RETRY_ON = "connect-failure,refused-stream,reset-before-request"
@@ -84,7 +78,7 @@ def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
             "decorator": _operation(method),
             "request_headers_to_add": _deadline(settings, "OVERWRITE_IF_EXISTS_OR_ADD") if not method.streams else [],
             "typed_per_filter_config": {
-                **_access(settings),
+                **envoy_authentication.of_route(settings),
                 envoy_transcoder.FILTER: envoy_transcoder.transcoder(route, service.max_body_bytes),
                 **_rest_headers(),
             },
@@ -103,7 +97,7 @@ def _native(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
                 "route": _native_action(service, settings, method),
                 "decorator": _operation(method),
                 "request_headers_to_add": _deadline(settings, "ADD_IF_ABSENT") if not method.streams else [],
-                "typed_per_filter_config": _access(settings),
+                "typed_per_filter_config": envoy_authentication.of_route(settings),
             }
 
 
@@ -157,31 +151,27 @@ def _operation(method: Method) -> Json:
 
 
 def _rest_action(service: ExposedService, settings: MethodSettings, method: Method) -> Json:
-    retries = _retries(settings, method)
     if method.streams:
-        return {
-            "cluster": service.upstream,
-            "timeout": "0s",
-            "idle_timeout": format_duration(settings.timeout),
-            **retries,
-        }
-    return {
-        "cluster": service.upstream,
-        "timeout": format_duration(settings.timeout),
-        "idle_timeout": format_duration(settings.timeout + _SLOW_CALLER),
-        **retries,
-    }
+        timeouts: Json = {"timeout": "0s", "idle_timeout": format_duration(settings.timeout)}
+    else:
+        idle = format_duration(settings.timeout + _SLOW_CALLER)
+        timeouts = {"timeout": format_duration(settings.timeout), "idle_timeout": idle}
+    return {"cluster": service.upstream, **timeouts, **_forwarding(settings, method)}
 
 
 def _native_action(service: ExposedService, settings: MethodSettings, method: Method) -> Json:
     """Of gRPC's own timeouts, since Envoy's other ones end calls with UNAVAILABLE."""
     timeout = format_duration(settings.timeout)
-    limits: Json = (
-        {"idle_timeout": timeout, "max_stream_duration": {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"}}
-        if method.streams
-        else {"max_stream_duration": {"max_stream_duration": timeout, "grpc_timeout_header_max": timeout}}
-    )
-    return {"cluster": service.upstream, "timeout": "0s", **limits, **_retries(settings, method)}
+    if method.streams:
+        callers: Json = {"max_stream_duration": "0s", "grpc_timeout_header_max": "0s"}
+        timeouts: Json = {"idle_timeout": timeout, "max_stream_duration": callers}
+    else:
+        timeouts = {"max_stream_duration": {"max_stream_duration": timeout, "grpc_timeout_header_max": timeout}}
+    return {"cluster": service.upstream, "timeout": "0s", **timeouts, **_forwarding(settings, method)}
+
+
+def _forwarding(settings: MethodSettings, method: Method) -> Json:
+    return {**_retries(settings, method), "rate_limits": envoy_limits.of_route(method.full_name, settings)}
 
 
 def _retries(settings: MethodSettings, method: Method) -> Json:
@@ -202,43 +192,6 @@ def _deadline(settings: MethodSettings, action: str) -> list[Json]:
     """What services are told of the timeout, so that they stop and pass it on."""
     value = f"{max(1, round(settings.timeout * 1_000))}m"
     return [{"header": {"key": "grpc-timeout", "value": value}, "append_action": action}]
-
-
-def _access(settings: MethodSettings) -> Json:
-    config = envoy_authentication.of_route(settings)
-    if settings.rate_limit is not None:
-        config[RATE_LIMIT_FILTER] = _rate_limit(settings.rate_limit)
-    return config
-
-
-def _rate_limit(limit: EdgeRateLimit) -> Json:
-    """A bucket for each caller, made as it comes; it fills up within the window."""
-    if limit.by == "ip":
-        action: Json = {"remote_address": {}}
-        key = "remote_address"
-    else:
-        key = "consumer"
-        action = {"request_headers": {"header_name": envoy_authentication.CONSUMER_HEADER, "descriptor_key": key}}
-    bucket: Json = {
-        "max_tokens": limit.requests,
-        "tokens_per_fill": limit.requests,
-        "fill_interval": f"{_SECONDS[limit.per]}s",
-    }
-    return typed(
-        _RATE_LIMIT,
-        stat_prefix=NAME,
-        token_bucket=bucket,
-        filter_enabled=ALWAYS,
-        filter_enforced=ALWAYS,
-        rate_limits=[{"actions": [action]}],
-        descriptors=[{"entries": [{"key": key}], "token_bucket": bucket}],
-        max_dynamic_descriptors=MAX_CALLERS,
-        # The one bucket for all is for requests without a caller, of which there are none.
-        always_consume_default_token_bucket=False,
-        enable_x_ratelimit_headers="DRAFT_VERSION_03",
-        enable_retry_after_header=True,
-        rate_limited_as_resource_exhausted=True,
-    )
 
 
 def _rest_headers() -> Json:

@@ -39,6 +39,7 @@ PURE = (
     "gateway/envoy.py",
     "gateway/envoy_authentication.py",
     "gateway/envoy_clusters.py",
+    "gateway/envoy_limits.py",
     "gateway/envoy_listener.py",
     "gateway/envoy_routes.py",
     "gateway/envoy_settings.py",

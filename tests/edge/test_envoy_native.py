@@ -93,10 +93,10 @@ def test_callers_prove_who_they_are(contract: Any) -> None:
     assert "x-api-key" not in answer.metadata
 
 
-def test_a_limit_is_resource_exhausted(contract: Any) -> None:
+def test_a_limit_is_resource_exhausted_and_shared_with_rest(rig: ContractRig, contract: Any) -> None:
     request = messages.MetadataRequest()
-    for _ in range(2):
-        contract.LimitedByAddress(request)
+    contract.LimitedByAddress(request)
+    assert rig.ask("/v1/limited-by-address").status == 200
     error = refusal(lambda: contract.LimitedByAddress(request))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.details() == "too many requests; try again later"
