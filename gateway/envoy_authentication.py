@@ -132,7 +132,7 @@ def _jwk(consumer: str, issuer: JwtIssuer) -> Json:
         case rsa.RSAPublicKey():
             numbers = key.public_numbers()
             values = {"kty": "RSA", "n": _base64(numbers.n), "e": _base64(numbers.e)}
-        case ec.EllipticCurvePublicKey():
+        case ec.EllipticCurvePublicKey() if isinstance(key.curve, ec.SECP256R1):
             point = key.public_numbers()
             values = {"kty": "EC", "crv": "P-256", "x": _base64(point.x, 32), "y": _base64(point.y, 32)}
         case _:

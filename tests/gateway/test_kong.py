@@ -210,11 +210,10 @@ def test_a_method_with_a_timeout_or_retries_of_its_own_is_a_service_of_kong() ->
     assert [route["name"] for route in get["routes"]] == [f"{name}.GetStock", f"{name}.GetStock~grpc"]
 
 
-def test_a_service_of_kong_that_would_have_no_route_is_left_out() -> None:
-    methods = {"PlaceOrder": {"timeout": "3s"}, "GetOrder": {"timeout": "4s"}}
-    document = one("shop.v1.OrderService", {"native_grpc": False, "methods": methods})
-    services = [item["name"] for item in yaml.safe_load(made(shop(), document).declarative)["services"]]
-    assert services == ["shop.v1.OrderService.PlaceOrder", "shop.v1.OrderService.GetOrder"]
+def test_a_method_that_is_reached_in_no_way_has_no_service_of_its_own() -> None:
+    document = one("shop.v1.PaymentService", {"native_grpc": False, "methods": {"Charge": {"retries": 0}}})
+    (service,) = yaml.safe_load(made(shop(), document).declarative)["services"]
+    assert [route["name"] for route in service["routes"]] == ["shop.v1.PaymentService.GetPayment"]
 
 
 def test_a_method_that_is_opened_asks_for_nothing() -> None:
@@ -244,6 +243,7 @@ def test_audiences_are_looked_at_wherever_tokens_are() -> None:
         "shop.v1.OrderService",
         {"authentication": ["jwt"], "methods": {"GetOrder": {"authentication": ["none"]}}},
         consumers={"a": {"jwt_issuers": [ISSUER | {"audiences": ["shop"]}]}},
+        accept=["int64"],
     )
     (service,) = yaml.safe_load(made(shop(), document).declarative)["services"]
     guarded = {
