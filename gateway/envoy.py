@@ -36,6 +36,12 @@ from mesh_client.core.model import Endpoint
 
 BOOTSTRAP = "bootstrap.json"
 
+_RUNTIME: Json = {
+    # Envoy refuses regular expressions of more than 100 instructions, which a path of some segments has.
+    "re2.max_program_size.error_level": 100_000,
+    "re2.max_program_size.warn_level": 100_000,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class EnvoyConfiguration:
@@ -134,5 +140,6 @@ def _bootstrap(edge: str, settings: EnvoySettings) -> str:
                 "cds_config": file_source(f"{settings.directory}/cds.json"),
             },
             "overload_manager": {"resource_monitors": [connections]},
+            "layered_runtime": {"layers": [{"name": "edge", "static_layer": _RUNTIME}]},
         }
     )

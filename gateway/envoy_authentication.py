@@ -30,7 +30,6 @@ _MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutation"
 _REQUIREMENT = "token"
 _ISSUER_HEADER = "x-edge-issuer-"
 _NAMESPACE = "mesh.edge"
-_FORWARDING: Json = {"header": CONSUMER_HEADER, "hide_credentials": True}
 
 _REMOVED_PREFIXES = ("mesh-", "x-consumer-", "x-credential-", "x-edge-", "x-envoy-")
 """Of request headers that mean something to the mesh, to services behind an edge, or to Envoy."""
@@ -64,7 +63,7 @@ def filters(policy: EdgePolicy, api_keys: Mapping[str, str]) -> Iterator[Json]:
                 _KEY + "ApiKeyAuth",
                 credentials=list(_credentials(policy, api_keys)),
                 key_sources=[{"header": KEY_HEADER}],
-                forwarding=_FORWARDING,
+                forwarding={"header": CONSUMER_HEADER, "hide_credentials": True},
             ),
             "disabled": True,  # but for routes that ask for a key
         }
@@ -76,8 +75,8 @@ def of_route(settings: MethodSettings) -> Json:
     if Authentication.JWT in settings.authentication:
         config[JWT_FILTER] = typed(_JWT + "PerRouteConfig", requirement_name=_REQUIREMENT)
     if Authentication.API_KEY in settings.authentication:
-        # Said again: what a route has replaces the whole of what the filter has, but for the keys.
-        config[KEY_FILTER] = typed(_KEY + "ApiKeyAuthPerRoute", forwarding=_FORWARDING)
+        # Turns the filter on as it is.
+        config[KEY_FILTER] = typed("config.route.v3.FilterConfig", config={})
     return config
 
 

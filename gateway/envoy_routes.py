@@ -111,27 +111,29 @@ def _override(route: Route, match: Json) -> Json:
         _verb(route.verb),
         _NOT_GRPC,
         {"name": ":path", "string_match": {"contains": "?"}},  # most requests have none, and this is quick
-        {"name": ":path", "string_match": {"safe_regex": {"regex": f"[^?]*[?](?:.*&)?(?:{names})=.*"}}},
+        # Names are decoded by the transcoder, and none of a field has to be encoded.
+        {"name": ":path", "string_match": {"safe_regex": {"regex": f"[^?]*[?](?:.*&)?(?:[^=&]*%[^=&]*|{names})=.*"}}},
     ]
     shown = ", ".join(variable.name for variable in route.template.variables)
-    return _answer({**match, "headers": headers}, 400, f"the path says this already, so the query must not: {shown}")
+    return _answer(
+        {**match, "headers": headers}, 400, f"leave out of the query what the path says ({shown}), and % in its names"
+    )
 
 
 def query_names(fields: Sequence[FieldDescriptor]) -> str:
-    """A regular expression of all names that the transcoder takes for a field: in the proto, in JSON, and encoded.
+    """A regular expression of all names that the transcoder takes for a field: in the proto and in JSON.
 
     Args:
         fields: the fields along its path.
     """
-    either = ("|".join(map(_encodable, sorted({field.name, field.json_name}))) for field in fields)
-    return "(?:[.]|%2[eE])".join(f"(?:{names})" for names in either)
+    either = ("|".join(map(_literal, sorted({field.name, field.json_name}))) for field in fields)
+    return "[.]".join(f"(?:{names})" for names in either)
 
 
-def _encodable(name: str) -> str:
-    """The name, each of its bytes as it is or percent-encoded."""
+def _literal(name: str) -> str:
     return "".join(
-        f"(?:{chr(byte) if chr(byte).isalnum() and byte < 128 else f'[{chr(92)}x{byte:02x}]'}|%(?i:{byte:02x}))"
-        for byte in name.encode()
+        letter if letter.isalnum() or letter == "_" or not letter.isascii() else f"\\x{ord(letter):02x}"
+        for letter in name
     )
 
 

@@ -177,11 +177,10 @@ def _response(route: Route, schemas: Schemas) -> Schema:
 def _status_schema() -> Schema:
     return {
         "type": "object",
-        "description": "google.rpc.Status: why a request failed.",
+        "description": "google.rpc.Status, without details: why a request failed.",
         "properties": {
             "code": {"type": "integer", "description": "google.rpc.Code.", "minimum": 0},
             "message": {"type": "string", "description": "For developers, in English."},
-            "details": {"type": "array", "items": {"type": "object"}},
         },
         "required": ["code", "message"],
     }

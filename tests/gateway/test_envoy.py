@@ -375,21 +375,15 @@ def test_descriptors_hold_what_is_needed_of_files_that_import_each_other_by_thir
     assert pool.FindMessageTypeByName("c.C").fields_by_name["n"].has_presence
 
 
-def test_names_in_the_query_are_recognised_however_they_are_written() -> None:
+def test_names_in_the_query_are_those_of_the_proto_and_of_json() -> None:
     text = f"""{HEADER}
     service S {{ rpc A(M) returns (M) {{ option (google.api.http) = {{get: "/a/{{in_ner.order_id}}"}}; }} }}
     message M {{ N in_ner = 1; }}
-    message N {{ string order_id = 1 [json_name = "@id.\\u00fc"]; }}
+    message N {{ string order_id = 1 [json_name = "@^]\u00fc"]; }}
     """
     (route,) = build(read([compile_text({"t.proto": text})])).routes
     pattern = re.compile(query_names(route.fields_along(route.template.variables[0])))
-    for name in (
-        "in_ner.order_id",
-        "inNer.order_id",
-        "in%5fner.order%5Fid",
-        "%69n_ner%2eorder_id",
-        "inNer.%40id%2E%C3%bc",
-    ):
+    for name in ("in_ner.order_id", "inNer.order_id", "inNer.@^]ü"):
         assert pattern.fullmatch(name), name
     for name in ("in_ner", "order_id", "inner.order_id", "in_ner.order_id2", "in_nerXorder_id"):
         assert not pattern.fullmatch(name), name
