@@ -181,8 +181,6 @@ def control_plane(
         from mesh_client.grpc_log import adopt_grpc_log
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
-    adopt_grpc_log()  # who was refused in a TLS handshake belongs into the log
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         options = ControlPlaneOptions(
             address=listen,
@@ -207,7 +205,12 @@ def control_plane(
         )
     except (ConfigError, InvalidValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    asyncio.run(serve(options))
+    give_back = adopt_grpc_log()  # who was refused in a TLS handshake belongs into the log
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(options))
+    finally:
+        give_back()
 
 
 def missing_extra(error: ModuleNotFoundError) -> MeshError:

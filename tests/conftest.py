@@ -17,7 +17,14 @@ from tests.ports import held_address
 
 pytest_plugins = ["pytester"]
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=100)
+# That examples take long to make says something about the machine, not about what is tested.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=100,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=5_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
