@@ -10,10 +10,10 @@ ARGS ?=
 unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_TARGET PIP_USER
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check format bench lock clean
+.PHONY: help setup demo up test test-kong check format bench lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: python ## virtual environment, packages, stubs, Consul
 	@$(PYTHON) -m tools.setup
@@ -32,6 +32,14 @@ test: setup ## all tests, with coverage and its gates; parts of them with ARGS
 	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=)
 	$(if $(ARGS),,$(BIN)/coverage report)
 	$(if $(ARGS),,@$(BIN)/python -m tools.coverage_gates)
+
+# As the tests see it: the host's name for itself, if Kong has another one, is KONG_UPSTREAM_HOST.
+export KONG_PROXY KONG_ADMIN KONG_PROTOS KONG_PROTO_DIRECTORY KONG_UPSTREAM_HOST
+
+test-kong: python ## the REST contract against a running Kong, named by KONG_PROXY, KONG_ADMIN and KONG_PROTOS
+	@test -n "$(KONG_PROXY)" -a -n "$(KONG_ADMIN)" -a -n "$(KONG_PROTOS)" || { echo "make test-kong needs KONG_PROXY=http://HOST:PORT KONG_ADMIN=http://HOST:PORT KONG_PROTOS=DIRECTORY (which that Kong has as /usr/local/kong/protos, or as KONG_PROTO_DIRECTORY); see docs/edge.md" >&2; exit 2; }
+	@$(PYTHON) -m tools.setup
+	$(BIN)/pytest tests/edge/test_contract_kong.py $(ARGS)
 
 check: setup ## formatting, lint, types, protos, import rules
 	$(BIN)/ruff format --check

@@ -14,13 +14,13 @@ from gateway import envoy_authentication, envoy_limits, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
 from gateway.envoy_xds import Json, typed
+from gateway.exposed import OPENAPI_PATH
 from gateway.path_template import PathTemplate, Wildcard
 from gateway.routes import Route, RouteTable
 from mesh_client.core.edge_policy import Cors, EdgePolicy, ExposedService, MethodSettings
 from mesh_client.core.policy_base import format_duration
 
 NAME = "edge"
-OPENAPI_PATH = "/openapi.json"
 
 REST_RESPONSE_FILTER = "rest_response"
 REST_STATUS_FILTER = "rest_status"

@@ -6,6 +6,9 @@ from gateway.errors import SettingsError
 from gateway.routes import RouteTable
 from mesh_client.core.edge_policy import EdgePolicy
 
+OPENAPI_PATH = "/openapi.json"
+"""Where an edge serves the description of what it exposes."""
+
 
 def check(table: RouteTable, policy: EdgePolicy) -> None:
     """Holds the policy against the table.

@@ -17,6 +17,7 @@ import yaml
 from gateway import exposed, kong_lua, kong_proto
 from gateway.descriptors import Method
 from gateway.errors import SettingsError
+from gateway.exposed import OPENAPI_PATH
 from gateway.lint import Finding, for_kong, refuse_errors
 from gateway.path_template import escape
 from gateway.routes import Route, RouteTable
@@ -50,7 +51,11 @@ class KongConfiguration:
 
 
 def render(
-    table: RouteTable, policy: EdgePolicy, upstreams: Mapping[str, Upstream], settings: KongSettings
+    table: RouteTable,
+    policy: EdgePolicy,
+    upstreams: Mapping[str, Upstream],
+    settings: KongSettings,
+    openapi: str | None = None,
 ) -> KongConfiguration:
     """Renders what the policy exposes.
 
@@ -59,6 +64,7 @@ def render(
         policy: of the edge.
         upstreams: at least those that the policy names.
         settings: of this Kong; its own upstreams are not looked at.
+        openapi: the OpenAPI document as JSON, served at ``/openapi.json``; None for not serving it.
 
     Raises:
         SettingsError: the policy does not fit the protos, the upstreams or Kong.
@@ -73,7 +79,10 @@ def render(
             protos[name] = kong_proto.render(table.api.packages[name], name, routes)
     used = {name: upstreams[name] for name in policy.upstreams}
     renderer = _Renderer(table, policy, used, settings, {name: proto.file_name for name, proto in protos.items()})
-    text = yaml.dump(renderer.document(), Dumper=_Dumper, sort_keys=False, width=1_000, allow_unicode=True)
+    document = renderer.document()
+    if openapi is not None:
+        document["routes"] = [_openapi_route(openapi, priority=len(table.routes) + 1)]
+    text = yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1_000, allow_unicode=True)
     return KongConfiguration(text, tuple(protos[name] for name in sorted(protos)), findings)
 
 
@@ -146,7 +155,7 @@ class _Renderer:
             "connect_timeout": _milliseconds(service.connect_timeout),
             "write_timeout": timeout,
             "read_timeout": timeout,
-            "plugins": [_plugin("pre-function", {"access": [kong_lua.TRAILERS]})],
+            "plugins": [_plugin("pre-function", {"access": [kong_lua.REQUEST_HEADERS]})],
             "routes": list(routes),
         }
 
@@ -193,7 +202,7 @@ class _Renderer:
     def _native_plugins(self, settings: MethodSettings) -> list[Entity]:
         plugins = list(_access_plugins(settings))
         if guard := self._audiences(settings):
-            plugins.insert(0, _plugin("pre-function", {"access": [kong_lua.TRAILERS, *guard]}))
+            plugins.insert(0, _plugin("pre-function", {"access": [kong_lua.REQUEST_HEADERS, *guard]}))
         return plugins
 
     def _audiences(self, settings: MethodSettings) -> list[str]:
@@ -246,6 +255,20 @@ class _Renderer:
         if self.settings.prometheus:
             yield _plugin("prometheus", {"status_code_metrics": True, "latency_metrics": True})
         yield _plugin("post-function", kong_lua.errors(cors.origins if cors is not None else ()))
+
+
+def _openapi_route(document: str, priority: int) -> Entity:
+    """A route without a service, which a plugin answers."""
+    config: Entity = {"status_code": 200, "content_type": "application/json", "body": document}
+    return {
+        "name": "openapi",
+        "protocols": _HTTP,
+        "methods": ["GET"],
+        "paths": [f"~{escape(OPENAPI_PATH)}$"],
+        "regex_priority": priority,
+        "strip_path": False,
+        "plugins": [_plugin("request-termination", config)],
+    }
 
 
 def _settings(service: ExposedService, method: Method) -> MethodSettings:

@@ -12,8 +12,17 @@ from collections.abc import Mapping, Sequence
 from gateway.http_status import GRPC_STATUS, HTTP_STATUS
 from gateway.routes import Route
 
-TRAILERS = 'ngx.var.upstream_te = "trailers"\n'
-"""Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
+REQUEST_HEADERS = """\
+ngx.var.upstream_te = "trailers"
+-- Services believe what the mesh and Kong say here. Kong's plugins say it afterwards.
+for _, name in ipairs({
+  "mesh-caller", "mesh-previous-attempts", "x-anonymous-consumer", "x-consumer-custom-id", "x-consumer-id",
+  "x-consumer-username", "x-credential-identifier",
+}) do
+  kong.service.request.clear_header(name)
+end
+"""
+"""Runs first. Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
 
 _QUERY = """\
 -- Kong's grpc-gateway lets query parameters override what the path says.
@@ -151,7 +160,7 @@ def access(route: Route, max_body_bytes: int | None) -> list[str]:
             expected="a JSON object" if whole else "JSON",
         )
         guards += _OVERRIDE.format(bound=bound) if names and whole else ""
-    return [TRAILERS, guards] if guards else [TRAILERS]
+    return [REQUEST_HEADERS, guards] if guards else [REQUEST_HEADERS]
 
 
 def audiences(known: Mapping[str, Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -181,9 +182,11 @@ def kong(
     found = _table(files, proto_paths, list(edge.services))
     from gateway.kong import render as render_kong
     from gateway.lint import RefusedError
+    from gateway.openapi import render as render_openapi
 
+    document = json.dumps(render_openapi(found, title=edge.edge, version="1", policy=edge))
     try:
-        made = render_kong(found, edge, local.upstreams, local)
+        made = render_kong(found, edge, local.upstreams, local, document)
     except RefusedError as error:
         if as_json:
             write_json({"written": [], "findings": [_finding(finding) for finding in error.findings]})

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import kong_lua
 from gateway.descriptors import Api
 from gateway.errors import SettingsError
 from gateway.kong import KONG_CONF, KongConfiguration, render
@@ -100,7 +101,8 @@ def test_rendering_is_deterministic_and_names_its_protos() -> None:
 
 def test_every_service_says_te_trailers_and_so_does_every_pre_function_of_a_route() -> None:
     document = yaml.safe_load(everything().declarative)
-    te = 'ngx.var.upstream_te = "trailers"\n'
+    te = kong_lua.REQUEST_HEADERS
+    assert 'ngx.var.upstream_te = "trailers"\n' in te
     for service in document["services"]:
         assert {"name": "pre-function", "config": {"access": [te]}} in service["plugins"]
         for route in service["routes"]:
@@ -268,6 +270,18 @@ def test_spans_can_be_sampled_and_requests_logged_without_keys() -> None:
     assert plugins["opentelemetry"] == {"traces_endpoint": "http://c:4318/v1/traces", "sampling_rate": 0.05}
     assert plugins["file-log"]["path"] == "/dev/stdout"
     assert plugins["file-log"]["custom_fields_by_lua"] == {"request.headers.x-api-key": "return nil"}
+
+
+def test_the_description_of_the_api_is_answered_by_a_route_without_a_service() -> None:
+    policy, local = EdgePolicy.parse(one("shop.v1.PaymentService")), parse_settings(ONE)
+    table = build(shop(), policy.services)
+    configuration = render(table, policy, local.upstreams, local, '{"openapi": "3.1.0"}')
+    (route,) = yaml.safe_load(configuration.declarative)["routes"]
+    assert route["paths"] == ["~/openapi[.]json$"]
+    assert route["regex_priority"] > len(table.routes)
+    answer = {"status_code": 200, "content_type": "application/json", "body": '{"openapi": "3.1.0"}'}
+    assert route["plugins"] == [{"name": "request-termination", "config": answer}]
+    assert "routes" not in yaml.safe_load(made(shop(), one("shop.v1.PaymentService")).declarative)
 
 
 def test_kong_conf_lets_the_programs_read_json_and_verifies_servers() -> None:

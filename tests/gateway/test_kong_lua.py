@@ -19,10 +19,11 @@ from tests.gateway.compiling import nasty, shop, with_rules
 KIT = """
 function(request, response, json, decode_base64)
   local exits = {}
-  local kong = { request = {}, response = {} }
+  local kong = { request = {}, response = {}, service = { request = {} } }
   function kong.request.get_query() return request.query end
   function kong.request.get_raw_body() return request.body end
   function kong.request.get_header(name) return request.headers[name] end
+  function kong.service.request.clear_header(name) request.headers[name] = nil end
   function kong.response.get_header(name) return response.headers[name] end
   function kong.response.set_header(name, value) response.headers[name] = value end
   function kong.response.clear_header(name) response.headers[name] = nil end
@@ -60,8 +61,9 @@ class Kong:
     def __post_init__(self) -> None:
         self.lua = LuaRuntime(unpack_returned_tuples=True)
         table = self.lua.table_from
+        self.request_headers = table(dict(self.headers))
         self.response = table({"status": self.status, "body": self.answer, "headers": table(dict(self.answer_headers))})
-        request = table({"query": table(dict(self.query)), "body": self.body, "headers": table(dict(self.headers))})
+        request = table({"query": table(dict(self.query)), "body": self.body, "headers": self.request_headers})
         codec = self.lua.table_from({"decode": self.decode, "encode": self.encode})
         self.program = self.lua.eval(KIT)(request, self.response, codec, self.decode_base64)
 
@@ -110,6 +112,11 @@ def test_trailers_are_asked_for_first() -> None:
     assert Kong().runs(GET_ORDER).response.ngx["var"]["upstream_te"] == "trailers"
 
 
+def test_what_only_the_mesh_and_kong_may_say_is_removed() -> None:
+    kong = Kong(headers={"mesh-caller": "orders", "x-consumer-username": "web", "x-other": "1"}).runs(GET_ORDER)
+    assert dict(kong.request_headers) == {"x-other": "1"}
+
+
 @pytest.mark.parametrize("name", ["orderId", "orderId.x", ".orderId", "..orderId.", "orderId."])
 def test_a_query_that_would_override_the_path_is_refused(name: str) -> None:
     status, body = Kong(query={"page": "1", name: "2"}).runs(GET_ORDER).status_and_body
@@ -123,7 +130,7 @@ def test_other_queries_pass(name: str) -> None:
 
 def test_a_route_without_variables_and_body_needs_no_guard() -> None:
     table = build(with_rules('get: "/a"'))
-    assert kong_lua.access(table.routes[0], 10) == [kong_lua.TRAILERS]
+    assert kong_lua.access(table.routes[0], 10) == [kong_lua.REQUEST_HEADERS]
 
 
 @pytest.mark.parametrize(
