@@ -244,7 +244,14 @@ QUERIES = (
         "/v1/echo/a?%6e%61me=b",
         _status(400, 3),
     ),
-    Row("parameter that the path has, beside a body", "POST", "/v1/echo/a?name=b", _status(400, 3), body="{}"),
+    Row(
+        "parameter that the path has, beside a body",
+        "POST",
+        "/v1/echo/a?name=b",
+        _status(400, 3),
+        body="{}",
+        kong=Difference("the query of a method with a body is ignored", _echo(name="a")),
+    ),
 )
 BODIES = (
     Row(
@@ -421,7 +428,7 @@ CORS = (
     ),
 )
 TOKENS = (
-    Row("token missing", "GET", "/v1/with-token", _status(401, 16, www_authenticate="*")),
+    Row("token missing", "GET", "/v1/with-token", _status(401, 16)),
     *(
         Row(
             f"token, {name.replace('_', ' ')}",
@@ -429,7 +436,10 @@ TOKENS = (
             "/v1/with-token",
             _status(401, 16),
             headers={"authorization": _BEARER % name},
-            kong=Difference("some refusals of tokens are 403 in some versions", Answer((401, 403)))
+            kong=Difference(
+                "what is wrong with a token may be said by 403; which version does so is not measured",
+                Answer((401, 403)),
+            )
             if name in {"wrong_issuer", "wrong_key", "forged", "crossed"}
             else None,
         )
@@ -535,7 +545,14 @@ METADATA = (
         headers={"x-request-id": "id-of-the-caller"},
     ),
     Row("request id that is made", "GET", "/v1/metadata", Answer(headers={"x-request-id": "*"})),
-    Row("request id of an error", "GET", "/v1/nowhere", _status(404, 5, x_request_id="*")),
+    Row("request id of an error", "GET", "/v1/with-key", _status(401, 16, x_request_id="*")),
+    Row(
+        "request id of an unknown path",
+        "GET",
+        "/v1/nowhere",
+        _status(404, 5, x_request_id="*"),
+        kong=Difference("a path that no route has gets no `X-Request-ID`", _status(404, 5)),
+    ),
     Row(
         "no headers of gRPC",
         "GET",
