@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gateway.path_template import PathTemplate, Segment, Wildcard
@@ -33,38 +32,29 @@ def allowed_methods(table: RouteTable) -> tuple[AllowedMethods, ...]:
     verbs: dict[_Shape, set[str]] = {}
     for route in table.routes:
         verbs.setdefault(route.template.shape, set()).add(route.verb)
-    shapes = _closed(verbs)
-    found = [
-        AllowedMethods(
-            PathTemplate(shape[0], (), shape[1]),
-            tuple(sorted({verb for other in verbs if _covers(other, shape) for verb in verbs[other]})),
-        )
-        for shape in shapes
-    ]
-    return tuple(sorted(found, key=lambda item: item.template.precedence))
-
-
-def _closed(shapes: Iterable[_Shape]) -> list[_Shape]:
-    """The shapes and all intersections of any of them."""
-    found = list(dict.fromkeys(shapes))
-    known = set(found)
-    for index, shape in enumerate(found):
-        for other in found[:index]:
+    stated = {shape: frozenset(found) for shape, found in verbs.items()}
+    shapes = list(stated)
+    for index, shape in enumerate(shapes):
+        for other in shapes[:index]:
             both = _intersection(shape, other)
-            if both is not None and both not in known and len(found) < MAX_SHAPES:
-                known.add(both)
-                found.append(both)  # the loop comes to it
-    return found
-
-
-def _covers(wide: _Shape, narrow: _Shape) -> bool:
-    """Whether every path of the narrow one is one of the wide one's."""
-    return _intersection(wide, narrow) == narrow
+            if both is None:
+                continue
+            if both not in verbs and len(shapes) < MAX_SHAPES:
+                verbs[both] = set()
+                shapes.append(both)  # the loop comes to it
+            if both in verbs:
+                verbs[both] |= stated.get(shape, frozenset()) | stated.get(other, frozenset())
+    found = [AllowedMethods(PathTemplate(shape[0], (), shape[1]), tuple(sorted(verbs[shape]))) for shape in shapes]
+    return tuple(sorted(found, key=lambda item: item.template.precedence))
 
 
 def _intersection(one: _Shape, other: _Shape) -> _Shape | None:
     """What matches exactly the paths that both match; None if there are none."""
     (left, left_verb), (right, right_verb) = one, other
+    if any(
+        mine != its and isinstance(mine, str) and isinstance(its, str) for mine, its in zip(left, right, strict=False)
+    ):
+        return None  # nearly all pairs
     if left_verb and right_verb and left_verb != right_verb:
         return None
     if left_verb != right_verb:
@@ -96,8 +86,6 @@ def _intersect(left: tuple[Segment, ...], right: tuple[Segment, ...]) -> tuple[S
             return tuple(found) if (left[index:] or right[index:]) == (Wildcard.MANY,) else None
         if mine is Wildcard.MANY and its is Wildcard.MANY:
             return (*found, Wildcard.MANY)
-        if not isinstance(mine, Wildcard) and not isinstance(its, Wildcard) and mine != its:
-            return None
         literals = [segment for segment in (mine, its) if not isinstance(segment, Wildcard)]
         found.append(literals[0] if literals else Wildcard.ONE)
     return tuple(found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gateway import exposed
 from gateway.descriptors import Method
-from gateway.envoy_clusters import clusters, has_names, load_assignment, secrets
+from gateway.envoy_clusters import SERVER_CERTIFICATE, clusters, has_names, load_assignment, secrets
 from gateway.envoy_listener import listener
 from gateway.envoy_routes import NAME, route_configuration
 from gateway.envoy_settings import EnvoySettings, socket_path, split_address
@@ -54,6 +54,72 @@ class EnvoyConfiguration:
     """What Envoy's statistics show once it has applied all of them: text readouts by name."""
 
 
+class EnvoyRenderer:
+    """Renders what one policy exposes, again for each change of endpoints. The same input gives the same text."""
+
+    def __init__(
+        self,
+        table: RouteTable,
+        policy: EdgePolicy,
+        settings: EnvoySettings,
+        *,
+        api_keys: Mapping[str, str],
+        openapi: str,
+    ) -> None:
+        """Renders everything but endpoints, once.
+
+        Args:
+            table: the routes of exactly the services that the policy exposes.
+            policy: of the edge.
+            settings: of this Envoy.
+            api_keys: values of the keys that the policy names.
+            openapi: the OpenAPI document as JSON, served at ``/openapi.json``.
+
+        Raises:
+            SettingsError: the policy does not fit the protos, a key is missing, or Envoy cannot serve an annotation.
+        """
+        exposed.check(table, policy)
+        _check(table)
+        self._policy = policy
+        self._settings = settings
+        self._secrets = {str(secret["name"]): xds_file(SECRET, [secret]) for secret in secrets(settings)}
+        self._routes = xds_file(ROUTES, [route_configuration(table, policy, openapi)])
+        routes = f"{settings.directory}/rds.json"
+        self._listeners = xds_file(LISTENER, [listener(table, policy, settings, api_keys, routes)])
+
+    def render(self, endpoints: Mapping[str, Sequence[Endpoint]]) -> EnvoyConfiguration:
+        """The files.
+
+        Args:
+            endpoints: of the services that the policy calls, by their names; a service without any answers with 503.
+
+        Raises:
+            SettingsError: the collector of spans has no address that Envoy understands.
+        """
+        files: dict[str, XdsFile] = {}
+        shown_by: dict[str, str] = {}
+
+        def add(name: str, file: XdsFile, statistic: str) -> None:
+            files[name] = file
+            shown_by[f"{statistic}.version_text"] = file.version
+
+        for name, file in self._secrets.items():
+            add(f"sds/{name}.json", file, f"sds.{name}")
+            if name != SERVER_CERTIFICATE and not self._policy.upstreams:
+                del shown_by[f"sds.{name}.version_text"]  # Envoy reads no secrets that nothing needs
+        for upstream in self._policy.upstreams:
+            found = endpoints.get(upstream, ())
+            if not has_names(found):
+                assignment = xds_file(ENDPOINTS, [load_assignment(upstream, found)])
+                add(f"eds/{upstream}.json", assignment, f"cluster.{upstream}")
+        made = xds_file(CLUSTER, clusters(self._policy, endpoints, self._settings))
+        add("cds.json", made, "cluster_manager.cds")
+        add("rds.json", self._routes, f"http.{NAME}.rds.{NAME}")
+        add("lds.json", self._listeners, "listener_manager.lds")
+        texts = {name: file.text for name, file in files.items()}
+        return EnvoyConfiguration(texts | {BOOTSTRAP: _bootstrap(self._policy.edge, self._settings)}, shown_by)
+
+
 def render(
     table: RouteTable,
     policy: EdgePolicy,
@@ -63,43 +129,8 @@ def render(
     api_keys: Mapping[str, str],
     openapi: str,
 ) -> EnvoyConfiguration:
-    """Renders what the policy exposes. The same input gives the same text.
-
-    Args:
-        table: the routes of exactly the services that the policy exposes.
-        policy: of the edge.
-        endpoints: of the services that the policy calls, by their names; a service without any answers with 503.
-        settings: of this Envoy.
-        api_keys: values of the keys that the policy names.
-        openapi: the OpenAPI document as JSON, served at ``/openapi.json``.
-
-    Raises:
-        SettingsError: the policy does not fit the protos, a key is missing, or Envoy cannot serve an annotation.
-    """
-    exposed.check(table, policy)
-    _check(table)
-    directory = settings.directory
-    files: dict[str, XdsFile] = {
-        f"sds/{secret['name']}.json": xds_file(SECRET, [secret]) for secret in secrets(settings)
-    }
-    versions = {f"sds.{secret['name']}.version_text": f"sds/{secret['name']}.json" for secret in secrets(settings)}
-    for upstream in policy.upstreams:
-        found = endpoints.get(upstream, ())
-        if not has_names(found):
-            files[f"eds/{upstream}.json"] = xds_file(ENDPOINTS, [load_assignment(upstream, found)])
-            versions[f"cluster.{upstream}.version_text"] = f"eds/{upstream}.json"
-    files["cds.json"] = xds_file(CLUSTER, clusters(policy, endpoints, settings))
-    files["rds.json"] = xds_file(ROUTES, [route_configuration(table, policy, openapi)])
-    files["lds.json"] = xds_file(LISTENER, [listener(table, policy, settings, api_keys, f"{directory}/rds.json")])
-    versions |= {
-        "cluster_manager.cds.version_text": "cds.json",
-        f"http.{NAME}.rds.{NAME}.version_text": "rds.json",
-        "listener_manager.lds.version_text": "lds.json",
-    }
-    return EnvoyConfiguration(
-        {name: file.text for name, file in files.items()} | {BOOTSTRAP: _bootstrap(policy.edge, settings)},
-        {stat: files[name].version for stat, name in versions.items()},
-    )
+    """Renders once what `EnvoyRenderer` renders again and again; its arguments and errors."""
+    return EnvoyRenderer(table, policy, settings, api_keys=api_keys, openapi=openapi).render(endpoints)
 
 
 def _check(table: RouteTable) -> None:

@@ -185,7 +185,8 @@ def _retries(settings: MethodSettings, method: Method) -> Json:
             "retry_on": _STREAM_RETRY_ON if method.client_streaming else _RETRY_ON,
             "num_retries": settings.retries,
             "retry_host_predicate": [{"name": "previous_hosts", "typed_config": typed(previous)}],
-            "host_selection_retry_max_attempts": 5,
+            # Hosts are drawn, and drawn again if they were tried before: of two, with 5 draws each 64th try goes wrong.
+            "host_selection_retry_max_attempts": 30,
         }
     }
 

@@ -50,8 +50,8 @@ def xds_file(type_name: str, resources: Iterable[Json]) -> XdsFile:
 
 
 def write(document: Json) -> str:
-    """JSON as it is written to files: the same for the same document."""
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    """JSON as it is written to files, the same for the same document. In one line: indenting is ten times slower."""
+    return json.dumps(document, ensure_ascii=False) + "\n"
 
 
 def file_source(path: str) -> Json:

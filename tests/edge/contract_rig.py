@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.descriptors import Api, read
-from gateway.envoy import EnvoyConfiguration, render
+from gateway.envoy import EnvoyConfiguration, EnvoyRenderer
 from gateway.envoy_settings import DownstreamTls, UpstreamTls
 from gateway.openapi import render as render_openapi
 from gateway.routes import RouteTable, build
@@ -87,7 +87,7 @@ class ContractRig:
         table = build(contract_api(), policy.services)
         document = json.dumps(render_openapi(table, title="Contract", version="1", policy=policy))
         found: Mapping[str, Sequence[Endpoint]] = {"contract": endpoints or [self.endpoint], "gone": []}
-        return render(table, policy, found, self.envoy.settings, api_keys=keys, openapi=document)
+        return EnvoyRenderer(table, policy, self.envoy.settings, api_keys=keys, openapi=document).render(found)
 
 
 def local(port: int, name: str = "one", host: str = "127.0.0.1") -> Endpoint:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.descriptors import read
-from gateway.envoy import EnvoyConfiguration, render
+from gateway.envoy import EnvoyConfiguration, EnvoyRenderer
 from gateway.path_template import PathTemplate
 from gateway.routes import RouteTable, build
 from mesh_client.core.edge_policy import EdgePolicy
@@ -63,7 +63,7 @@ class Rig:
 
     def render(self, table: RouteTable) -> EnvoyConfiguration:
         endpoints = {"methods": [self.endpoint]}
-        return render(table, POLICY, endpoints, self.envoy.settings, api_keys={}, openapi="{}")
+        return EnvoyRenderer(table, POLICY, self.envoy.settings, api_keys={}, openapi="{}").render(endpoints)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from hypothesis import given
 from openapi_spec_validator import validate
 from schemathesis import APIOperation, GenerationMode
 
-from gateway.envoy import render
+from gateway.envoy import EnvoyRenderer
 from gateway.openapi import render as render_openapi
 from gateway.routes import build
 from mesh_client.core.edge_policy import EdgePolicy
@@ -57,7 +57,11 @@ def shop_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, i
             table = build(shop(), policy.services)
             document = json.dumps(render_openapi(table, title="Shop", version="1", policy=policy))
             keys = {"tests-key": KEY}
-            envoy.start(render(table, policy, {"shop": [endpoint]}, envoy.settings, api_keys=keys, openapi=document))
+            envoy.start(
+                EnvoyRenderer(table, policy, envoy.settings, api_keys=keys, openapi=document).render(
+                    {"shop": [endpoint]}
+                )
+            )
             yield "127.0.0.1", envoy.port
         finally:
             envoy.stop()

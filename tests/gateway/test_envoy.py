@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from gateway.descriptors import Api, read
-from gateway.envoy import BOOTSTRAP, EnvoyConfiguration, render
+from gateway.envoy import BOOTSTRAP, EnvoyConfiguration, EnvoyRenderer, render
 from gateway.envoy_routes import query_names
 from gateway.envoy_settings import EnvoySettings
 from gateway.errors import SettingsError
@@ -172,7 +172,7 @@ def test_new_endpoints_change_one_file_and_the_order_of_endpoints_none() -> None
 
     def rendered(*endpoints: Endpoint) -> EnvoyConfiguration:
         found = {**ENDPOINTS, "inventory": list(endpoints)}
-        return render(table, policy, found, SECURE, api_keys={"batch-key": "b"}, openapi="{}")
+        return EnvoyRenderer(table, policy, SECURE, api_keys={"batch-key": "b"}, openapi="{}").render(found)
 
     first, second = Endpoint("a", "10.0.0.1", 1), Endpoint("b", "10.0.0.2", 1)
     assert rendered(first, second) == rendered(second, first)
@@ -208,6 +208,9 @@ def test_a_policy_that_exposes_nothing_answers_404_to_all_but_its_description() 
         {"prefix": "/"},
     ]
     assert resources(configuration, "cds.json") == []
+    assert {name for name in made(shop(), {}, SECURE).versions if "sds" in name} == {
+        "sds.server_certificate.version_text"
+    }
 
 
 def test_rest_and_grpc_ask_for_the_same() -> None:
@@ -303,7 +306,7 @@ def test_a_key_that_is_none_is_refused(key: str) -> None:
     policy = policy.model_copy(update={"consumers": {"a": consumer}})
     table = build(shop(), policy.services)
     with pytest.raises(SettingsError, match=r"consumers\.a\.jwt_issuers: the key of 'i' is"):
-        render(table, policy, {}, PLAIN, api_keys={}, openapi="{}")
+        EnvoyRenderer(table, policy, PLAIN, api_keys={}, openapi="{}").render({})
 
 
 @pytest.mark.parametrize(
@@ -341,9 +344,8 @@ def test_descriptors_of_each_route_are_whole_and_hold_its_method_alone(api: Any)
     table: RouteTable = build(api())
     kept = [route for route in table.routes if not route.response_body]
     policy = EdgePolicy.parse({"services": {name: {"upstream": "u"} for name in {r.method.service for r in kept}}})
-    configuration = render(
-        RouteTable(table.api, tuple(kept)), policy, {}, PLAIN, api_keys={}, openapi='{"openapi": "3.1.0"}'
-    )
+    trimmed = RouteTable(table.api, tuple(kept))
+    configuration = EnvoyRenderer(trimmed, policy, PLAIN, api_keys={}, openapi="{}").render({})
     found = dict(descriptor_sets(configuration))
     assert set(found) == {route.name for route in kept}
     for route in kept:
