@@ -21,6 +21,7 @@ from mesh_client.core.identity import Principal
 from tests.certificates import Certificate, TestAuthority
 from tests.edge import contract
 from tests.edge.contract_rig import ContractRig, contract_rig, contract_server, local, running_envoy
+from tests.edge.http_client import ask
 from tests.ports import held_address
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -296,6 +297,34 @@ def test_callers_come_over_tls_if_the_edge_has_a_certificate(tmp_path: Path) -> 
 @pytest.mark.parametrize("path", ["//v1//echo/a", "/v1/x/../echo/a", "/v1/./echo/a", "/v1/echo/%61"])
 def test_paths_are_made_canonical_before_they_are_looked_up(path: str, rig: ContractRig) -> None:
     assert json.loads(rig.ask(path).body) == {"request": {"name": "a"}}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "/v1/with%2dtoken",
+            "/v1/./with-token",
+            "//v1/with-token",
+            "/v1/x/../with-token",
+            "/v1/with-token/",
+            "/V1/with-token",
+        ),
+        *(
+            "/v1/with-token;a=b",
+            "/v1/with-token%20",
+            "/v1/with-token%00",
+            "/v1%2fwith-token",
+            "/v1/with-token?",
+            "/v1/with-token#",
+        ),
+        *("/contract.v1.ContractService/WithToken", "/v1/echo/../with-token", "/v1/echo/%2e%2e/with-token"),
+        "/v1/with-token:loud",
+    ],
+)
+@pytest.mark.parametrize("verb", ["GET", "POST", "HEAD", "OPTIONS", "get"])
+def test_no_way_of_writing_a_path_opens_it(verb: str, path: str, rig: ContractRig) -> None:
+    assert ask(rig.address, verb, path).status in {400, 401, 404, 405}
 
 
 @pytest.mark.parametrize(
