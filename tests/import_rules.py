@@ -16,7 +16,19 @@ from pathlib import Path
 from tools.coverage_gates import PURE
 
 OURS = frozenset(
-    {"benchmarks", "control_plane", "gateway", "mesh", "mesh_cli", "mesh_client", "services", "shop", "tests", "tools"}
+    {
+        "benchmarks",
+        "control_plane",
+        "deploy",
+        "gateway",
+        "mesh",
+        "mesh_cli",
+        "mesh_client",
+        "services",
+        "shop",
+        "tests",
+        "tools",
+    }
 )
 """Top-level packages of this repository, the generated ones included."""
 
@@ -116,6 +128,9 @@ RULES = (
     _rule("gateway/*", "gateway mesh_client mesh"),
     _rule("mesh_cli/*", "mesh_cli mesh_client control_plane gateway mesh shop"),
     _rule("services/*", "mesh_client mesh shop", "google grpc"),
+    # Programs that stand alone in an image, or on an operator's host.
+    _rule("deploy/consul/*", "", ""),
+    _rule("deploy/*", "", "cryptography"),
     _rule("benchmarks/*", "benchmarks control_plane gateway mesh mesh_cli mesh_client services shop"),
     _rule("tests/*", " ".join(OURS)),
     _rule("tools/*", "tools", ""),

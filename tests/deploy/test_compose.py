@@ -1,0 +1,192 @@
+"""deploy/compose.yaml is valid by the Compose Specification, and its containers are as its first lines promise."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from compose_spec import PyCompose
+
+from deploy.consul.bootstrap import parse_parts
+from deploy.prepare import CONSUL_SERVERS, INSTANCES, SERVICES, STATE
+from gateway import kong
+from tests.deploy.consul import DEPLOY
+
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
+TOOLS = {name for name, container in CONTAINERS.items() if "profiles" in container}
+USER = "10001:10001"
+ALPHABET = set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+every_container = pytest.mark.parametrize("name", sorted(CONTAINERS))
+
+
+def mounts(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {volume["target"]: volume for volume in container.get("volumes", ())}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in DEPLOY.glob("compose*.yaml")))
+def test_files_are_valid(file: str) -> None:
+    document = yaml.safe_load((DEPLOY / file).read_text())
+    # By way of JSON: this parser knows no merge keys.
+    parsed = PyCompose.from_json(json.dumps(document))
+    if file == "compose.yaml":
+        parsed.validate()
+
+
+def test_what_is_not_valid_is_noticed() -> None:
+    for wrong in ({"imagee": "x"}, {"read_only": "maybe"}, {"depends_on": {"kong": {"condition": "service_helthy"}}}):
+        with pytest.raises(ValueError, match=r"imagee|maybe|service_helthy"):
+            PyCompose.from_json(json.dumps({"services": {"kong": {"image": "kong:3.9.3", **wrong}}}))
+
+
+@every_container
+def test_it_is_an_ordinary_user_with_a_read_only_root(name: str) -> None:
+    container = CONTAINERS[name]
+    assert container["user"] == USER
+    assert container["read_only"] is True
+    assert container["cap_drop"] == ["ALL"]
+    assert container["security_opt"] == ["no-new-privileges:true"]
+    assert container["init"] is True
+    assert {"privileged", "cap_add", "devices", "pid", "ipc", "userns_mode", "group_add"}.isdisjoint(container)
+    assert container.get("network_mode") in (None, "none")
+
+
+@every_container
+def test_its_version_is_pinned(name: str) -> None:
+    image, _, tag = CONTAINERS[name]["image"].rpartition(":")
+    assert re.fullmatch(r"\d+\.\d+\.\d+(-[a-z0-9]+)*", tag), tag
+    if image.startswith("grpc-mesh/"):
+        project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+        assert tag == project["project"]["version"]
+        assert CONTAINERS[name]["build"] == {
+            "context": "..",
+            "dockerfile": "deploy/Dockerfile",
+            "target": image.removeprefix("grpc-mesh/"),
+        }
+
+
+@every_container
+def test_it_is_bounded_restarted_and_watched(name: str) -> None:
+    container = CONTAINERS[name]
+    assert set(container["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
+    assert container["logging"]["options"].keys() == {"max-size", "max-file"}
+    if name in TOOLS:
+        assert container["restart"] == "no"
+    else:
+        assert container["restart"] == "unless-stopped"
+        assert set(container["healthcheck"]) == {"test", "interval", "timeout", "retries", "start_period"}
+    for dependency in container.get("depends_on", {}).values():
+        assert dependency["condition"] == "service_healthy"
+
+
+@every_container
+def test_its_files_are_there_or_made_by_what_the_readme_says(name: str) -> None:
+    for target, mount in mounts(CONTAINERS[name]).items():
+        assert mount["type"] == "bind"
+        # Docker would make a missing one, as a directory of root's.
+        assert mount["bind"]["create_host_path"] is False
+        kind, _, rest = mount["source"].removeprefix("./").partition("/")
+        writable = not mount.get("read_only", False)
+        if kind == "secrets":
+            assert (target == "/run/secrets" and not writable) or name in TOOLS
+        elif kind == "data":
+            assert rest == "" or rest.partition("/")[0] in STATE
+        else:
+            assert (DEPLOY / mount["source"]).exists(), mount
+            assert not writable
+    for line in CONTAINERS[name].get("tmpfs", ()):
+        assert re.fullmatch(r"/[a-z/]+:mode=(0700,uid=10001,gid=10001|1777),size=\d+m", line)
+
+
+@every_container
+def test_no_secret_is_in_its_environment_or_command(name: str) -> None:
+    container = CONTAINERS[name]
+    environment = container.get("environment", {})
+    for key, value in environment.items():
+        assert isinstance(value, str), f"{key} is no text: quote it"
+        if re.search(r"TOKEN|SECRET|PASSWORD|KEY|COOKIE", key):
+            assert value.startswith("/run/secrets/"), key
+    words = [*environment.values(), *container.get("command", ()), *container.get("entrypoint", ())]
+    assert not [word for word in words if re.search(r"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}", word)]
+
+
+def test_one_port_is_open_to_the_world_and_one_to_this_host() -> None:
+    published = {
+        (name, port["host_ip"], port["target"])
+        for name, container in CONTAINERS.items()
+        for port in container.get("ports", ())
+    }
+    assert published == {("kong", "0.0.0.0", 8443), ("jaeger", "127.0.0.1", 16686)}
+
+
+def test_only_what_must_be_together_is_on_one_network() -> None:
+    networks = COMPOSE["networks"]
+    assert {name for name, network in networks.items() if not network.get("internal")} == {"edge", "operators"}
+    members: dict[str, set[str]] = {network: set() for network in networks}
+    for name, container in CONTAINERS.items():
+        for network in container.get("networks", ()):
+            members[network].add(name)
+    assert members["edge"] == {"kong"}
+    assert members["operators"] == {"jaeger"}
+    assert members["events"] == {"rabbitmq"}
+    assert members["telemetry"] == {"kong", "jaeger"}
+    assert members["admin"] == {"kong"}
+    assert members["mesh"] == {*CONSUL_SERVERS, *INSTANCES, "control-plane", "kong", "bootstrap", "mesh"}
+
+
+def test_consul_servers_differ_in_their_names_alone() -> None:
+    texts = {json.dumps(CONTAINERS[name], sort_keys=True).replace(name, "consul-N") for name in CONSUL_SERVERS}
+    assert len(texts) == 1
+    configuration = json.loads((DEPLOY / "consul" / "server.json").read_text())
+    assert configuration["retry_join"] == list(CONSUL_SERVERS)
+    assert configuration["bootstrap_expect"] == len(CONSUL_SERVERS)
+    assert configuration["acl"]["default_policy"] == "deny"
+
+
+def test_every_part_has_its_own_token() -> None:
+    parts = {part.name: part for part in parse_parts((DEPLOY / "consul" / "tokens.json").read_text())}
+    assert parts.keys() == {"control-plane", "edge", *SERVICES}
+    known = {file.stem for file in (DEPLOY / "consul" / "policies").glob("*.hcl")}
+    assert {policy for part in parts.values() for policy in part.policies} == known
+    for instance in INSTANCES:
+        service = instance.rpartition("-")[0]
+        assert parts[service].service == service
+        assert mounts(CONTAINERS[instance])["/run/secrets"]["source"] == f"./secrets/{service}"
+        assert mounts(CONTAINERS[instance])["/var/lib/mesh"]["source"] == f"./data/{instance}"
+        assert CONTAINERS[instance]["environment"]["SHOP_INSTANCE"] == instance
+        assert CONTAINERS[instance]["command"] == [f"services.{service}"]
+
+
+def test_kong_is_configured_as_what_is_rendered_for_it_needs() -> None:
+    environment = CONTAINERS["kong"]["environment"]
+    documentation = (DEPLOY.parent / "docs" / "gateway.md").read_text()
+    lines = re.search(r"kong\.conf must say:\n\n```ini\n(.*?)```", documentation, re.DOTALL)
+    assert lines is not None
+    for line in lines[1].splitlines():
+        key, value = line.split(" = ")
+        if not value.startswith("/"):
+            assert environment[f"KONG_{key.upper()}"] == value
+    used = set(re.findall(r'_plugin\(\s*"([a-z-]+)"', Path(str(kong.__file__)).read_text()))
+    assert used
+    assert used <= set(environment["KONG_PLUGINS"].split(","))
+    assert "/usr/local/kong/protos" in mounts(CONTAINERS["kong"])
+
+
+def test_kong_answers_503_until_it_is_configured() -> None:
+    document = yaml.safe_load((DEPLOY / "kong" / "kong.yml").read_text())
+    (service,) = document["services"]
+    (plugin,) = service["plugins"]
+    assert plugin["name"] == "request-termination"
+    assert plugin["config"]["status_code"] == 503
+    assert json.loads(plugin["config"]["body"])["code"] == 14
+    assert service["routes"][0]["paths"] == ["/"]
+
+
+def test_names_are_labels() -> None:
+    assert all(ALPHABET.issuperset(name) for name in (*CONTAINERS, *STATE, *COMPOSE["networks"]))
