@@ -68,7 +68,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 def prepare(box: Box, *options: str) -> str:
     state = ["--secrets", f"{box.state}/secrets", "--data", f"{box.state}/data"]
-    return box.output("-I", f"{box.checkout}/deploy/prepare.py", *state, *options)
+    return box.output(f"{box.checkout}/deploy/prepare.py", *state, *options)
 
 
 def may(server: Server, method: str, path: str, token: str, body: object = None) -> bool:
@@ -251,7 +251,8 @@ async def test_the_mesh_works_with_these_tokens(
     operator = {"MESH_OPERATOR": f"{box.state}/data/operator"}
     async with AsyncExitStack() as stack:
         ports = stack.enter_context(ExitStack())
-        plane, enrolment, inventory = (f"127.0.0.1:{port}" for port in hold_ports(ports, 3))
+        *held, nobody = hold_ports(ports, 4)
+        plane, enrolment, inventory = (f"127.0.0.1:{port}" for port in held)
         supervisor = await stack.enter_async_context(Supervisor(tmp_path))
         control_plane = await supervisor.start(
             "control-plane",
@@ -292,8 +293,12 @@ async def test_the_mesh_works_with_these_tokens(
         policies = sorted(str(file.relative_to(REPOSITORY)) for file in (DEPLOY / "policies").glob("*.yaml"))
         applied = await asyncio.to_thread(mesh, "policy", "apply", *(f"{box.checkout}/{file}" for file in policies))
         assert applied.count("stored") == 3
-        health = [f"{box.checkout}/deploy/healthcheck.py", plane, enrolment, inventory]
-        assert (await asyncio.to_thread(box.run, *health)).returncode == 0
+        check = f"{box.checkout}/deploy/healthcheck.py"
+        identity = f"{box.state}/data/inventory-1/identity/identity.json"
+        await asyncio.to_thread(box.output, "-I", check, enrolment)
+        await asyncio.to_thread(box.output, "-I", check, inventory, identity)
+        for other in ([f"127.0.0.1:{nobody}"], [inventory, f"{box.state}/data/inventory-2/identity.json"]):
+            assert (await asyncio.to_thread(box.run, "-I", check, *other)).returncode == 1
 
         monkeypatch.delenv("MESH_INSECURE")
         (tmp_path / "roots.pem").write_bytes((box.directory / "data/control-plane/ca/roots.pem").read_bytes())
@@ -332,4 +337,5 @@ async def test_the_mesh_works_with_these_tokens(
         assert await control_plane.stop() == 0
     for name in ("control-plane", "inventory-1", "impostor"):
         log = (tmp_path / f"{name}.log").read_text()
+        assert "Handshake failed" not in log
         assert not [token for token in deployment.tokens().values() if token in log]
