@@ -36,6 +36,7 @@ INSTANCES = ("inventory-1", "inventory-2", "orders-1", "orders-2", "payments-1",
 STATE = (*CONSUL_SERVERS, *SERVICES, *INSTANCES, "control-plane", "edge", "edge-protos", "operator", "rabbitmq")
 """Directories of state, one a container or shared by the instances of a service."""
 
+KONG_ADMIN_NAMES = ("kong", "172.31.253.2")
 CONSUL_NAME = "server.dc1.consul"
 """What a Consul server's certificate has to name, so that no other certificate of the CA makes one."""
 
@@ -69,10 +70,10 @@ class Preparation:
         """Makes what is missing."""
         self._consul()
         self._rabbitmq()
-        edge = self._authority("edge")
-        self._certificate(edge, "kong", edge_names, client=False)
-        for part in ("control-plane", "edge"):
-            self._make(part)
+        self._certificate(self._authority("edge"), "kong", edge_names, client=False)
+        self._certificate(self._authority("kong-admin"), "kong", KONG_ADMIN_NAMES, client=False, name="admin")
+        self._copy("kong-admin", "edge")
+        self._make("control-plane")
 
     def _consul(self) -> None:
         authority = self._authority("consul")
@@ -127,11 +128,14 @@ class Preparation:
         self._write(certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
         return Authority(certificate, key)
 
-    def _certificate(self, authority: Authority, part: str, names: Sequence[str], *, client: bool) -> None:
+    def _certificate(
+        self, authority: Authority, part: str, names: Sequence[str], *, client: bool, name: str = "server"
+    ) -> None:
         """``server.pem`` and ``server.key`` of a part, and the ``ca.pem`` that its peers are checked with."""
-        certificate_file, key_file = self._file(part, "server.pem"), self._file(part, "server.key")
+        certificate_file, key_file = self._file(part, f"{name}.pem"), self._file(part, f"{name}.key")
         issuer = authority.certificate.public_bytes(serialization.Encoding.PEM)
-        self._once(part, "ca.pem", issuer)
+        if name == "server":
+            self._once(part, "ca.pem", issuer)
         if certificate_file.exists():
             ends = x509.load_pem_x509_certificate(certificate_file.read_bytes()).not_valid_after_utc
             if not self._renew or ends - self._now > dt.timedelta(days=RENEW_DAYS):

@@ -111,6 +111,7 @@ class ConsulAgent:
         self._http = std.HTTPClient(host=address.host, port=address.port, timeout=AGENT_TIMEOUT)
         self._http.session.trust_env = False
         self._token = token
+        self._registered_with = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="consul-agent")
 
     async def register(self, definition: dict[str, object]) -> None:
@@ -119,16 +120,20 @@ class ConsulAgent:
         Raises:
             AgentError: it is not registered.
         """
-        await self._put("/v1/agent/service/register", data=json.dumps(definition))
+        self._registered_with = await self._put("/v1/agent/service/register", data=json.dumps(definition))
 
-    async def report(self, check: str, verdict: Verdict) -> None:
-        """Reports a TTL check.
+    async def report(self, check: str, verdict: Verdict) -> bool:
+        """Reports a TTL check; False when it was with another token than the one that registered it.
+
+        The agent tells the servers of changes by the token of the registration. Once that is deleted they never hear of
+        the check again, nor of a deregistration.
 
         Raises:
             AgentError: the agent does not know the check, or did not take the report.
         """
         verb = "pass" if verdict.healthy else "fail"
-        await self._put(f"/v1/agent/check/{verb}/{check}", params=[("note", verdict.detail)])
+        token = await self._put(f"/v1/agent/check/{verb}/{check}", params=[("note", verdict.detail)])
+        return token == self._registered_with
 
     async def deregister(self, service_id: str) -> None:
         """Deregisters; an id that the agent does not know is none of our business any more.
@@ -150,20 +155,22 @@ class ConsulAgent:
         params: list[tuple[str, str]] | None = None,
         data: str = "",
         unknown_is_fine: bool = False,
-    ) -> None:
-        def put() -> base.Response:
+    ) -> str:
+        """Asks the agent, and returns the token that it was asked with."""
+
+        def put() -> tuple[str, base.Response]:
             token = self._token()
             headers = {"X-Consul-Token": token} if token else {}
-            return self._http.put(_answer, path, params=params, data=data, headers=headers)
+            return token, self._http.put(_answer, path, params=params, data=data, headers=headers)
 
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._thread, put)
+            token, answer = await asyncio.get_running_loop().run_in_executor(self._thread, put)
         except (requests.RequestException, OSError) as error:
             raise AgentError(f"{type(error).__name__}: {error}") from error
         except ConfigError as error:
             raise AgentError(str(error)) from error
         if answer.code == 200 or (unknown_is_fine and _says_unknown(answer)):
-            return
+            return token
         raise AgentError(f"{answer.code} {answer.body.strip()[:200]}", refused=answer.code in (400, 401, 403))
 
 
@@ -298,8 +305,10 @@ class ConsulRegistrar:
 
     async def _pass_on_verdict(self) -> None:
         self._reported.clear()
-        if self._verdict is not None:
-            await self._agent.report(check_id(self._endpoint), self._verdict)
+        if self._verdict is None or await self._agent.report(check_id(self._endpoint), self._verdict):
+            return
+        await self._agent.register(self._definition(draining=False))
+        logger.info("registered %s/%s with Consul again, with a new token", self._service, self._endpoint.id)
 
     async def _end_task(self) -> None:
         if self._task is not None:

@@ -249,15 +249,19 @@ class ConsulReader:
     async def _ask(self, request: _Request) -> ConsulAnswer:
         async with self._places:
             address = self.address
-            try:
-                return await self._fetch(request, address)
-            except ConsulError as error:
-                if error.failure is Failure.UNREACHABLE:
-                    self.losses += 1
-                    self._leave(address)
-                elif error.failure is Failure.FORBIDDEN:
-                    self._token.refresh()
-                raise
+            while True:
+                used = self._token.secret
+                try:
+                    return await self._fetch(request, address)
+                except ConsulError as error:
+                    if error.failure is Failure.UNREACHABLE:
+                        self.losses += 1
+                        self._leave(address)
+                    elif error.failure is Failure.FORBIDDEN:
+                        self._token.refresh()
+                        if self._token.secret != used:
+                            continue  # it was rotated; whoever asks need not hear of that
+                    raise
 
     async def _fetch(self, request: _Request, address: ConsulAddress) -> ConsulAnswer:
         if self._session is None:

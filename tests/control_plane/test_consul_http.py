@@ -252,18 +252,21 @@ async def test_an_agent_that_hangs_is_left_and_what_waits_for_it_is_broken_off(c
                 await probing
 
 
-async def test_a_token_that_is_refused_is_read_from_its_file_again(consul: ScriptedConsul, tmp_path: Path) -> None:
+async def test_a_token_that_is_refused_is_read_from_its_file_and_used_at_once(
+    consul: ScriptedConsul, tmp_path: Path
+) -> None:
     file = tmp_path / "token"
     file.write_text("old")
     file.chmod(0o600)
     consul.answer("/v1/x", b"ACL not found", status=403)
     async with ConsulReader([consul.address], ConsulToken(file=file)) as reader:
         file.write_text("new")
-        with contextlib.suppress(ConsulError):
+        with pytest.raises(ConsulError, match="not accepted"):
             await reader.get("/v1/x")
-        with contextlib.suppress(ConsulError):
+        assert [token for _, _, token in consul.requests] == ["old", "new"]
+        with pytest.raises(ConsulError, match="not accepted"):
             await reader.get("/v1/x")
-    assert [token for _, _, token in consul.requests] == ["old", "new"]
+    assert [token for _, _, token in consul.requests] == ["old", "new", "new"]
 
 
 # -- the source

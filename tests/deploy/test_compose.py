@@ -22,6 +22,11 @@ COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
 TOOLS = {name for name, container in CONTAINERS.items() if "profiles" in container}
 USER = "10001:10001"
+CA_OPTIONS = (
+    "--ca-certificate=/run/secrets/ca.pem",
+    "--ca-key=/run/secrets/ca.key",
+    "--ca-roots=/run/secrets/ca-roots.pem",
+)
 ALPHABET = set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 every_container = pytest.mark.parametrize("name", sorted(CONTAINERS))
@@ -196,3 +201,12 @@ def test_kong_answers_503_until_it_is_configured() -> None:
 
 def test_names_are_labels() -> None:
     assert all(ALPHABET.issuperset(name) for name in (*CONTAINERS, *STATE, *COMPOSE["networks"]))
+
+
+def test_a_given_ca_changes_nothing_else() -> None:
+    changes = yaml.safe_load((DEPLOY / "compose.ca-files.yaml").read_text())["services"]
+    assert changes.keys() == {"control-plane", "create-operator"}
+    command = changes["control-plane"]["command"]
+    assert command[: -len(CA_OPTIONS)] == CONTAINERS["control-plane"]["command"]
+    assert tuple(command[-len(CA_OPTIONS) :]) == CA_OPTIONS
+    assert tuple(changes["create-operator"]["entrypoint"][-len(CA_OPTIONS) :]) == CA_OPTIONS

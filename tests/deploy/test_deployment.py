@@ -333,7 +333,24 @@ async def test_the_mesh_works_with_these_tokens(
             re.compile("PERMISSION_DENIED"),
         )
         await impostor.wait_ready()
+
+        # Tokens are rotated while everything runs. The service registers anew, or Consul would never hear that it left.
+        for part in ("control-plane", "inventory"):
+            assert (await asyncio.to_thread(deployment.bootstrap, "--rotate", part)).returncode == 0
+        async with asyncio.timeout(PATIENCE):
+            while "with Consul again, with a new token" not in service.log.read_text():
+                await asyncio.sleep(0.05)
+        for part in ("control-plane", "inventory"):
+            retired = await asyncio.to_thread(deployment.bootstrap, "--retire", part)
+            assert "is deleted" in retired.stdout
+        deleted = await asyncio.to_thread(mesh, "policy", "delete", "payments")
+        assert "deleted" in deleted
+
         assert await service.stop() == 0
+        server, management = deployment.consul.servers[0], deployment.token("management")
+        async with asyncio.timeout(PATIENCE):
+            while server.ask("GET", "/v1/health/service/inventory", management):
+                await asyncio.sleep(0.05)
         assert await control_plane.stop() == 0
     for name in ("control-plane", "inventory-1", "impostor"):
         log = (tmp_path / f"{name}.log").read_text()

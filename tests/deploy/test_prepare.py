@@ -54,8 +54,10 @@ def test_certificates_are_good_for_their_names(tmp_path: Path, part: str, names:
 def test_each_purpose_has_a_ca_of_its_own(tmp_path: Path) -> None:
     prepared(tmp_path)
     issuers = {(tmp_path / part / "ca.pem").read_bytes() for part in ("kong", "rabbitmq", "consul-1")}
-    assert len(issuers) == 3
-    assert not [file for file in tmp_path.glob("[!c]*/*.key") if file.name != "server.key"]
+    issuers.add((tmp_path / "edge" / "kong-admin-ca.pem").read_bytes())
+    assert len(issuers) == 4
+    keys = {file.name for file in tmp_path.glob("*/*.key") if file.parent.name != "ca"}
+    assert keys == {"server.key", "admin.key"}
 
 
 def test_certificates_that_end_soon_are_renewed_when_asked(tmp_path: Path) -> None:
