@@ -70,8 +70,8 @@ class Preparation:
         """Makes what is missing."""
         self._consul()
         self._rabbitmq()
-        self._certificate(self._authority("edge"), "kong", edge_names, client=False)
-        self._certificate(self._authority("kong-admin"), "kong", KONG_ADMIN_NAMES, client=False, name="admin")
+        self._certificate(self._authority("edge"), "edge-tls", edge_names, client=False)
+        self._certificate(self._authority("kong-admin"), "kong", KONG_ADMIN_NAMES, client=False)
         self._copy("kong-admin", "edge")
         self._make("control-plane")
 
@@ -128,14 +128,11 @@ class Preparation:
         self._write(certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
         return Authority(certificate, key)
 
-    def _certificate(
-        self, authority: Authority, part: str, names: Sequence[str], *, client: bool, name: str = "server"
-    ) -> None:
+    def _certificate(self, authority: Authority, part: str, names: Sequence[str], *, client: bool) -> None:
         """``server.pem`` and ``server.key`` of a part, and the ``ca.pem`` that its peers are checked with."""
-        certificate_file, key_file = self._file(part, f"{name}.pem"), self._file(part, f"{name}.key")
+        certificate_file, key_file = self._file(part, "server.pem"), self._file(part, "server.key")
         issuer = authority.certificate.public_bytes(serialization.Encoding.PEM)
-        if name == "server":
-            self._once(part, "ca.pem", issuer)
+        self._once(part, "ca.pem", issuer)
         if certificate_file.exists():
             ends = x509.load_pem_x509_certificate(certificate_file.read_bytes()).not_valid_after_utc
             if not self._renew or ends - self._now > dt.timedelta(days=RENEW_DAYS):

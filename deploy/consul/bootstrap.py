@@ -209,8 +209,14 @@ class Bootstrap:
 
     def rotate(self, part: Part) -> None:
         """A new token in place of the part's; the old one works on until `retire`."""
-        self._secrets.write(part.name, str(uuid.uuid4()))
-        self._see_to_token(part)
+        secret = str(uuid.uuid4())
+        # Consul first, and every server: whoever reads the file uses the token at once. A run that ends before it is
+        # written leaves a token that nobody has, which `retire` deletes.
+        self._ask("PUT", "/v1/acl/token", {**part.body(self._datacenter), "SecretID": secret})
+        for server in self._servers:
+            self._await_token(server, secret)
+        self._secrets.write(part.name, secret)
+        say(f"{part.name}: a new token is in {self._secrets.file(part.name)}; the old one works on")
 
     def retire(self, part: Part) -> None:
         """Deletes every token of the part but the one in its file.
@@ -231,6 +237,15 @@ class Bootstrap:
         def ask() -> None:
             if not server.ask("GET", "/v1/status/leader"):
                 raise UnavailableError("it has no leader; see its log")
+
+        self._try(server, ask)
+
+    def _await_token(self, server: Server, secret: str) -> None:
+        def ask() -> None:
+            try:
+                server.ask("GET", "/v1/acl/token/self", secret)
+            except RefusedError as error:
+                raise UnavailableError(str(error)) from None
 
         self._try(server, ask)
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from compose_spec import PyCompose
+from typer.main import get_command
 
 from deploy.consul.bootstrap import parse_parts
-from deploy.prepare import CONSUL_SERVERS, INSTANCES, SERVICES, STATE
+from deploy.prepare import CONSUL_SERVERS, INSTANCES, KONG_ADMIN_NAMES, SERVICES, STATE
 from gateway import kong
 from tests.deploy.consul import DEPLOY
 
@@ -100,7 +101,7 @@ def test_its_files_are_there_or_made_by_what_the_readme_says(name: str) -> None:
         kind, _, rest = mount["source"].removeprefix("./").partition("/")
         writable = not mount.get("read_only", False)
         if kind == "secrets":
-            assert (target == "/run/secrets" and not writable) or name in TOOLS
+            assert (target in ("/run/secrets", "/run/edge-tls") and not writable) or name in TOOLS
         elif kind == "data":
             assert rest == "" or rest.partition("/")[0] in STATE
         else:
@@ -142,8 +143,8 @@ def test_only_what_must_be_together_is_on_one_network() -> None:
     assert members["operators"] == {"jaeger"}
     assert members["events"] == {"rabbitmq"}
     assert members["telemetry"] == {"kong", "jaeger"}
-    assert members["admin"] == {"kong"}
-    assert members["mesh"] == {*CONSUL_SERVERS, *INSTANCES, "control-plane", "kong", "bootstrap", "mesh"}
+    assert members["admin"] == {"kong", "gateway"}
+    assert members["mesh"] == {*CONSUL_SERVERS, *INSTANCES, "control-plane", "kong", "gateway", "bootstrap", "mesh"}
 
 
 def test_consul_servers_differ_in_their_names_alone() -> None:
@@ -210,3 +211,49 @@ def test_a_given_ca_changes_nothing_else() -> None:
     assert command[: -len(CA_OPTIONS)] == CONTAINERS["control-plane"]["command"]
     assert tuple(command[-len(CA_OPTIONS) :]) == CA_OPTIONS
     assert tuple(changes["create-operator"]["entrypoint"][-len(CA_OPTIONS) :]) == CA_OPTIONS
+
+
+def test_kong_and_its_gateway_share_what_they_must() -> None:
+    kong_, gateway_ = CONTAINERS["kong"], CONTAINERS["gateway"]
+    protos = "/usr/local/kong/protos"
+    assert mounts(kong_)[protos]["source"] == mounts(gateway_)[protos]["source"]
+    assert not mounts(gateway_)[protos].get("read_only", False)
+    options = dict(word.split("=", 1) for word in gateway_["command"] if word.startswith("--"))
+    address = options["--admin"].removeprefix("https://")
+    assert kong_["environment"]["KONG_ADMIN_LISTEN"] == f"{address} ssl"
+    host = address.partition(":")[0]
+    assert kong_["networks"]["admin"]["ipv4_address"] == host
+    assert host in KONG_ADMIN_NAMES
+    (pool,) = COMPOSE["networks"]["admin"]["ipam"]["config"]
+    assert ip_address(host) in ip_network(pool["subnet"])
+    assert options["--admin-roots"] == "/run/secrets/kong-admin-ca.pem"
+    assert options["--protos"] == protos
+
+
+@pytest.mark.parametrize(("file", "kind"), [("compose.yaml", "kong"), ("compose.envoy.yaml", "envoy")])
+def test_the_gateway_is_told_what_it_understands(file: str, kind: str) -> None:
+    gateway_run = pytest.importorskip("mesh_cli.gateway_run")
+    command = yaml.safe_load((DEPLOY / file).read_text())["services"]["gateway"]["command"]
+    assert command[:3] == ["gateway", "run", kind]
+    known = {name for option in get_command(gateway_run.app).commands[kind].params for name in option.opts}  # type: ignore[attr-defined]  # a group
+    assert {word.partition("=")[0] for word in command[3:] if word.startswith("-")} <= known
+    assert command[-1] == "/usr/local/share/mesh/shop.binpb"
+
+
+def test_envoy_takes_the_place_of_kong() -> None:
+    changes = yaml.safe_load((DEPLOY / "compose.envoy.yaml").read_text())["services"]
+    assert changes.keys() == {"kong", "gateway"}
+    assert changes["kong"] == {"profiles": ["kong"]}
+    gateway_ = changes["gateway"]
+    assert gateway_["image"].rpartition(":")[2] == CONTAINERS["gateway"]["image"].rpartition(":")[2]
+    assert gateway_["build"] == {"context": "..", "dockerfile": "deploy/Dockerfile", "target": "edge-envoy"}
+    assert gateway_["ports"] == CONTAINERS["kong"]["ports"]
+    assert {"user", "read_only", "cap_add", "privileged", "security_opt", "cap_drop"}.isdisjoint(gateway_)
+
+
+def test_the_policy_of_the_edge_fits_the_services() -> None:
+    policy = parse_edge_policy((DEPLOY / "edge" / "edge.yaml").read_text())
+    assert policy.edge == "edge"
+    assert {service.upstream for service in policy.services.values()} <= set(SERVICES)
+    assert policy.tracing is not None
+    assert policy.tracing.endpoint.startswith("http://jaeger:4318/")

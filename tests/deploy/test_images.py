@@ -26,7 +26,7 @@ for line in instructions():
     elif STAGES:
         STAGES[list(STAGES)[-1]][1].append(line)
 
-TARGETS = ("control-plane", "edge", "service")
+TARGETS = ("control-plane", "edge", "edge-envoy", "service")
 
 
 def whole(stage: str) -> list[str]:

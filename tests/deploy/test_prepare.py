@@ -31,7 +31,7 @@ def chain(part: Path) -> list[x509.Certificate]:
 @pytest.mark.parametrize(
     ("part", "names"),
     [
-        ("kong", ["shop.example.org", "203.0.113.7"]),
+        ("edge-tls", ["shop.example.org", "203.0.113.7"]),
         ("rabbitmq", ["rabbitmq", "localhost", "127.0.0.1"]),
         ("consul-2", [CONSUL_NAME, "consul-2", "localhost", "127.0.0.1"]),
     ],
@@ -53,23 +53,22 @@ def test_certificates_are_good_for_their_names(tmp_path: Path, part: str, names:
 
 def test_each_purpose_has_a_ca_of_its_own(tmp_path: Path) -> None:
     prepared(tmp_path)
-    issuers = {(tmp_path / part / "ca.pem").read_bytes() for part in ("kong", "rabbitmq", "consul-1")}
-    issuers.add((tmp_path / "edge" / "kong-admin-ca.pem").read_bytes())
+    issuers = {(tmp_path / part / "ca.pem").read_bytes() for part in ("edge-tls", "kong", "rabbitmq", "consul-1")}
     assert len(issuers) == 4
-    keys = {file.name for file in tmp_path.glob("*/*.key") if file.parent.name != "ca"}
-    assert keys == {"server.key", "admin.key"}
+    assert (tmp_path / "edge" / "kong-admin-ca.pem").read_bytes() == (tmp_path / "kong" / "ca.pem").read_bytes()
+    assert {file.name for file in tmp_path.glob("*/*.key") if file.parent.name != "ca"} == {"server.key"}
 
 
 def test_certificates_that_end_soon_are_renewed_when_asked(tmp_path: Path) -> None:
     prepared(tmp_path)
-    before = (tmp_path / "kong" / "server.pem").read_bytes()
+    before = (tmp_path / "edge-tls" / "server.pem").read_bytes()
     late = NOW + dt.timedelta(days=365 - RENEW_DAYS + 1)
     prepared(tmp_path, late)
-    assert (tmp_path / "kong" / "server.pem").read_bytes() == before
+    assert (tmp_path / "edge-tls" / "server.pem").read_bytes() == before
     prepared(tmp_path, late, renew=True)
-    leaf, issuer = chain(tmp_path / "kong")
+    leaf, issuer = chain(tmp_path / "edge-tls")
     assert leaf.not_valid_after_utc == late + dt.timedelta(days=365)
-    assert issuer == x509.load_pem_x509_certificate((tmp_path / "kong" / "ca.pem").read_bytes())
+    assert issuer == x509.load_pem_x509_certificate((tmp_path / "edge-tls" / "ca.pem").read_bytes())
 
 
 def test_rabbitmq_knows_each_service_by_its_password_and_nobody_else(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-# What a control plane needs: to see every service and node with its checks, and to keep the mesh's policies.
+# What a control plane needs: to see every service and node with its checks, and to keep the mesh's policies and its edges'.
 service_prefix "" {
   policy = "read"
 }
@@ -8,5 +8,9 @@ node_prefix "" {
 }
 
 key_prefix "mesh/policies/" {
+  policy = "write"
+}
+
+key_prefix "mesh/edge-policies/" {
   policy = "write"
 }
