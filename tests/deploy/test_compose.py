@@ -14,9 +14,11 @@ import yaml
 from compose_spec import PyCompose
 from typer.main import get_command
 
+from control_plane.documents import parse_document
 from deploy.consul.bootstrap import parse_parts
 from deploy.prepare import CONSUL_SERVERS, INSTANCES, KONG_ADMIN_NAMES, SERVICES, STATE
 from gateway import kong
+from mesh_client.core.edge_policy import EdgePolicy
 from tests.deploy.consul import DEPLOY
 
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -118,7 +120,7 @@ def test_no_secret_is_in_its_environment_or_command(name: str) -> None:
     for key, value in environment.items():
         assert isinstance(value, str), f"{key} is no text: quote it"
         if re.search(r"TOKEN|SECRET|PASSWORD|KEY|COOKIE", key):
-            assert value.startswith("/run/secrets/"), key
+            assert value.startswith(("/run/secrets/", "/run/edge-tls/")), key
     words = [*environment.values(), *container.get("command", ()), *container.get("entrypoint", ())]
     assert not [word for word in words if re.search(r"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}", word)]
 
@@ -252,7 +254,7 @@ def test_envoy_takes_the_place_of_kong() -> None:
 
 
 def test_the_policy_of_the_edge_fits_the_services() -> None:
-    policy = parse_edge_policy((DEPLOY / "edge" / "edge.yaml").read_text())
+    policy = parse_document((DEPLOY / "edge" / "edge.yaml").read_text(), EdgePolicy)
     assert policy.edge == "edge"
     assert {service.upstream for service in policy.services.values()} <= set(SERVICES)
     assert policy.tracing is not None
