@@ -302,24 +302,10 @@ def test_paths_are_made_canonical_before_they_are_looked_up(path: str, rig: Cont
 @pytest.mark.parametrize(
     "path",
     [
-        *(
-            "/v1/with%2dtoken",
-            "/v1/./with-token",
-            "//v1/with-token",
-            "/v1/x/../with-token",
-            "/v1/with-token/",
-            "/V1/with-token",
-        ),
-        *(
-            "/v1/with-token;a=b",
-            "/v1/with-token%20",
-            "/v1/with-token%00",
-            "/v1%2fwith-token",
-            "/v1/with-token?",
-            "/v1/with-token#",
-        ),
-        *("/contract.v1.ContractService/WithToken", "/v1/echo/../with-token", "/v1/echo/%2e%2e/with-token"),
-        "/v1/with-token:loud",
+        *("/v1/with%2dtoken", "/v1/./with-token", "//v1/with-token", "/v1/x/../with-token", "/v1/with-token/"),
+        *("/V1/with-token", "/v1/with-token;a=b", "/v1/with-token%20", "/v1/with-token%00", "/v1%2fwith-token"),
+        *("/v1/with-token?", "/v1/with-token#", "/v1/with-token:loud", "/contract.v1.ContractService/WithToken"),
+        *("/v1/echo/../with-token", "/v1/echo/%2e%2e/with-token"),
     ],
 )
 @pytest.mark.parametrize("verb", ["GET", "POST", "HEAD", "OPTIONS", "get"])
