@@ -163,6 +163,13 @@ class Access:
             await self._refuse(context, who, f"may not {action}: only workloads of {' or '.join(services)} may")
         return who
 
+    async def require_workload(self, context: Context, action: str) -> Caller | None:
+        """Whoever calls, who must be a workload of some service; None without identity."""
+        who = await self.require_caller(context, action)
+        if who is not None and who.service is None:
+            await self._refuse(context, who, f"may not {action}: that takes the identity of a service")
+        return who
+
     def when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Callable[[], None]:
         """Has ``cut`` called if the caller is revoked, for streams; the returned function ends that.
 

@@ -16,9 +16,12 @@ import grpc.aio
 from control_plane.access import Access
 
 CHECKED_BY_THEMSELVES = frozenset(
-    {"mesh.v1.CertificateService", "mesh.v1.DiscoveryService", "mesh.v1.EdgeService", "mesh.v1.RegistryService"}
+    {
+        *("mesh.v1.CertificateService", "mesh.v1.DiscoveryService", "mesh.v1.EdgeService", "mesh.v1.RegistryService"),
+        "opentelemetry.proto.collector.trace.v1.TraceService",
+    }
 )
-"""Services that decide by what a request says, once they have read it."""
+"""Services that decide by themselves, most of them by what a request says, once they have read it."""
 
 OPEN = frozenset(
     {"grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from control_plane.catalog import CatalogSettings
 from control_plane.identity.options import IdentityOptions
+from control_plane.traces.settings import TraceSettings
 from mesh_client.core.errors import ConfigError
 
 EMBEDDED = "embedded"
@@ -53,6 +54,8 @@ class ControlPlaneOptions:
     """Once the registry was read, policies must be within this time, or services get the defaults. Above 0."""
     catalog: CatalogSettings = field(default_factory=CatalogSettings)
     """Mass removal guard, and when services are forgotten."""
+    traces: TraceSettings = field(default_factory=TraceSettings)
+    """The embedded trace view."""
     control_plane_id: str = field(default_factory=lambda: f"control-plane-{uuid.uuid4().hex[:8]}")
     """Name of this process in responses and status."""
 
@@ -79,6 +82,8 @@ class ControlPlaneOptions:
                 f"debounce_quiet: {self.debounce_quiet} is not allowed; expected 0 to debounce_maximum "
                 f"({self.debounce_maximum})"
             )
+        if self.traces.otlp_address is not None:
+            split_address(self.traces.otlp_address, "otlp_address")
         if not self.policy_wait > 0.0:
             raise ConfigError(f"policy_wait: {self.policy_wait} is not allowed; expected more than 0 s")
         if self.registry != EMBEDDED:
@@ -102,13 +107,17 @@ class ControlPlaneOptions:
         return replace(self.identity, data_dir=self.data_dir, consul=consul)
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_address(address: str, name: str = "address") -> tuple[str, int]:
     """Host and port of ``host:port``.
+
+    Args:
+        address: the text.
+        name: what it is, for the error.
 
     Raises:
         ConfigError: it is something else.
     """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host) != host.startswith("["):
-        raise ConfigError(f"address: {address!r} is not allowed; expected host:port, an IPv6 host in brackets")
+        raise ConfigError(f"{name}: {address!r} is not allowed; expected host:port, an IPv6 host in brackets")
     return host.removeprefix("[").removesuffix("]"), int(port)

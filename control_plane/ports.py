@@ -41,6 +41,13 @@ _OF_STRANGERS: tuple[tuple[str, int], ...] = (
 
 _STRANGERS_AT_ONCE = 1_000
 
+_OF_THIS_HOST: tuple[tuple[str, int], ...] = (
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_metadata_size", 8 * 1024),
+    # Exporters of others ping by gRPC's own rules.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+)
+
 
 def mesh_server(options: ControlPlaneOptions, access: Access) -> grpc.aio.Server:
     """A server for those who have an identity, or for everybody when there are none."""
@@ -55,5 +62,13 @@ def enrolment_server() -> grpc.aio.Server:
     """A server for whoever comes: it takes little, and not for long."""
     return grpc.aio.server(
         options=tuple({**dict(SERVER_OPTIONS), **dict(_OF_STRANGERS)}.items()),
+        maximum_concurrent_rpcs=_STRANGERS_AT_ONCE,
+    )
+
+
+def otlp_server() -> grpc.aio.Server:
+    """A server for processes of this host that send traces without an identity."""
+    return grpc.aio.server(
+        options=tuple({**dict(SERVER_OPTIONS), **dict(_OF_THIS_HOST)}.items()),
         maximum_concurrent_rpcs=_STRANGERS_AT_ONCE,
     )

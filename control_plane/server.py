@@ -44,6 +44,7 @@ from control_plane.sources.database import Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.last_good import LastGoodPolicies
+from control_plane.traces.view import TraceView
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.policy import ServicePolicy
@@ -123,6 +124,8 @@ class ControlPlane:
             self._publisher, self._emit, options.control_plane_id, options.max_streams, access=self.access
         )
         self._edges = EdgeHub(self.access)
+        self.traces = TraceView(options.traces, self.access)
+        """The last traces."""
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -193,13 +196,15 @@ class ControlPlane:
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = [admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2]
+        files = [each.DESCRIPTOR for each in (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2)]
+        files += self.traces.add_mesh_services(server)
         if authority is not None:
             authority.add_mesh_services(server, self.access)
-            files += [authority_pb2, certificate_pb2]
-        names = [each.full_name for file in files for each in file.DESCRIPTOR.services_by_name.values()]
+            files += [authority_pb2.DESCRIPTOR, certificate_pb2.DESCRIPTOR]
+        names = [each.full_name for file in files for each in file.services_by_name.values()]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        enrolment = None
         if authority is None:
             self.port = add_port(server, options.address)
         else:
@@ -207,10 +212,11 @@ class ControlPlane:
             authority.add_enrolment_services(enrolment)
             self.enrolment_port = add_port(enrolment, options.enrols_at, authority.enrolment_credentials())
             self.port = add_port(server, options.address, authority.mesh_credentials())
-            await enrolment.start()
-            self._servers.append(enrolment)
-        await server.start()
-        self._servers.append(server)
+        plain = self.traces.plain_server()
+        for each in (enrolment, server, plain):
+            if each is not None:
+                await each.start()
+                self._servers.append(each)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -227,6 +233,7 @@ class ControlPlane:
         self._publisher.close()
         self._hub.close()
         self._edges.close()
+        self.traces.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))

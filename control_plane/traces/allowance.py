@@ -121,16 +121,16 @@ class Reporters:
 
     Args:
         limits: of each, and of all.
-        now: seconds, monotonic.
     """
 
-    def __init__(self, limits: ReportLimits, now: float) -> None:
+    def __init__(self, limits: ReportLimits) -> None:
         self._limits = limits
-        self._total = Allowance(limits.all_spans, now)
+        self._total: Allowance | None = None
         self._reporters: OrderedDict[str, Reporter] = OrderedDict()
 
     def reporter(self, name: str, now: float) -> Reporter:
         """The one who is named so, by workload or address."""
+        self._total = self._total or Allowance(self._limits.all_spans, now)
         reporter = self._reporters.get(name)
         if reporter is None:
             reporter = self._reporters[name] = Reporter(self._limits, self._total, now)

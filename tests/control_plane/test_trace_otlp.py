@@ -410,7 +410,7 @@ def test_of_more_spans_than_are_allowed_the_first_are_taken() -> None:
 
 
 def test_spans_of_all_together_are_limited() -> None:
-    all_of_them = Reporters(LIMITS, 0.0)
+    all_of_them = Reporters(LIMITS)
     assert all_of_them.reporter("a", 0.0).grant(50, 0, 0.0) == 50
     assert all_of_them.reporter("b", 0.0).grant(50, 0, 0.0) == 10
     assert all_of_them.reporter("c", 0.0).refusal(0.0) == "more than 100 spans a second from all together; sample"
@@ -419,7 +419,7 @@ def test_spans_of_all_together_are_limited() -> None:
 
 
 def test_a_bounded_number_of_reporters_is_remembered() -> None:
-    known = Reporters(ReportLimits(), 0.0)
+    known = Reporters(ReportLimits())
     first, second = known.reporter("first", 0.0), known.reporter("second", 0.0)
     assert known.reporter("first", 0.0) is first
     for number in range(MAX_REPORTERS - 1):
