@@ -13,6 +13,7 @@ from mesh_cli import ca, control_plane, edge, gateway, operator, policy, removal
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
 from mesh_cli.status import status
+from mesh_cli.trace import trace
 
 app = typer.Typer(
     name="mesh",
@@ -46,6 +47,7 @@ app.command(
 )(control_plane.control_plane)
 app.command(epilog="Example: mesh status --watch")(status)
 app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
+app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")
 app.add_typer(removals.app, name="removals")

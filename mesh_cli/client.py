@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
-from mesh.v1 import admin_pb2_grpc, authority_pb2_grpc, certificate_pb2, certificate_pb2_grpc
+from mesh.v1 import admin_pb2_grpc, authority_pb2_grpc, certificate_pb2, certificate_pb2_grpc, trace_pb2_grpc
 
 from mesh_cli.credentials import INSECURE_VARIABLE, OperatorCredentials
 from mesh_client.core.errors import MeshError
@@ -110,6 +110,11 @@ class AdminClient:
         """The stub of `AuthorityService`, whose methods `call` takes."""
         return authority_pb2_grpc.AuthorityServiceStub(self._open())
 
+    @property
+    def traces(self) -> trace_pb2_grpc.TraceQueryServiceStub:
+        """The stub of `TraceQueryService`, whose methods `call` and `stream` take."""
+        return trace_pb2_grpc.TraceQueryServiceStub(self._open())
+
     def trust_bundle(self) -> TrustBundle:
         """The roots that are trusted now.
 
@@ -147,6 +152,23 @@ class AdminClient:
             raise self._explain(error) from None
         self._answered = True
         return answer
+
+    def stream(self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request) -> Iterator[Response]:
+        """The answers to one request, for as long as they come.
+
+        Raises:
+            UnreachableError: nobody answered, or the connection broke.
+            RefusedError: the control plane answered with an error.
+        """
+        answers = method(request)
+        try:
+            for answer in answers:
+                self._answered = True
+                yield answer
+        except grpc.RpcError as error:
+            raise self._explain(error) from None
+        finally:
+            answers.cancel()
 
     def _open(self) -> grpc.Channel:
         if self._channel is None:

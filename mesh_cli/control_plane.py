@@ -164,6 +164,46 @@ def control_plane(
             help="How long a service without endpoints stays known.",
         ),
     ] = 600.0,
+    trace_memory: Annotated[
+        int,
+        typer.Option(
+            "--trace-memory",
+            min=0,
+            max=65_536,
+            metavar="MIB",
+            help="Memory for the last traces that services send; 0: none are taken.",
+        ),
+    ] = 64,
+    trace_age: Annotated[
+        float,
+        typer.Option(
+            "--trace-age",
+            parser=span,
+            metavar="TIME",
+            show_default="1h",
+            help="How long traces are kept after their last span, if there is room.",
+        ),
+    ] = 3_600.0,
+    otlp_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--otlp-listen",
+            metavar="HOST:PORT",
+            help="Take traces as OTLP over gRPC in plaintext too, from processes of this host: 127.0.0.1:4317. "
+            "Default: from workloads of the mesh alone.",
+            show_default=False,
+        ),
+    ] = None,
+    jaeger_ui: Annotated[
+        str,
+        typer.Option(
+            "--jaeger-ui",
+            envvar="MESH_JAEGER_UI",
+            metavar="URL",
+            help="Where people open Jaeger, for links to traces.",
+            show_default=False,
+        ),
+    ] = "",
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")] = "info",
 ) -> None:
     """Run a control plane until Ctrl-C or SIGTERM. It writes where it enrols and where it listens when it is ready.
@@ -178,6 +218,8 @@ def control_plane(
         from control_plane.identity.options import IdentityOptions
         from control_plane.options import ControlPlaneOptions
         from control_plane.server import serve
+        from control_plane.traces.settings import TraceSettings
+        from control_plane.traces.store import TraceLimits
         from mesh_client.grpc_log import adopt_grpc_log
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
@@ -202,6 +244,11 @@ def control_plane(
             debounce_maximum=debounce_maximum,
             policy_wait=policy_wait,
             catalog=CatalogSettings(forget_after=forget_after, guard_hold=guard_hold),
+            traces=TraceSettings(
+                limits=TraceLimits(max_bytes=trace_memory * 1024 * 1024, max_age=trace_age) if trace_memory else None,
+                otlp_address=otlp_listen,
+                jaeger_ui=jaeger_ui,
+            ),
         )
     except (ConfigError, InvalidValueError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -31,12 +31,12 @@ _COMPLETION_TIMEOUT = 1.0
 """Seconds for which somebody who presses the tabulator key waits at most."""
 
 
-_SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
+_SPAN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smhd])")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 
 
 def span(text: str | float) -> float:
-    """Seconds from ``90s``, ``1.5h`` or ``30d``; a default is a number already.
+    """Seconds from ``200ms``, ``90s``, ``1.5h`` or ``30d``; a default is a number already.
 
     Raises:
         typer.BadParameter: it is something else.

@@ -129,7 +129,8 @@ def _value(value: object, choices: Mapping[int, str], sparse: bool) -> Json:
     if isinstance(value, Duration):
         return round(seconds(value), 9)
     if isinstance(value, Timestamp):
-        return moment(value)
+        fraction = f"{value.nanos / 1e9:.9f}".rstrip("0").lstrip("0") if value.nanos else ""
+        return moment(value).replace("Z", f"{fraction}Z")
     if isinstance(value, Message):
         return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name in _POLICIES)
     if isinstance(value, int) and value in choices:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _PAIR, _BETWEEN = "\x1f", "\x1e"
@@ -38,11 +38,16 @@ class Status(enum.Enum):
     ERROR = "error"
 
 
-def pack(attributes: Iterable[tuple[str, str]]) -> str:
-    """Attributes as one text, which takes a fifth of the memory of one object for each key and value."""
-    return _BETWEEN.join(
-        f"{key.translate(_SEPARATORS)}{_PAIR}{value.translate(_SEPARATORS)}" for key, value in attributes
-    )
+def pack(attributes: Collection[tuple[str, str]]) -> str:
+    """Attributes as one text, which takes a fifth of the memory of one object for each key and value.
+
+    The two characters that separate them, U+001E and U+001F, are replaced by blanks within them.
+    """
+    pairs = [f"{key}{_PAIR}{value}" for key, value in attributes]
+    packed = _BETWEEN.join(pairs)
+    if packed.count(_PAIR) == len(pairs) and packed.count(_BETWEEN) < max(len(pairs), 1):
+        return packed
+    return pack([(key.translate(_SEPARATORS), value.translate(_SEPARATORS)) for key, value in attributes])
 
 
 def unpack(packed: str) -> dict[str, str]:

@@ -12,9 +12,13 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from mesh.v1 import admin_pb2, authority_pb2
+from mesh.v1 import admin_pb2, authority_pb2, trace_pb2
 
-_SERVICES = ((admin_pb2, "AdminService"), (authority_pb2, "AuthorityService"))
+_SERVICES = (
+    (admin_pb2, "AdminService"),
+    (authority_pb2, "AuthorityService"),
+    (trace_pb2, "TraceQueryService"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,15 @@ class Refusal:
 
 
 class ScriptedAdmin:
-    """Answers each method with what is in ``answers`` under its name, else with an empty message."""
+    """Answers each method with what is in ``answers`` under its name, else with an empty message.
+
+    A method that streams answers with what is in ``streams``, and then as above if there is a refusal.
+    """
 
     def __init__(self) -> None:
         self.address = ""
         self.answers: dict[str, Message | Refusal] = {}
+        self.streams: dict[str, list[Message]] = {}
         self.requests: list[Message] = []
         self.held = threading.Event()
         """Answers wait for it; set unless a test clears it."""
@@ -57,7 +65,15 @@ class ScriptedAdmin:
             assert isinstance(scripted, response)
             return scripted
 
+        def stream(request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
+            self.requests.append(request)
+            yield from self.streams.get(method.name, [])
+            if isinstance(scripted := self.answers.get(method.name), Refusal):
+                context.abort(scripted.code, scripted.details)
+
         parse: Callable[[bytes], Message] = GetMessageClass(method.input_type).FromString
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, parse, response.SerializeToString)
         return grpc.unary_unary_rpc_method_handler(answer, parse, response.SerializeToString)
 
 

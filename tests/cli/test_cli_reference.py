@@ -16,6 +16,8 @@ EXAMPLES = {
     "mesh status": ["status_healthy.txt", "status_troubled.txt"],
     "mesh status --json": ["status_quiet.json"],
     "mesh endpoints inventory": ["endpoints.txt"],
+    "mesh trace": ["traces.txt"],
+    "mesh trace 4bf92f35": ["trace.txt"],
     "mesh policy validate orders.yaml": ["policy_validate_errors.txt"],
     "mesh policy apply --dry-run orders.yaml": ["policy_dry_run.txt"],
     "mesh policy get orders": ["policy_get_stated.yaml"],

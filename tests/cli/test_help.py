@@ -14,6 +14,7 @@ COMMANDS = [
     ("control-plane",),
     ("status",),
     ("endpoints",),
+    ("trace",),
     ("demo",),
     ("up",),
     ("policy",),
