@@ -26,7 +26,7 @@ from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.membership import Membership
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
-from mesh_client.tracing_choice import choose_tracing
+from mesh_client.tracing_choice import choose_tracing, send_traces
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -67,7 +67,9 @@ class MeshServer(grpc.aio.Server):
         self._transport = transport
         rng = random.Random()
         self._guard = Guard(settings.service, secure=transport.secure)
-        self._admission = Admission(rng, self._guard, choose_tracing(settings.service, tracer_provider))
+        self._tracer_provider = tracer_provider
+        tracing = choose_tracing(settings.service, tracer_provider, settings.endpoint.id)
+        self._admission = Admission(rng, self._guard, tracing)
         self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng)
         self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []
@@ -314,6 +316,10 @@ class MeshServer(grpc.aio.Server):
         transport, service = self._transport, self._settings.service
         await transport.start()
         self._exits.push_async_callback(transport.stop)
+        if self._settings.control_planes:
+            sender = send_traces(self._tracer_provider, transport, self._settings.control_planes, random.Random())
+            if sender is not None:
+                self._exits.push_async_callback(sender.stop)
         identity = transport.identity
         if identity is None:
             logger.warning(

@@ -22,12 +22,13 @@ from mesh_client.core.store import Resolution, Store
 from mesh_client.discovery import Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
-from mesh_client.tracing_choice import choose_tracing
+from mesh_client.tracing_choice import choose_tracing, send_traces
 from mesh_client.transport import Transport
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
+    from mesh_client.trace_sender import TraceSender
     from mesh_client.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Resolver:
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self.transport = transport
+        self._addresses = tuple(addresses)
         self._tracer_provider = tracer_provider
         self._clock = clock
         self._node = node
@@ -86,6 +88,7 @@ class Resolver:
         self._changes: set[asyncio.Future[None]] = set()
         self._generation = 0
         self._tracing: Tracing | None = None
+        self._sender: TraceSender | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
         self.discovery = Discovery(
             addresses,
@@ -117,13 +120,14 @@ class Resolver:
         """Loads the cache and opens the stream.
 
         Raises:
-            ConfigError: it was started before, or the files of its identity are not as they must be.
+            ConfigError: it was started before, the files of its identity are not as they must be, or the environment
+                asks for tracing wrongly.
         """
         if self._loop is not None:
             raise ConfigError("this mesh client has been entered already; make another with mesh_client.connect()")
+        self._tracing = choose_tracing(self._node.service, self._tracer_provider, self._node.id)
         self._loop = asyncio.get_running_loop()
         await self.transport.start()
-        self._tracing = choose_tracing(self._node.service, self._tracer_provider)
         self._unsubscribe = self.transport.on_change(self._identity_changed)
         self._generation = self.transport.generation
         if self._cache is not None:
@@ -133,6 +137,7 @@ class Resolver:
                 self._unsubscribe()
                 await self.transport.stop()
                 raise
+        self._sender = send_traces(self._tracer_provider, self.transport, self._addresses, self._rng)
         self._spawn(self.discovery.run())
 
     async def stop(self) -> None:
@@ -148,6 +153,8 @@ class Resolver:
         await asyncio.gather(*tasks, return_exceptions=True)
         for target in self._targets.values():
             await target.close()
+        if self._sender is not None:
+            await self._sender.stop()  # last: the spans of calls that were cancelled are among those that it sends
         self._unsubscribe()
         await self.transport.stop()
 
