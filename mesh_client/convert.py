@@ -178,6 +178,7 @@ def subscribe_to_proto(
         subscribe=request.subscribe,
         unsubscribe=request.unsubscribe,
         held_versions=dict(request.held_versions),
+        resync=request.resync,
     )
 
 

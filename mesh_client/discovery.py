@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from random import Random
 
 import grpc
@@ -18,13 +18,16 @@ from mesh.v1 import discovery_pb2, discovery_pb2_grpc
 from mesh_client.convert import acknowledge_to_proto, subscribe_to_proto, update_from_proto
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.handshake import explain
+from mesh_client.core.model import ResourceKind
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
-from mesh_client.core.store import Store, Subscribe
+from mesh_client.core.store import Acknowledge, Store, Subscribe
 from mesh_client.stream_end import StreamEnd, obey_cancellation
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
+Applied = Callable[[frozenset[str]], Awaitable[None]]
+"""Returns when the endpoints that are held of these services are in force, and no others."""
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,9 @@ class Discovery:
         on_change: told which services changed, before they are acknowledged.
         on_state: told when the stream has opened, synced or broken.
         transport: opens its channels.
+        applied: awaited before endpoints are acknowledged, for a store that holds what is applied elsewhere. It may
+            take as long as it does: meanwhile the control plane joins further changes into one, and drains wait, until
+            their deadline, for this client. Cancelled when the stream ends.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Discovery:
         on_state: Callable[[], None],
         *,
         transport: Transport,
+        applied: Applied | None = None,
     ) -> None:
         self._addresses = tuple(addresses)
         self._node = node
@@ -69,6 +76,8 @@ class Discovery:
         self._on_change = on_change
         self._on_state = on_state
         self._transport = transport
+        self._applied = applied
+        self._applying: asyncio.Task[None] | None = None
         self._requests: asyncio.Queue[discovery_pb2.DeltaResourcesRequest] | None = None
         self._confirmed_at: float | None = None
         self.failures = 0
@@ -136,8 +145,11 @@ class Discovery:
                 for service, reason in acknowledge.rejected.items():
                     log.warning("rejected what %s sent for %s: %s", address, service, reason)
                 self._on_change(changed)
-                if self._requests is not None:
-                    self._requests.put_nowait(acknowledge_to_proto(acknowledge))
+                if self._applied is not None and acknowledge.kind is ResourceKind.ENDPOINTS and changed:
+                    # There is one at a time: no further endpoints come before these are acknowledged.
+                    self._applying = asyncio.create_task(self._apply(self._applied, acknowledge, changed))
+                else:
+                    self._answer(acknowledge)
                 self._on_state()
             self._lost(address, "it ended the stream", answered)
         except AioRpcError as error:
@@ -156,6 +168,20 @@ class Discovery:
             self._close_stream()
             await channel.close()
         return answered
+
+    async def _apply(self, applied: Applied, acknowledge: Acknowledge, changed: frozenset[str]) -> None:
+        try:
+            await applied(changed)
+        except Exception:
+            # A defect of whoever applies. Without an answer the control plane goes on to count the old endpoints.
+            log.exception("applying the endpoints of %s failed; they are not acknowledged", ", ".join(sorted(changed)))
+            return
+        self._store.applied(changed)
+        self._answer(acknowledge)
+
+    def _answer(self, acknowledge: Acknowledge) -> None:
+        if self._requests is not None:
+            self._requests.put_nowait(acknowledge_to_proto(acknowledge))
 
     async def _updates(self, channel: grpc.aio.Channel) -> AsyncIterator[discovery_pb2.DeltaResourcesResponse]:
         stub = discovery_pb2_grpc.DiscoveryServiceStub(channel)
@@ -191,6 +217,9 @@ class Discovery:
                 await call.write(await requests.get())
 
     def _close_stream(self) -> None:
+        if self._applying is not None:
+            self._applying.cancel()
+            self._applying = None
         if self._store.in_sync:
             self._confirmed_at = self._clock()
         if self._requests is not None:

@@ -22,7 +22,8 @@ from mesh_client.core.breaker import BreakerState
 from mesh_client.core.model import Health, Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
-from mesh_client.core.store import Resolution
+from mesh_client.core.store import EndpointsResource, Resolution
+from mesh_client.discovery import Applied
 from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
@@ -128,6 +129,21 @@ class Mesh:
         """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that."""
         return self._resolver.watch_policy(service, callback)
 
+    def watch_endpoints(self, service: str, callback: Callable[[EndpointsResource | None], None]) -> Callable[[], None]:
+        """Calls back with the endpoints of a service, now if it is known, and at each change.
+
+        None stands for a service that the mesh does not know. Nothing is connected to. With ``applied`` of `connect`,
+        endpoints are acknowledged once they are in force where they are handed on to.
+
+        Returns:
+            What ends that.
+
+        Raises:
+            ConfigError: the mesh client is not entered.
+            InvalidValueError: the name is not a DNS label.
+        """
+        return self._resolver.watch_endpoints(service, callback)
+
     def state(self) -> MeshState:
         """What this client knows now."""
         discovery, identity = self._resolver.discovery, self._resolver.transport.identity
@@ -139,6 +155,11 @@ class Mesh:
             tuple(_service_state(target.service, self._clock()) for target in self._resolver.targets),
             None if identity is None else identity.state(time.time()),
         )
+
+    @property
+    def control_planes(self) -> tuple[str, ...]:
+        """Addresses of the control planes, as ``host:port``."""
+        return self._resolver.addresses
 
     @property
     def transport(self) -> Transport:
@@ -178,6 +199,7 @@ def connect(
     attestation: str | None = None,
     identity_dir: str | Path | None = None,
     insecure: bool | None = None,
+    applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
@@ -205,6 +227,9 @@ def connect(
         identity_dir: where key and certificate are kept for the next start, readable by this user alone and used by
             this process alone; by default MESH_IDENTITY_DIR, else in memory only.
         insecure: True for plaintext without any identity; by default MESH_INSECURE. Never a fallback.
+        applied: for whoever hands endpoints on to something else, such as a proxy. Awaited, with the services that have
+            changed, before their endpoints are acknowledged, so that drains wait until they are in force there; after
+            what watches them was called. It may take any time, and is cancelled when the stream ends.
         tracer_provider: makes spans; by default the process's, if it has one when the client is entered.
         rng: drives every random choice; by default seeded by the system.
         clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
@@ -238,6 +263,7 @@ def connect(
         transport,
         cache_dir=cache_dir,
         node_id=node_id,
+        applied=applied,
         tracer_provider=tracer_provider,
         rng=rng,
         clock=clock,
@@ -252,6 +278,7 @@ def make_mesh(
     *,
     cache_dir: str | Path | None = None,
     node_id: str | None = None,
+    applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
@@ -268,7 +295,15 @@ def make_mesh(
         user_agent=USER_AGENT,
     )
     resolver = Resolver(
-        addresses, node, locality, cache, rng or Random(), clock, transport, tracer_provider=tracer_provider
+        addresses,
+        node,
+        locality,
+        cache,
+        rng or Random(),
+        clock,
+        transport,
+        applied=applied,
+        tracer_provider=tracer_provider,
     )
     return Mesh(resolver, node_id, service, clock)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.v1 import discovery_pb2
 
@@ -18,8 +18,8 @@ from mesh_client.core.errors import ConfigError, Reason
 from mesh_client.core.model import Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
-from mesh_client.core.store import Resolution, Store
-from mesh_client.discovery import Discovery
+from mesh_client.core.store import EndpointsResource, Resolution, Store
+from mesh_client.discovery import Applied, Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
 from mesh_client.tracing_choice import choose_tracing, send_traces
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mesh_client.tracing import Tracing
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RESOLUTION_TIMEOUT = 5.0
 """Seconds that calls wait for the first word of a service before they fail, unless they wait for ready."""
@@ -54,6 +56,7 @@ class Resolver:
         rng: drives every random choice.
         clock: seconds, monotonic.
         transport: opens every channel; started and stopped with this.
+        applied: awaited before endpoints are acknowledged, if they are for something that has to be told of them.
         tracer_provider: makes spans; by default the process's.
     """
 
@@ -67,19 +70,21 @@ class Resolver:
         clock: Callable[[], float],
         transport: Transport,
         *,
+        applied: Applied | None = None,
         tracer_provider: TracerProvider | None = None,
     ) -> None:
         self.transport = transport
-        self._addresses = tuple(addresses)
+        self.addresses = tuple(addresses)
         self._tracer_provider = tracer_provider
         self._clock = clock
         self._node = node
         self._zone = locality.zone
         self._cache = cache
         self._rng = rng
-        self._store = Store()
+        self._store = Store(applied_elsewhere=applied is not None)
         self._targets: dict[str, Target] = {}
         self._policy_watchers: dict[str, list[Callable[[ServicePolicy], None]]] = {}
+        self._endpoint_watchers: dict[str, list[Callable[[EndpointsResource | None], None]]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._save_timer: asyncio.TimerHandle | None = None
         self._saving = asyncio.Lock()
@@ -99,6 +104,7 @@ class Resolver:
             self._services_changed,
             self._stream_changed,
             transport=transport,
+            applied=applied,
         )
 
     @property
@@ -137,7 +143,7 @@ class Resolver:
                 self._unsubscribe()
                 await self.transport.stop()
                 raise
-        self._sender = send_traces(self._tracer_provider, self.transport, self._addresses, self._rng)
+        self._sender = send_traces(self._tracer_provider, self.transport, self.addresses, self._rng)
         self._spawn(self.discovery.run())
 
     async def stop(self) -> None:
@@ -199,6 +205,22 @@ class Resolver:
             callback(target.service.policy)
         return lambda: watchers.remove(callback)
 
+    def watch_endpoints(self, service: str, callback: Callable[[EndpointsResource | None], None]) -> Callable[[], None]:
+        """Calls back with the endpoints of a service, now if it is known, and at each change; None when it is unknown.
+
+        Returns what ends that.
+        """
+        target = self.target(service)
+        watchers = self._endpoint_watchers.setdefault(service, [])
+        watchers.append(callback)
+        if target.service.resolution is not Resolution.PENDING:
+            callback(self._active_endpoints(target))
+        return lambda: watchers.remove(callback)
+
+    def _active_endpoints(self, target: Target) -> EndpointsResource | None:
+        service = target.service
+        return self._store.endpoints(service.name) if service.resolution is Resolution.ACTIVE else None
+
     async def changed(self) -> None:
         """Returns at the next change of the stream or of a service."""
         change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -239,6 +261,7 @@ class Resolver:
             resolution = self._store.resolution(name)
             policy, endpoints = self._store.policy(name), self._store.endpoints(name)
             old_policy = service.policy_version
+            old_endpoints = service.resolution, service.endpoints_version
             if policy is not None and endpoints is not None:
                 gone = service.activate(policy, endpoints, now)
             elif resolution is Resolution.UNKNOWN or service.resolution is not Resolution.PENDING:
@@ -250,16 +273,19 @@ class Resolver:
                 timer.cancel()
             target.changed(gone)
             if service.policy_version != old_policy and not service.policy_provisional:
-                self._tell_policy(service)
+                self._tell(self._policy_watchers, service.name, service.policy)
+            if (service.resolution, service.endpoints_version) != old_endpoints:
+                self._tell(self._endpoint_watchers, service.name, self._active_endpoints(target))
             self._save_soon()
         self._notify()
 
-    def _tell_policy(self, service: Service) -> None:
-        for watcher in tuple(self._policy_watchers.get(service.name, ())):
+    @staticmethod
+    def _tell(watchers: Mapping[str, Sequence[Callable[[T], None]]], name: str, value: T) -> None:
+        for watcher in tuple(watchers.get(name, ())):
             try:
-                watcher(service.policy)
+                watcher(value)
             except Exception:
-                log.exception("a watcher of the policy of %s failed", service.name)
+                log.exception("what follows %s failed", name)
 
     def _stream_changed(self) -> None:
         if self.discovery.rounds > 0:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import grpc
 
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.identity import Principal
-from mesh_client.identity import IdentityState
+from mesh_client.identity import IdentityState, PemCredentials
 from tests.certificates import Certificate, TestAuthority
 
 
@@ -91,6 +91,15 @@ class TestIdentity:
         if self.problem:
             raise IdentityError(self.problem)
         return self._configuration
+
+    def confirm_after(self, applied: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        return lambda: None
+
+    def pem(self) -> PemCredentials:
+        if self._credentials is None:
+            raise IdentityError(self.problem)
+        certificate, roots = self._credentials
+        return PemCredentials(certificate.chain, certificate.key, roots)
 
     def state(self, now: float) -> IdentityState:
         return IdentityState(self.principal.spiffe_id, self.workload_id)

@@ -10,6 +10,7 @@ import enum
 import math
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from mesh_client.core.errors import InvalidValueError
 
@@ -107,6 +108,13 @@ def retry_delay(failures: int, rng: Random, *, refused: bool) -> float:
     return bound * (0.5 + 0.5 * rng.random())
 
 
+class RetryDelay(Protocol):
+    """Seconds to wait after failures, as `retry_delay`."""
+
+    def __call__(self, failures: int, rng: Random, *, refused: bool) -> float:
+        """After so many failures in a row."""
+
+
 class Level(enum.IntEnum):
     """How urgent it is that a certificate is not renewed."""
 
@@ -155,3 +163,24 @@ def in_words(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{int(seconds / size)} {unit}"
     return f"{max(0, int(seconds))} s"
+
+
+def warning(validity: Validity, reached: Level, now: float, why: str) -> str:
+    """What to tell an operator of a certificate; empty when there is nothing.
+
+    Args:
+        validity: the certificate's.
+        reached: how urgent it is.
+        now: the time of day.
+        why: why it is not renewed.
+    """
+    if reached is Level.FINE:
+        return ""
+    if reached is Level.EXPIRED:
+        ago = in_words(now - validity.not_after)
+        return f"the certificate expired {ago} ago and nobody accepts it; it is not renewed: {why}"
+    if reached is Level.NOT_YET:
+        wait = in_words(validity.not_before - now)
+        return f"the certificate is valid in {wait} by this host's clock, which is probably behind"
+    left = in_words(validity.not_after - now)
+    return f"the certificate expires in {left} and cannot be renewed: {why}"

@@ -85,6 +85,8 @@ class Subscribe:
     subscribe: tuple[str, ...]
     unsubscribe: tuple[str, ...] = ()
     held_versions: Mapping[str, str] = field(default_factory=dict)
+    resync: tuple[str, ...] = ()
+    """Services to send whole: what is held of them is not in force yet, so it must not count as held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +117,23 @@ class _Record:
     removed: bool = False
     confirmed: bool = False
     """Heard of from a control plane in this process, as opposed to read from the disk cache."""
+    in_force: bool = True
+    """Whether nobody acts by other endpoints any more than those that are held."""
 
 
 class Store:
     """Policies and endpoints of the services that a client subscribes to.
 
     Not thread-safe; one owner drives it.
+
+    Args:
+        applied_elsewhere: what is held comes into force later, when `applied` says so, as for the configuration of a
+            proxy. Until then no control plane is told that it is held, and what was in force before this process
+            started is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, applied_elsewhere: bool = False) -> None:
+        self._applied_elsewhere = applied_elsewhere
         self._records: dict[str, _Record] = {}
         self._cached: dict[str, tuple[PolicyResource, EndpointsResource]] = {}
         self._open = False
@@ -142,10 +152,15 @@ class Store:
         """
         if service in self._records:
             return ()
-        self._records[check_service_name(service)] = _Record()
+        self._records[check_service_name(service)] = _Record(in_force=not self._applied_elsewhere)
         if not self._open:
             return ()
-        return tuple(Subscribe(kind, (service,)) for kind in ResourceKind)
+        return tuple(Subscribe(kind, (service,), resync=self._unsure(kind, (service,))) for kind in ResourceKind)
+
+    def _unsure(self, kind: ResourceKind, names: tuple[str, ...]) -> tuple[str, ...]:
+        if kind is ResourceKind.POLICY:
+            return ()
+        return tuple(name for name in names if not self._records[name].in_force)
 
     def restore(self, policies: Iterable[PolicyResource], endpoints: Iterable[EndpointsResource]) -> None:
         """Remembers what an earlier process held; `use_cache` makes it count."""
@@ -184,7 +199,9 @@ class Store:
                     name: held.version
                     for name, record in self._records.items()
                     if (held := record.policy if kind is ResourceKind.POLICY else record.endpoints) is not None
+                    and (record.in_force or kind is ResourceKind.POLICY)
                 },
+                resync=self._unsure(kind, self.services),
             )
             for kind in ResourceKind
         )
@@ -221,6 +238,7 @@ class Store:
                 record.policy = resource
             elif isinstance(resource, EndpointsResource):
                 record.endpoints = resource
+                record.in_force = not self._applied_elsewhere
             elif record.endpoints is None or record.endpoints.version != resource.base_version:
                 resync.append(resource.service)
                 continue
@@ -230,6 +248,7 @@ class Store:
                 except InvalidValueError as error:
                     rejected[resource.service] = str(error)
                     continue
+                record.in_force = not self._applied_elsewhere
             record.removed = False
             record.confirmed = True
             changed.add(resource.service)
@@ -242,9 +261,15 @@ class Store:
                 record.policy = None
             else:
                 record.endpoints = None
+                record.in_force = not self._applied_elsewhere
             record.removed = True
             changed.add(name)
         return Acknowledge(update.kind, update.nonce, rejected, tuple(resync)), frozenset(changed)
+
+    def applied(self, services: Iterable[str]) -> None:
+        """The endpoints that are held of these services are in force, so that they may be acknowledged."""
+        for name in services:
+            self._records[name].in_force = True
 
     def resolution(self, service: str) -> Resolution:
         """What is known of a subscribed service."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
@@ -32,6 +32,18 @@ class IdentityState:
     succeeded."""
     warning: str = ""
     """What an operator should know now: that expiry nears and nothing renews, or that there is no certificate."""
+
+
+@dataclass(frozen=True, slots=True)
+class PemCredentials:
+    """What a program that is no part of this process needs to speak as this workload, each part in PEM."""
+
+    certificate: bytes = field(repr=False)
+    """The leaf first, without the root."""
+    key: bytes = field(repr=False)
+    """PKCS #8. Secret: for files that others cannot read, and for whoever must show the certificate."""
+    roots: bytes = field(repr=False)
+    """Whom to trust."""
 
 
 class Identity(Protocol):
@@ -89,6 +101,22 @@ class Identity(Protocol):
 
         Raises:
             IdentityError: there is no certificate.
+        """
+
+    def pem(self) -> PemCredentials:
+        """For programs that speak in this workload's name, such as an edge. They follow `generation`.
+
+        Raises:
+            IdentityError: there is no certificate.
+        """
+
+    def confirm_after(self, applied: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """For whoever hands credentials on: trust bundles are acknowledged once this has returned as well.
+
+        So that nobody takes a root for trusted by everybody before it is. Returns what ends that.
+
+        Args:
+            applied: returns when the credentials of now are in force there. It may take any time.
         """
 
     def state(self, now: float) -> IdentityState:

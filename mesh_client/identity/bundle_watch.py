@@ -36,7 +36,7 @@ class BundleWatch:
         addresses: control planes, tried in turn from a random one.
         transport: opens its channels; there must be an identity before `run`.
         request: makes the request that states what is in force now.
-        apply: puts a bundle in force; when it returns, the bundle is acknowledged.
+        apply: puts a bundle in force. It is acknowledged once ``request`` states it: now, or at `restate`.
         on_state: told when the control plane has answered (with an empty text), or could not be followed, and why.
         rng: draws the waits and the first address.
     """
@@ -57,6 +57,11 @@ class BundleWatch:
         self._on_state = on_state
         self._rng = rng
         self._reopen = asyncio.Event()
+        self._restate = asyncio.Event()
+
+    def restate(self) -> None:
+        """Something else is in force now: the control plane is told."""
+        self._restate.set()
 
     def reopen(self) -> None:
         """Opens the stream anew, so that the control plane sees the new certificate."""
@@ -92,7 +97,8 @@ class BundleWatch:
                         await self._apply(TrustBundle.from_proto(response.trust_bundle))
                         answered = True
                         self._on_state("")
-                        await self._state(call)
+                        if self._request().version == response.trust_bundle.version:
+                            await self._state(call)
                 except grpc.aio.AioRpcError as error:
                     raise await end.instead_of(error) from None
                 finally:
@@ -110,6 +116,7 @@ class BundleWatch:
         return answered
 
     async def _state(self, call: _Call) -> None:
+        self._restate.clear()
         # What a broken stream raises here, reading it raises as well.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await call.write(self._request())
@@ -119,11 +126,18 @@ class BundleWatch:
         read = asyncio.ensure_future(call.read())
         reopen = asyncio.ensure_future(self._reopen.wait())
         try:
-            await asyncio.wait({read, reopen}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if reopen.done():
-                return None
-            if not read.done():
-                raise TimeoutError
+            while not read.done():
+                restate = asyncio.ensure_future(self._restate.wait())
+                try:
+                    await asyncio.wait({read, reopen, restate}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    restate.cancel()
+                if reopen.done():
+                    return None
+                if not read.done() and not self._restate.is_set():
+                    raise TimeoutError
+                if self._restate.is_set():
+                    await self._state(call)
             response = read.result()
             return response if isinstance(response, certificate_pb2.WatchTrustBundleResponse) else None  # else: EOF
         finally:

@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from random import Random
-from typing import Protocol
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,11 +16,12 @@ from mesh.v1 import certificate_pb2
 
 from mesh_client.core.errors import IdentityError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
-from mesh_client.core.renewal import Level, Renewal, in_words, level, retry_delay
-from mesh_client.identity import IdentityState, certificates
+from mesh_client.core.renewal import Level, Renewal, RetryDelay, in_words, level, retry_delay, warning
+from mesh_client.identity import IdentityState, PemCredentials, certificates
 from mesh_client.identity.authority_client import AuthorityClient, EveryoneFailedError
 from mesh_client.identity.bundle_watch import BundleWatch
 from mesh_client.identity.certificates import Credential, TrustBundle
+from mesh_client.identity.confirmation import Applied, Confirmation
 from mesh_client.identity.enrolment import RefusedError, clock_warning
 from mesh_client.identity.settings import IdentitySettings
 from mesh_client.identity.store import IdentityStore
@@ -33,13 +33,6 @@ READY_TIMEOUT = 30.0
 """Seconds that `WorkloadIdentity.ready` waits for a certificate."""
 LOOK = 30.0
 """Seconds between looks at the clock, which may jump, and at what there is to warn of."""
-
-
-class RetryDelay(Protocol):
-    """Seconds to wait after failures, as `mesh_client.core.renewal.retry_delay`."""
-
-    def __call__(self, failures: int, rng: Random, *, refused: bool) -> float:
-        """After so many failures in a row."""
 
 
 class WorkloadIdentity:
@@ -69,6 +62,7 @@ class WorkloadIdentity:
         self._watch = BundleWatch(
             settings.control_planes, self._transport, self._in_force, self._apply, self._followed, self._rng
         )
+        self._confirmation = Confirmation(self._watch.restate)
         self._store = (
             IdentityStore(settings.identity_dir, settings.service, settings.trust_domain)
             if settings.identity_dir is not None
@@ -133,6 +127,10 @@ class WorkloadIdentity:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
+    def confirm_after(self, applied: Applied) -> Callable[[], None]:
+        """Trust bundles are acknowledged once this has returned as well. Returns what ends that."""
+        return self._confirmation.after(applied)
+
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For channels from now on.
 
@@ -153,6 +151,17 @@ class WorkloadIdentity:
         if configuration is None:
             raise IdentityError(self.problem)
         return configuration
+
+    def pem(self) -> PemCredentials:
+        """For programs that speak in this workload's name.
+
+        Raises:
+            IdentityError: there is no certificate.
+        """
+        credential, bundle = self._credential, self._bundle
+        if credential is None or bundle is None:
+            raise IdentityError(self.problem)
+        return PemCredentials(credential.chain_pem, credential.key, certificates.to_pem(bundle.roots))
 
     def state(self, now: float) -> IdentityState:
         """In plain data."""
@@ -176,8 +185,8 @@ class WorkloadIdentity:
         credential = self._credential
         if credential is None:
             return self.problem
-        warning = self._warning(credential, self._level_of(credential, now), now)
-        return warning or f"certificate valid for {in_words(credential.validity.not_after - now)}"
+        warned = self._warning(credential, self._level_of(credential, now), now)
+        return warned or f"certificate valid for {in_words(credential.validity.not_after - now)}"
 
     async def ready(self) -> None:
         """Returns once there is a certificate.
@@ -233,6 +242,7 @@ class WorkloadIdentity:
             self._follow()
 
     async def _stop(self) -> None:
+        self._confirmation.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -257,6 +267,7 @@ class WorkloadIdentity:
             log.warning("the stored certificate of %s has expired; joining again", credential.principal)
             return
         self._use(credential, bundle, fresh=False)
+        self._confirmation.begin(bundle.version)
 
     # -- the certificate
 
@@ -311,17 +322,13 @@ class WorkloadIdentity:
             self._failures, self._refused, self._renewal_error = 0, False, ""
             await self._save(credential, bundle)  # First: the token may be spent.
             self._use(credential, bundle, fresh=True)
-        log.info(
-            "%s: %s as workload %s, serial %s, for %s",
-            self._principal,
-            how,
-            credential.workload_id,
-            credential.serial,
-            in_words(credential.validity.not_after - self._clock()),
-        )
-        if warning := clock_warning(credential.chain[0], self._clock()):
-            log.warning("%s: %s; certificates are judged by the clock", self._principal, warning)
+        left = in_words(credential.validity.not_after - self._clock())
+        which = f"workload {credential.workload_id}, serial {credential.serial}"
+        log.info("%s: %s as %s, for %s", self._principal, how, which, left)
+        if trouble := clock_warning(credential.chain[0], self._clock()):
+            log.warning("%s: %s; certificates are judged by the clock", self._principal, trouble)
         self._changed()
+        self._confirmation.begin(bundle.version)
         self._follow()
 
     def _failed(self, error: IdentityError) -> float:
@@ -358,7 +365,7 @@ class WorkloadIdentity:
     # -- the trust bundle
 
     def _in_force(self) -> certificate_pb2.WatchTrustBundleRequest:
-        request = certificate_pb2.WatchTrustBundleRequest(version=self._bundle.version if self._bundle else "")
+        request = certificate_pb2.WatchTrustBundleRequest(version=self._confirmation.version)
         if self._credential is not None:
             expires = Timestamp()
             expires.FromNanoseconds(round(self._credential.validity.not_after * 1e9))
@@ -376,6 +383,7 @@ class WorkloadIdentity:
         async with self._changing:
             old, credential = self._bundle, self._credential
             if bundle == old or old is None or credential is None:
+                self._confirmation.begin(bundle.version)
                 return
             self._bundle = bundle
             if set(bundle.roots) != set(old.roots):
@@ -384,6 +392,7 @@ class WorkloadIdentity:
             self._hasten_if_rotated(credential, bundle)
             self._changed()
             await self._save(credential, bundle)
+            self._confirmation.begin(bundle.version)
 
     def _followed(self, error: str) -> None:
         if error != self._watch_error:
@@ -424,18 +433,8 @@ class WorkloadIdentity:
             self._changed()
 
     def _warning(self, credential: Credential, reached: Level, now: float) -> str:
-        validity = credential.validity
         why = self._renewal_error or self._watch_error or "not tried yet"
-        if reached is Level.FINE:
-            return ""
-        if reached is Level.EXPIRED:
-            ago = in_words(now - validity.not_after)
-            return f"the certificate expired {ago} ago and nobody accepts it; it is not renewed: {why}"
-        if reached is Level.NOT_YET:
-            wait = in_words(validity.not_before - now)
-            return f"the certificate is valid in {wait} by this host's clock, which is probably behind"
-        left = in_words(validity.not_after - now)
-        return f"the certificate expires in {left} and cannot be renewed: {why}"
+        return warning(credential.validity, reached, now, why)
 
     def _changed(self) -> None:
         changes, self._changes = self._changes, set()

@@ -20,6 +20,7 @@ from mesh_client.core.renewal import (
     in_words,
     level,
     retry_delay,
+    warning,
 )
 
 DAY = 86_400.0
@@ -137,3 +138,24 @@ def test_warnings_grow_as_the_end_comes_near_and_nothing_renews(age: float, fail
 )
 def test_spans_of_time_are_told_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("reached", "now", "words"),
+    [
+        (Level.FINE, ISSUED, ""),
+        (Level.EARLY, ISSUED + DAY / 2, "the certificate expires in 12 h and cannot be renewed: refused"),
+        (
+            Level.NOT_YET,
+            ISSUED - 600.0,
+            "the certificate is valid in 9 min by this host's clock, which is probably behind",
+        ),
+        (
+            Level.EXPIRED,
+            ISSUED + DAY + 60.0,
+            "the certificate expired 60 s ago and nobody accepts it; it is not renewed: refused",
+        ),
+    ],
+)
+def test_operators_are_told_what_is_wrong(reached: Level, now: float, words: str) -> None:
+    assert warning(CERTIFICATE, reached, now, "refused") == words

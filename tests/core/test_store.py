@@ -195,6 +195,70 @@ def test_the_cache_counts_only_when_it_is_asked_to_and_only_for_what_is_not_know
     assert store.confirmed("orders")
 
 
+def applied_elsewhere() -> Store:
+    store = Store(applied_elsewhere=True)
+    store.subscribe("orders")
+    return store
+
+
+def test_endpoints_that_are_applied_elsewhere_do_not_count_as_held_before_they_are_in_force() -> None:
+    store = applied_elsewhere()
+    unsure = Subscribe(ENDPOINTS, ("orders",), resync=("orders",))
+    # What an earlier process has applied is not known.
+    assert store.opened() == (Subscribe(POLICY, ("orders",)), unsure)
+    store.apply(update(policy()))
+    store.apply(update(endpoints("a")))
+    store.closed()
+    assert store.opened() == (Subscribe(POLICY, ("orders",), held_versions={"orders": "p1"}), unsure)
+
+
+def test_endpoints_that_are_applied_elsewhere_count_as_held_once_they_are_in_force() -> None:
+    store = applied_elsewhere()
+    store.opened()
+    store.apply(update(endpoints("a")))
+    store.applied(["orders"])
+    store.closed()
+    assert store.opened()[1] == Subscribe(ENDPOINTS, ("orders",), held_versions={"orders": "e1"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        update(EndpointsDelta("orders", "e2", "e1", (endpoint("b"),), ("a",))),
+        update(endpoints("b", version="e2")),
+        update(removed=("orders",)),
+    ],
+    ids=["delta", "whole", "removed"],
+)
+def test_each_change_has_to_come_into_force_again(change: Update) -> None:
+    store = applied_elsewhere()
+    store.opened()
+    store.apply(update(endpoints("a")))
+    store.applied(["orders"])
+    store.apply(change)
+    store.closed()
+    assert store.opened()[1] == Subscribe(ENDPOINTS, ("orders",), resync=("orders",))
+
+
+def test_a_service_that_is_applied_elsewhere_is_unsure_also_when_it_is_subscribed_to_later() -> None:
+    store = Store(applied_elsewhere=True)
+    store.opened()
+    assert store.subscribe("orders") == (
+        Subscribe(POLICY, ("orders",)),
+        Subscribe(ENDPOINTS, ("orders",), resync=("orders",)),
+    )
+
+
+def test_a_change_that_is_refused_leaves_in_force_what_was() -> None:
+    store = applied_elsewhere()
+    store.opened()
+    store.apply(update(endpoints("a")))
+    store.applied(["orders"])
+    store.apply(update(EndpointsDelta("orders", "e2", "e1", (endpoint("b"), endpoint("b", 2)), ())))
+    store.closed()
+    assert store.opened()[1] == Subscribe(ENDPOINTS, ("orders",), held_versions={"orders": "e1"})
+
+
 def test_what_is_cached_is_stated_as_held_when_a_stream_opens_at_last() -> None:
     store = Store()
     store.restore([policy()], [endpoints("old")])

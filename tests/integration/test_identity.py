@@ -11,10 +11,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from mesh_client.core.errors import ConfigError, IdentityError
 from mesh_client.core.identity import Principal
-from mesh_client.identity.certificates import fingerprint
+from mesh_client.identity.certificates import caller_of, fingerprint, from_pem
 from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.transport_choice import make_transport
 from tests.integration.identity_rig import IdentityRig, messages, open_rig, until
@@ -50,6 +52,70 @@ async def test_a_workload_joins_with_a_token_that_is_all_it_has(rig: IdentityRig
     assert identity.describe(time.time()) == "certificate valid for 23 h"
     (workload,) = (await rig.authority.status()).workloads
     assert (workload.id, workload.spiffe_id) == (state.workload_id, ORDERS.spiffe_id)
+
+
+async def test_other_programs_get_what_they_need_to_speak_in_a_workloads_name_and_its_key_is_not_printed(
+    rig: IdentityRig,
+) -> None:
+    async with rig.joined() as identity:
+        pem = identity.pem()
+        assert from_pem(pem.roots) == rig.authority.bundle.roots
+        (leaf, *_) = from_pem(pem.certificate)
+        caller = caller_of(pem.certificate)
+        assert caller is not None
+        assert caller.principal == ORDERS
+        key = serialization.load_pem_private_key(pem.key, None)
+        assert key.public_key() == x509.load_der_x509_certificate(leaf).public_key()
+        assert repr(pem) == "PemCredentials()"
+    nobody = rig.identity(rig.settings(token=await rig.token()))
+    with pytest.raises(IdentityError, match="no certificate yet"):
+        nobody.pem()
+
+
+async def test_a_bundle_is_acknowledged_once_it_is_in_force_where_credentials_are_handed_on_to(
+    rig: IdentityRig,
+) -> None:
+    entered, applied = asyncio.Event(), asyncio.Event()
+
+    async def handed_on() -> None:
+        entered.set()
+        await applied.wait()
+
+    identity = rig.identity(rig.settings(token=await rig.token()))
+    identity.confirm_after(handed_on)
+    applied.set()
+    await identity.start()
+    await identity.ready()
+    await rig.authority.confirmed()
+    applied.clear()
+    entered.clear()
+    await rig.authority.add_root()
+    async with asyncio.timeout(20):
+        await entered.wait()
+        assert identity.state(0.0).bundle_version == rig.authority.bundle.version
+        confirmed = asyncio.ensure_future(rig.authority.confirmed())
+        done, _ = await asyncio.wait({confirmed}, timeout=0.1)
+        assert not done
+        applied.set()
+        await confirmed
+    await identity.stop()
+
+
+async def test_a_failure_to_hand_credentials_on_is_said_and_confirms_nothing(
+    rig: IdentityRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fails() -> None:
+        raise OSError("the disk is full")
+
+    identity = rig.identity(rig.settings(token=await rig.token()))
+    end = identity.confirm_after(fails)
+    await identity.start()
+    await identity.ready()
+    async with asyncio.timeout(20):
+        while "handing on credentials failed" not in caplog.text:
+            await asyncio.sleep(0.01)
+    end()
+    await identity.stop()
 
 
 async def test_the_trust_roots_may_come_from_a_file_and_then_no_others_are_believed(
