@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gateway import guard
 from mesh_client.core.errors import MeshError
 
 READY_TIMEOUT = 30.0
@@ -22,7 +23,7 @@ READY_TIMEOUT = 30.0
 STOP_GRACE = 15.0
 """Seconds from SIGTERM to SIGKILL."""
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(guard.__file__)
 _REMEMBERED_LINES = 20
 
 

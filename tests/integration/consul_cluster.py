@@ -32,7 +32,7 @@ READY_TIMEOUT = 30.0
 """Seconds for agents to become ready; three servers take 1 to 3."""
 MESH_TAG = "grpc-mesh"
 
-_GUARD = REPOSITORY / "mesh_cli" / "demo" / "guard.py"
+_GUARD = REPOSITORY / "gateway" / "guard.py"
 """Has the agent die with this process. A ``preexec_fn`` would run in a copy of a process with gRPC's threads."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_cli.demo import guard
+from gateway import guard
 from mesh_cli.demo.supervisor import Process, ProcessError, Supervisor
 
 READY = re.compile(r"^ready (\w+)$")
