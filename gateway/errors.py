@@ -20,6 +20,30 @@ class SettingsError(GatewayError, ValueError):
     """Settings of the edge are invalid or do not fit the protos. The message says which, and what is expected."""
 
 
+class PushRejectedError(GatewayError):
+    """An edge, or what makes its configuration, refuses what it was to be told. The edge obeys what it did before.
+
+    Attributes:
+        again: seconds after which the reason may have passed; None: only another policy helps.
+    """
+
+    def __init__(self, message: str, *, again: float | None = None) -> None:
+        super().__init__(message)
+        self.again = again
+
+
+class PushFailedError(GatewayError):
+    """An edge could not be told, and that may pass.
+
+    Attributes:
+        after: seconds to wait at least before it is tried again.
+    """
+
+    def __init__(self, message: str, *, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
     """One thing that is wrong with the annotation of a method."""
