@@ -48,6 +48,13 @@ class ClientCertificate(_Model):
     key: Reference
 
 
+class HeldCertificate(ClientCertificate):
+    """The same as PEM, as a gateway holds it that tells Kong itself. Never read from a file of settings."""
+
+    certificate: str
+    key: str = Field(repr=False)
+
+
 class Upstream(_Model):
     """A service of the mesh: where it runs, and how it is reached."""
 
