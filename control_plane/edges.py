@@ -304,10 +304,10 @@ def _take(follower: Follower, request: pb.FollowRequest) -> None:
     _check_versions(report.endpoints_versions)
     report.detail = report.detail[:MAX_DETAIL]
     if follower.report is None or _said(follower.report.message) != _said(report):
-        level = logging.INFO if report.outcome == pb.EDGE_OUTCOME_APPLIED else logging.WARNING
+        fine = report.outcome in (pb.EDGE_OUTCOME_APPLIED, pb.EDGE_OUTCOME_STANDBY)
         _log.log(
-            level,
-            "gateway %s of edge %s: policy %s was %s%s",
+            logging.INFO if fine else logging.WARNING,
+            "gateway %s of edge %s, policy %s: %s%s",
             follower.id,
             follower.edge,
             report.policy_version or "none",

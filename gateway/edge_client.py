@@ -70,6 +70,8 @@ class EdgeOutcome(enum.Enum):
     """It cannot be obeyed, for a reason that time does not change. The edge runs by the one before."""
     FAILED = pb.EDGE_OUTCOME_FAILED
     """The edge could not be told. It will be tried again."""
+    STANDBY = pb.EDGE_OUTCOME_STANDBY
+    """Another gateway of the edge tells it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class EdgeClient:
     Attributes:
         current: the policy to obey; None until one is known, and then never again.
         confirmed: whether `current` is what a control plane has said in this process; False: it is from the disk.
+        cached: what an earlier process has reported as applied, if it is on disk; known once this is entered.
         state: of the stream, in words.
     """
 
@@ -152,7 +155,7 @@ class EdgeClient:
             self._file = CheckedFile(path, "edge policy cache", b"grpc-mesh edge policy 1\n")
         self._rng = rng or Random()
         self._clock = clock
-        self._cached: FollowedPolicy | None = None
+        self.cached: FollowedPolicy | None = None
         self._changed = asyncio.Event()
         self._report: tuple[EdgeReport, float] | None = None
         self._reported = asyncio.Event()
@@ -171,8 +174,8 @@ class EdgeClient:
             ConfigError: the files of the identity are not as they must be.
         """
         if self._file is not None:
-            self._cached = await asyncio.to_thread(self._file.load, self._decode)
-            self._saved_version = "" if self._cached is None else self._cached.version
+            self.cached = await asyncio.to_thread(self._file.load, self._decode)
+            self._saved_version = "" if self.cached is None else self.cached.version
         await self._transport.start()
         self._patience = asyncio.get_running_loop().call_later(PATIENCE, self._fall_back)
         self._tasks = [
@@ -221,14 +224,14 @@ class EdgeClient:
             event.set()
 
     def _fall_back(self) -> None:
-        if self.current is None and self._cached is not None:
+        if self.current is None and self.cached is not None:
             log.warning(
                 "no control plane has told the policy of edge %s: it is taken from the disk, version %s (%s)",
                 self.edge,
-                self._cached.version,
+                self.cached.version,
                 self.state,
             )
-            self._set(self._cached, confirmed=False)
+            self._set(self.cached, confirmed=False)
 
     async def _run(self) -> None:
         index = self._rng.randrange(len(self._addresses))
@@ -329,7 +332,7 @@ class EdgeClient:
         self._set(followed, confirmed=True)
 
     def _held(self) -> FollowedPolicy | None:
-        return self.current or self._cached
+        return self.current or self.cached
 
     def _decode(self, raw: bytes) -> FollowedPolicy:
         response = pb.FollowResponse.FromString(raw)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from gateway import openapi
-from gateway.descriptors import Api
-from gateway.envoy import BOOTSTRAP, EnvoyConfiguration, render
+from gateway.envoy import BOOTSTRAP, EnvoyConfiguration, EnvoyRenderer
 from gateway.envoy_admin import Applied, EnvoyAdmin
 from gateway.envoy_authentication import ways_of
 from gateway.envoy_files import EnvoyFiles
 from gateway.envoy_process import EnvoyProcess
 from gateway.envoy_settings import EnvoySettings
 from gateway.errors import GatewayError, PushFailedError, PushRejectedError
+from gateway.exposed_api import ExposedApi
 from gateway.redaction import fit_for_logs
-from gateway.routes import RouteTable, build
 from gateway.secret_files import AGAIN, read_secrets
 from gateway.sync_state import Push
 from mesh_client.core.edge_policy import Authentication, EdgePolicy
@@ -41,23 +37,13 @@ WATCH_INTERVAL = 5.0
 _REFUSALS = ("rejected", "Error", "error")
 
 
-@dataclass(frozen=True, slots=True)
-class ApiInfo:
-    """How the OpenAPI document introduces the API."""
-
-    title: str = "API"
-    version: str = "1"
-    server: str | None = None
-
-
 class EnvoyPusher:
     """Pushes to one Envoy. Implements `gateway.pushing.Pusher`.
 
     Args:
-        api: what the protos of the exposed services say.
+        exposed: what policies make of the protos.
         settings: of this Envoy, without certificates for upstreams.
         admin: its own interface, entered.
-        info: for the OpenAPI document.
         credentials: what Envoy shows to services, and whom it believes; None in plaintext.
         trust_domain: of the mesh.
         secrets: directory of the secrets that policies name; None for none.
@@ -66,27 +52,25 @@ class EnvoyPusher:
 
     def __init__(
         self,
-        api: Api,
+        exposed: ExposedApi,
         settings: EnvoySettings,
         admin: EnvoyAdmin,
-        info: ApiInfo,
         *,
         credentials: Callable[[], PemCredentials | None],
         trust_domain: Callable[[], str],
         secrets: Path | None = None,
         process: EnvoyProcess | None = None,
     ) -> None:
-        self._api = api
+        self._exposed = exposed
         self._settings = settings
         self._files = EnvoyFiles(settings)
         self._admin = admin
-        self._info = info
         self._credentials = credentials
         self._trust_domain = trust_domain
         self._secrets = secrets
         self._process = process
-        self._table: tuple[frozenset[str], RouteTable] | None = None
-        self._document: tuple[EdgePolicy, str] | None = None
+        self._renderer: tuple[tuple[EdgePolicy, EnvoySettings, Mapping[str, str]], EnvoyRenderer] | None = None
+        """What all but endpoints is rendered by, and of what."""
         self._doubtful = False
         """Whether Envoy may not have applied what is in its files."""
         self._told: EnvoyConfiguration | None = None
@@ -98,7 +82,7 @@ class EnvoyPusher:
         Raises:
             ConfigError: the directory cannot be used, or others may enter it.
         """
-        nothing = render(build(self._api, ()), EdgePolicy(), {}, self._settings, api_keys={}, openapi="{}")
+        nothing = self._render(EdgePolicy(), {}, self._settings, {})
         if self._files.open(nothing.files[BOOTSTRAP]):
             log.info("Envoy can start with what was left in %s", self._files.directory)
             self._begin()
@@ -230,14 +214,11 @@ class EnvoyPusher:
         settings: EnvoySettings,
         api_keys: Mapping[str, str],
     ) -> EnvoyConfiguration:
-        services = frozenset(policy.services)
-        if self._table is None or self._table[0] != services:
-            self._table, self._document = (services, build(self._api, services)), None
-        table, info = self._table[1], self._info
-        if self._document is None or self._document[0] != policy:
-            document = openapi.render(table, title=info.title, version=info.version, policy=policy, server=info.server)
-            self._document = policy, json.dumps(document)
-        return render(table, policy, endpoints, settings, api_keys=api_keys, openapi=self._document[1])
+        of = policy, settings, api_keys
+        if self._renderer is None or self._renderer[0] != of:
+            table, document = self._exposed.of(policy)
+            self._renderer = of, EnvoyRenderer(table, policy, settings, api_keys=api_keys, openapi=document)
+        return self._renderer[1].render(endpoints)
 
 
 def _key_names(policy: EdgePolicy) -> list[str]:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gateway import kong
-from gateway.descriptors import Api
 from gateway.endpoints import routable
 from gateway.errors import GatewayError, PushFailedError, PushRejectedError
+from gateway.exposed_api import ExposedApi
 from gateway.files import write_atomically
 from gateway.kong_admin import KongAdmin
 from gateway.kong_answers import EMPTY_HASH, same_target
 from gateway.kong_protos import ProtoDirectory
-from gateway.routes import RouteTable, build
 from gateway.settings import HeldCertificate, KongSettings, Target, Upstream
 from gateway.sync_state import Push
 from mesh_client.core.edge_policy import EdgePolicy
@@ -43,7 +42,7 @@ class KongPusher:
     """Pushes to one Kong. Implements `gateway.pushing.Pusher`.
 
     Args:
-        api: what the protos of the exposed services say.
+        exposed: what policies make of the protos.
         settings: of this Kong; its upstreams are not looked at.
         admin: its admin API, entered.
         protos: the directory of its protos, as this process sees it.
@@ -55,7 +54,7 @@ class KongPusher:
 
     def __init__(
         self,
-        api: Api,
+        exposed: ExposedApi,
         settings: KongSettings,
         admin: KongAdmin,
         protos: ProtoDirectory,
@@ -65,7 +64,7 @@ class KongPusher:
         sole: Callable[[], bool] = lambda: True,
         roots_file: Path | None = None,
     ) -> None:
-        self._api = api
+        self._exposed = exposed
         self._settings = settings
         self._admin = admin
         self._protos = protos
@@ -74,7 +73,6 @@ class KongPusher:
         self._sole = sole
         self._roots_file = roots_file
         self._roots = b""
-        self._table: tuple[frozenset[str], RouteTable] | None = None
         self._hash = ""
         """Of the configuration that Kong was told last; empty when it is not known."""
 
@@ -182,10 +180,8 @@ class KongPusher:
             raise PushRejectedError(str(error)) from None
 
     def _render(self, policy: EdgePolicy, upstreams: Mapping[str, Upstream]) -> kong.KongConfiguration:
-        services = frozenset(policy.services)
-        if self._table is None or self._table[0] != services:
-            self._table = services, build(self._api, services)
-        return kong.render(self._table[1], policy, upstreams, self._settings)
+        table, document = self._exposed.of(policy)
+        return kong.render(table, policy, upstreams, self._settings, document)
 
     def _write(self, made: kong.KongConfiguration, credentials: PemCredentials | None) -> None:
         self._protos.write(made.protos)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-import yaml
 
+from mesh_cli import gateway_run
+from mesh_cli.gateway_files import ProtoPaths, content, read_settings
 from mesh_cli.options import AsJson
 from mesh_cli.output import (
     Failure,
@@ -29,7 +30,6 @@ from mesh_client.core.errors import ConfigError
 if TYPE_CHECKING:
     from gateway.lint import Finding
     from gateway.routes import RouteTable
-    from gateway.settings import KongSettings
     from mesh_client.core.edge_policy import EdgePolicy
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ render = typer.Typer(
     epilog="Example: mesh gateway render kong --policy edge.yaml --settings kong.yaml --output build shop.binpb",
 )
 app.add_typer(render, name="render")
+app.add_typer(gateway_run.app, name="run")
 
 Files = Annotated[
     list[Path],
@@ -50,12 +51,6 @@ Files = Annotated[
         metavar="FILE...",
         help="Descriptor sets, written with --include_imports, or .proto files.",
         show_default=False,
-    ),
-]
-ProtoPaths = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--proto-path", "-I", metavar="DIRECTORY", help="Where .proto files are imported from; may be repeated."
     ),
 ]
 Services = Annotated[
@@ -178,7 +173,7 @@ def kong(
 
     Nothing is sent to a running Kong. Protos of earlier renderings are left alone: a Kong may use them still.
     """
-    edge, local = _policy(policy), _settings(settings)
+    edge, local = _policy(policy), read_settings(settings)
     found = _table(files, proto_paths, list(edge.services))
     from gateway.kong import render as render_kong
     from gateway.lint import RefusedError
@@ -220,24 +215,7 @@ def _policy(file: Path) -> EdgePolicy:
     from control_plane.documents import parse_document
     from mesh_client.core.edge_policy import EdgePolicy
 
-    return parse_document(_content(file), EdgePolicy)
-
-
-def _settings(file: Path) -> KongSettings:
-    from gateway.settings import parse_settings
-
-    try:
-        document = yaml.safe_load(_content(file))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    return parse_settings(document)
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from None
+    return parse_document(content(file), EdgePolicy)
 
 
 def _finding(finding: Finding) -> Json:

@@ -32,6 +32,7 @@ _OUTCOMES = {
     edge_service_pb2.EDGE_OUTCOME_APPLIED: ("applied", "green"),
     edge_service_pb2.EDGE_OUTCOME_REJECTED: ("rejected", "bold red"),
     edge_service_pb2.EDGE_OUTCOME_FAILED: ("failed", "bold red"),
+    edge_service_pb2.EDGE_OUTCOME_STANDBY: ("standby", "dim"),
 }
 
 
@@ -251,6 +252,8 @@ def gateway_result(gateway: admin_pb2.EdgeGatewayStatus, current: str) -> Text:
     if not gateway.HasField("report"):
         return Text("waiting", style="yellow")
     word, style = _OUTCOMES.get(gateway.report.outcome, ("unknown", "yellow"))
+    if gateway.report.outcome == edge_service_pb2.EDGE_OUTCOME_STANDBY:
+        return Text(word, style=style)
     if current and gateway.report.policy_version != current:
         return Text(f"behind, {word} {printable(gateway.report.policy_version)}", style="yellow")
     return Text(word, style=style)

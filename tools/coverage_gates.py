@@ -62,6 +62,7 @@ PURE = (
     "gateway/envoy_xds.py",
     "gateway/errors.py",
     "gateway/exposed.py",
+    "gateway/exposed_api.py",
     "gateway/http_status.py",
     "gateway/json_schema.py",
     "gateway/kong.py",

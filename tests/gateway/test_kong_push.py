@@ -14,6 +14,7 @@ from aiohttp import web
 
 from gateway import kong_admin, kong_push
 from gateway.errors import PushFailedError, PushRejectedError
+from gateway.exposed_api import ApiInfo, ExposedApi
 from gateway.kong_admin import KongAdmin, parse_admin_address, read_header
 from gateway.kong_proto import KongProto
 from gateway.kong_protos import KEPT, ProtoDirectory
@@ -58,7 +59,7 @@ class Rig:
         self.credentials: PemCredentials | None = PEM
         self.roots = directory / "roots.pem"
         self.pusher = KongPusher(
-            shop(),
+            ExposedApi(shop(), ApiInfo()),
             KongSettings(),
             admin,
             ProtoDirectory(directory / "protos"),
