@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -203,6 +203,20 @@ class SecureMesh:
             await self._start(name, "inventory_process", told, _REGISTERED, wait=False)
         await asyncio.gather(*(self.processes[name].wait_ready() for name in names))
 
+    async def stop_server(self, name: str) -> int:
+        """SIGTERM, as in a deployment: it drains and leaves; its exit code."""
+        return await self.processes.pop(name).stop()
+
+    async def run(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], ready: re.Pattern[str]
+    ) -> Process:
+        """Any other program that is part of the mesh; returns when it has written its ready line."""
+        process = self.processes[name] = await self._supervisor.start(
+            name, command, {**clean_environment(), **environment}, ready
+        )
+        await process.wait_ready()
+        return process
+
     @asynccontextmanager
     async def serving(self, **options: Any) -> AsyncIterator[MeshServer]:
         """A server in the test's own process, whose status can be seen; registered."""
@@ -241,7 +255,13 @@ class SecureMesh:
 
     @asynccontextmanager
     async def operator(self) -> AsyncIterator[authority_pb2_grpc.AuthorityServiceAsyncStub]:
-        """An operator whose credentials are as new as the authority's files."""
+        """An operator of the authority, with credentials as new as its files."""
+        async with self.operator_channel() as channel:
+            yield authority_pb2_grpc.AuthorityServiceStub(channel)
+
+    @asynccontextmanager
+    async def operator_channel(self) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel of an operator whose credentials are as new as the authority's files."""
         files = create_operator(self._data_dir, "test", self.directory / "operator", now=time.time())
         credentials = grpc.ssl_channel_credentials(
             *(each.read_bytes() for each in (files.roots, files.key, files.chain))
@@ -249,7 +269,7 @@ class SecureMesh:
         name = Principal.control_plane(DEFAULT_TRUST_DOMAIN).dns_name
         options = [("grpc.ssl_target_name_override", name), ("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.secure_channel(self.address, credentials, options=options) as channel:
-            yield authority_pb2_grpc.AuthorityServiceStub(channel)
+            yield channel
 
     async def rotate(
         self, step: pb.RotationStep.ValueType, *, force: bool = False
