@@ -53,9 +53,13 @@ def _describe(system: System, out: Console) -> None:
     out.print(rows)
     out.print(f"\ncontrol plane  {system.address}, enrolment {system.enrolment_address}")
     out.print(f"operator       {system.identities.operator}", soft_wrap=True)
+    if system.edge_url:
+        out.print(f"edge           {system.edge_url}, its API at {system.edge_url}/openapi.json", soft_wrap=True)
     if system.consul_address:
         out.print(f"Consul         http://{system.consul_address}/ui/")
     victim = system.of("orders")[0]
+    order = """-d '{"idempotencyKey": "mine", "sku": "espresso-beans", "quantity": 1}'"""
+    rest = f"\n  curl {system.edge_url}/v1/orders {order}" if system.edge_url else ""
     outage = " ".join(str(instance.process.pid) for instance in system.of("payments"))
     out.print(
         f"""
@@ -66,7 +70,7 @@ Try in another terminal:
   mesh endpoints orders
   mesh policy get orders
   mesh policy check reviews shop.v1.PaymentService/Charge
-  mesh ca status           # who is who, with every certificate
+  mesh ca status           # who is who, with every certificate{rest}
   kill -9 {victim.process.pid}       # {victim.name} dies
   kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on
   kill -USR1 {outage}    # payments fails as a whole; -USR2 ends that

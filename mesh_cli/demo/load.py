@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import statistics
 import time
 import uuid
@@ -15,6 +16,7 @@ import grpc
 from shop.v1.orders_pb2 import ORDER_STATE_PLACED, Order, PlaceOrderRequest
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
+from mesh_cli.demo.edge import RestError, RestOrders
 from mesh_client.core.errors import MeshError
 
 CALL_TIMEOUT = 10.0
@@ -36,6 +38,10 @@ class Tally:
 
     sent: int = 0
     placed: int = 0
+    by_rest: int = 0
+    """Those of them that were placed by REST, through the edge."""
+    repeated: int = 0
+    """How often the edge gave no answer, so that an order was placed again."""
     failures: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     taken_by: Counter[str] = field(default_factory=Counter)
@@ -53,17 +59,24 @@ class Tally:
         """The first failures, in words; empty when there are none."""
         return "; ".join(self.failures[:3])
 
+    def rest(self) -> str:
+        """In words, what went through the edge; empty when nothing did."""
+        return f"; {self.by_rest} by REST, {self.repeated} of them placed again" if self.by_rest else ""
+
 
 class Customers:
-    """Places orders through the mesh, each once.
+    """Places orders, each once: half of those of `run` by REST through the edge, if there is one, all others by gRPC.
 
     Args:
         channel: a channel to orders.
         rate: orders a second while `run` runs.
+        rest: the edge; None without one.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, rate: float) -> None:
+    def __init__(self, channel: grpc.aio.Channel, rate: float, rest: RestOrders | None = None) -> None:
         self.rate = rate
+        self._rest = rest
+        self._turn = itertools.count()
         self.total = Tally()
         self.orders: list[Order] = []
         """Every order that was placed."""
@@ -80,7 +93,7 @@ class Customers:
         while True:
             await self._open.wait()
             if len(self._in_flight) < MAX_IN_FLIGHT:
-                task = asyncio.create_task(self._one())
+                task = asyncio.create_task(self._one(self._rest if next(self._turn) % 2 else None))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
             due = max(due + 1.0 / self.rate, time.monotonic() - 1.0 / self.rate)
@@ -135,19 +148,26 @@ class Customers:
         response = await self._stub.PlaceOrder(
             PlaceOrderRequest(idempotency_key=key, sku=SKU, quantity=1), timeout=timeout
         )
-        if response.order.state != ORDER_STATE_PLACED:
-            raise RejectedError(response.order.rejection)
-        self.orders.append(response.order)
+        self._remember(response.order)
         return response.order
 
-    async def _one(self) -> None:
+    def _remember(self, order: Order) -> None:
+        if order.state != ORDER_STATE_PLACED:
+            raise RejectedError(order.rejection)
+        self.orders.append(order)
+
+    async def _one(self, rest: RestOrders | None = None) -> None:
         tallies = tuple(self._tallies)
         for tally in tallies:
             tally.sent += 1
-        began = time.monotonic()
+        began, repeated = time.monotonic(), 0
         try:
-            order = await self.place(new_key())
-        except (grpc.aio.AioRpcError, RejectedError) as error:
+            if rest is None:
+                order = await self.place(new_key())
+            else:
+                order, repeated = await rest.place(new_key(), SKU, CALL_TIMEOUT)
+                self._remember(order)
+        except (grpc.aio.AioRpcError, RejectedError, RestError) as error:
             failure = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
             for tally in tallies:
                 tally.failures.append(failure)
@@ -155,6 +175,8 @@ class Customers:
             elapsed = time.monotonic() - began
             for tally in tallies:
                 tally.placed += 1
+                tally.by_rest += rest is not None
+                tally.repeated += repeated
                 tally.latencies.append(elapsed)
                 tally.taken_by[order.taken_by] += 1
         self._finished.set()

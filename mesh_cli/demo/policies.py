@@ -15,13 +15,16 @@ from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_POLICY
 
 from mesh_cli.client import CHANNEL_OPTIONS
 from mesh_cli.demo.identity import Identities
-from mesh_cli.demo.system import CUSTOMERS
+from mesh_cli.demo.system import CUSTOMERS, EDGE
 from mesh_client.core.policy import Algorithm
 
 Policy = dict[str, object]
 
 PER_TRY_TIMEOUT = 1.0
 """Seconds after which an attempt at orders is given up and another instance is tried."""
+
+EDGE_TIMEOUT = 2.0
+"""Seconds that the edge waits for an answer."""
 
 OPEN_DURATION = 1.5
 """Seconds that a breaker stays open: even where a machine stands still for so long that one opens, the demo goes on."""
@@ -53,7 +56,7 @@ def orders(algorithm: Algorithm = Algorithm.LEAST_REQUEST) -> Policy:
         "circuit_breaker": _BREAKER,
         "outlier_detection": _OUTLIERS,
         "load_balancer": balancer,
-        "authorization": [_rule(CUSTOMERS, "shop.v1.OrderService/*")],
+        "authorization": [_rule(CUSTOMERS, "shop.v1.OrderService/*"), _rule(EDGE, "shop.v1.OrderService/*")],
     }
 
 
@@ -67,6 +70,7 @@ def inventory() -> Policy:
         "authorization": [
             _rule("orders", "shop.v1.InventoryService/*"),
             _rule(CUSTOMERS, "shop.v1.InventoryService/GetStock"),
+            _rule(EDGE, "shop.v1.InventoryService/*"),
         ],
     }
 
@@ -79,6 +83,18 @@ def payments() -> Policy:
         "circuit_breaker": _BREAKER,
         "outlier_detection": {"enabled": False},
         "authorization": [_rule("orders", "shop.v1.PaymentService/*"), _rule(CUSTOMERS, "shop.v1.PaymentService/*")],
+    }
+
+
+def edge() -> Policy:
+    """The edge: orders and inventory by REST, for everybody."""
+    return {
+        "edge": EDGE,
+        "services": {
+            # Short, so that an instance that hangs is noticed, and ejected, in seconds.
+            "shop.v1.OrderService": {"upstream": "orders", "timeout": f"{EDGE_TIMEOUT}s"},
+            "shop.v1.InventoryService": {"upstream": "inventory", "timeout": f"{EDGE_TIMEOUT}s"},
+        },
     }
 
 
@@ -137,6 +153,18 @@ class Operator:
 
         await _until(published)
         await _until(partial(self._obeyed, service))
+
+    async def apply_edge(self, policy: Policy) -> None:
+        """Stores the policy of an edge, whoever follows it.
+
+        Raises:
+            grpc.aio.AioRpcError: the policy was refused.
+        """
+        await self._stub.ApplyPolicy(
+            admin_pb2.ApplyPolicyRequest(document=json.dumps(policy), kind=admin_pb2.POLICY_KIND_EDGE),
+            timeout=_TIMEOUT,
+            wait_for_ready=True,
+        )
 
     async def endpoints(self, service: str) -> set[str]:
         """Ids of the endpoints of a service; empty when it is not known."""

@@ -17,12 +17,13 @@ import grpc
 
 import mesh_client
 from mesh_cli.demo import policies
+from mesh_cli.demo.edge import RestOrders
 from mesh_cli.demo.load import Customers
 from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_most, closing_table, exactly, write_json
 from mesh_cli.demo.scenarios import SCENARIOS
 from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
-from mesh_cli.demo.system import CUSTOMERS, SERVICES, System
+from mesh_cli.demo.system import CUSTOMERS, SERVICES, System, has_edge
 from mesh_cli.demo.view import Screen
 from mesh_cli.output import console, write_error
 from mesh_client.core.errors import MeshError
@@ -76,8 +77,18 @@ async def running_system(consul: bool, leaf_lifetime: int) -> AsyncIterator[tupl
             System(directory, consul=consul, leaf_lifetime=leaf_lifetime) as system,
             Operator(system.address, system.identities) as operator,
         ):
-            for policy in (policies.orders(), policies.inventory(), policies.payments()):
-                await operator.apply(policy)
+            edge = None
+            if has_edge():
+                await operator.apply_edge(policies.edge())
+                edge = asyncio.create_task(system.start_edge())
+            try:
+                for policy in (policies.orders(), policies.inventory(), policies.payments()):
+                    await operator.apply(policy)
+                if edge is not None:
+                    await edge
+            finally:
+                if edge is not None:
+                    edge.cancel()
             yield system, operator
     except Exception:
         sys.stderr.write(f"the logs are in {directory}\n")
@@ -95,15 +106,19 @@ async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
     promises: list[Promise] = []
     screen.tell(f"starting a control plane on {'Consul' if consul else 'the embedded registry'}, and the shop")
     async with running_system(consul, LEAF_LIFETIME) as (system, operator):
-        async with mesh_client.connect(
-            system.address,
-            service=CUSTOMERS,
-            enrolment=system.enrolment_address,
-            token_file=system.identities.token_file(CUSTOMERS),
-            insecure=False,
-            cache_dir="",
-        ) as mesh:
-            stage = await _set_up(system, mesh, operator, screen, profile)
+        async with (
+            mesh_client.connect(
+                system.address,
+                service=CUSTOMERS,
+                enrolment=system.enrolment_address,
+                token_file=system.identities.token_file(CUSTOMERS),
+                insecure=False,
+                cache_dir="",
+            ) as mesh,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            rest = await stack.enter_async_context(RestOrders(system.edge_url)) if system.edge_url else None
+            stage = await _set_up(system, mesh, operator, screen, profile, rest)
             background = [
                 asyncio.create_task(stage.customers.run()),
                 asyncio.create_task(screen.follow(system, mesh, stage.customers)),
@@ -138,8 +153,10 @@ def _keep_logs(system: System) -> Path:
     return kept
 
 
-async def _set_up(system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile) -> Stage:
-    customers = Customers(mesh.channel("orders"), profile.rate)
+async def _set_up(
+    system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile, rest: RestOrders | None
+) -> Stage:
+    customers = Customers(mesh.channel("orders"), profile.rate, rest)
     for service in SERVICES:
         mesh.channel(service)
     stage = Stage(system, mesh, operator, customers, screen, profile)
@@ -147,6 +164,8 @@ async def _set_up(system: System, mesh: Mesh, operator: Operator, screen: Screen
         await stage.until_known(instance.service, instance.name, _SYNC_TIMEOUT)
     # The first order shows that orders knows inventory and payments.
     await customers.place("first")
+    if rest is not None:
+        screen.tell(f"the edge takes orders by REST at {rest.url}; half of them go through it from now on")
     return stage
 
 

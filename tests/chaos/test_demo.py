@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +65,9 @@ MARK = "GRPC_MESH_DEMO_TEST"
 class Command:
     """A running `mesh` command whose processes can be told from all others by a variable in their environment."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
-        self.temporary = directory / "tmp"
-        self.temporary.mkdir()
+    def __init__(self, *arguments: str) -> None:
+        # Not pytest's directory: the paths of sockets in it would be too long.
+        self.temporary = Path(tempfile.mkdtemp(prefix="demo-"))
         self._mark = f"{MARK}={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
         self._process = subprocess.Popen(
@@ -81,6 +84,7 @@ class Command:
         """Kills it and reaps it."""
         self._process.kill()
         self._process.communicate()
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def signal(self, number: signal.Signals) -> None:
         """To the command alone, as the kernel or an operator would; not to the processes that it started."""
@@ -130,9 +134,9 @@ class Command:
 
 
 @contextmanager
-def running(directory: Path, *arguments: str) -> Iterator[Command]:
+def running(*arguments: str) -> Iterator[Command]:
     """A `mesh` command, killed at the end if it has not ended."""
-    command = Command(directory, *arguments)
+    command = Command(*arguments)
     try:
         yield command
     finally:
@@ -143,15 +147,15 @@ def running(directory: Path, *arguments: str) -> Iterator[Command]:
 @pytest.mark.parametrize("registry", ["embedded", "consul"])
 def test_every_promise_is_kept_and_nothing_is_left(tmp_path: Path, registry: str) -> None:
     figures = tmp_path / "promises.json"
-    with running(tmp_path, "demo", "--quick", "--json", str(figures), *["--consul"] * (registry == "consul")) as demo:
+    with running("demo", "--quick", "--json", str(figures), *["--consul"] * (registry == "consul")) as demo:
         code = demo.end(timeout=110)
         assert demo.processes() == {}
+        assert list(demo.temporary.iterdir()) == []
     promises = {row["id"]: row for row in json.loads(figures.read_text())}
     broken = {id: row for id, row in promises.items() if not row["ok"]}
     assert (code, broken) == (0, {}), demo.output
     assert promises.keys() == PROMISES
     assert all(row.keys() == {"id", "promise", "value", "unit", "goal", "ok", "note"} for row in promises.values())
-    assert list(demo.temporary.iterdir()) == []
 
 
 def test_a_broken_promise_is_named_and_fails_the_demo(
@@ -188,10 +192,10 @@ async def test_a_system_of_which_one_instance_cannot_start_is_stopped_whole(tmp_
             pass
 
 
-def test_killing_the_demo_itself_leaves_no_orphan(tmp_path: Path) -> None:
-    with running(tmp_path, "demo", "--quick") as demo:
+def test_killing_the_demo_itself_leaves_no_orphan() -> None:
+    with running("demo", "--quick") as demo:
         demo.read_until("policy of orders", timeout=30)
-        assert len(demo.processes()) == 10  # itself, a control plane, eight instances
+        assert len(demo.processes()) == 12  # itself, a control plane, eight instances, a gateway and its Envoy
         demo.signal(signal.SIGKILL)
         demo.wait_gone()
 
@@ -200,10 +204,8 @@ def test_killing_the_demo_itself_leaves_no_orphan(tmp_path: Path) -> None:
     ("number", "moment"),
     [(signal.SIGINT, "SIGSTOP orders-2"), (signal.SIGTERM, "policy of orders"), (signal.SIGHUP, "starting")],
 )
-def test_interrupting_the_demo_stops_everything_and_cleans_up(
-    tmp_path: Path, number: signal.Signals, moment: str
-) -> None:
-    with running(tmp_path, "demo", "--quick") as demo:
+def test_interrupting_the_demo_stops_everything_and_cleans_up(number: signal.Signals, moment: str) -> None:
+    with running("demo", "--quick") as demo:
         demo.read_until(moment, timeout=40)
         demo.signal(number)
         assert demo.end(timeout=20) == INTERRUPTED, demo.output
@@ -213,8 +215,8 @@ def test_interrupting_the_demo_stops_everything_and_cleans_up(
 
 
 @pytest.mark.parametrize("registry", ["embedded", "consul"])
-def test_up_runs_until_it_is_interrupted(tmp_path: Path, registry: str) -> None:
-    with running(tmp_path, "up", *["--consul"] * (registry == "consul")) as up:
+def test_up_runs_until_it_is_interrupted(registry: str) -> None:
+    with running("up", *["--consul"] * (registry == "consul")) as up:
         up.read_until("Ctrl-C stops everything", timeout=40)
         address = up.output.partition("MESH_CONTROL_PLANE=")[2].split()[0]
         operator = up.output.partition("MESH_OPERATOR=")[2].split()[0]
@@ -232,6 +234,9 @@ def test_up_runs_until_it_is_interrupted(tmp_path: Path, registry: str) -> None:
             "payments": 2,
         }
         assert ("/ui/" in up.output) == (registry == "consul")
+        edge = up.output.partition("edge           ")[2].split(",")[0]
+        with urllib.request.urlopen(f"{edge}/v1/stock/espresso-beans", timeout=10) as answer:
+            assert json.load(answer)["sku"] == "espresso-beans"
         up.signal(signal.SIGINT)
         assert up.end(timeout=30) == 0, up.output
         assert up.processes() == {}
@@ -240,7 +245,7 @@ def test_up_runs_until_it_is_interrupted(tmp_path: Path, registry: str) -> None:
 
 def test_a_consul_that_cannot_be_run_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MESH_CONSUL_BINARY", str(tmp_path / "nothing"))
-    with running(tmp_path, "up", "--consul") as up:
+    with running("up", "--consul") as up:
         assert up.end(timeout=30) == 1
     assert "MESH_CONSUL_BINARY" in up.output
     assert "Traceback" not in up.output

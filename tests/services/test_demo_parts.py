@@ -10,11 +10,12 @@ import os
 import re
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
 import pytest
+from aiohttp import web
 from rich.console import Console
 
 import mesh_client
@@ -22,6 +23,7 @@ from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from mesh_cli.demo import policies
 from mesh_cli.demo.consul import find_consul, free_ports, start_consul
+from mesh_cli.demo.edge import RestError, RestOrders
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.load import Customers
 from mesh_cli.demo.policies import Operator
@@ -30,6 +32,7 @@ from mesh_cli.demo.stage import service
 from mesh_cli.demo.supervisor import ProcessError, Supervisor
 from mesh_cli.demo.system import Instance, System
 from mesh_cli.demo.view import Screen
+from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.policy import Algorithm, ServicePolicy
 from tests.services.shop import Shop
@@ -130,6 +133,84 @@ async def test_failures_are_told_in_words(shop: Shop, monkeypatch: pytest.Monkey
     tally = await customer.burst(1, 1)
     assert tally.failures == ["the payment was declined"]
     assert math.isnan(tally.slowest_percent())
+
+
+# -- the edge
+
+
+class Edge:
+    """Answers orders as an edge would: these answers first, then every order is placed."""
+
+    def __init__(self, *answers: tuple[int, str]) -> None:
+        self.answers = list(answers)
+        self.keys: list[str] = []
+
+    async def order(self, request: web.Request) -> web.Response:
+        order = await request.json()
+        self.keys.append(order["idempotencyKey"])
+        if self.answers:
+            status, body = self.answers.pop(0)
+            return web.Response(status=status, text=body)
+        placed = {"orderId": "1", "sku": order["sku"], "quantity": 1, "state": "ORDER_STATE_PLACED", "takenBy": "a"}
+        return web.json_response({"order": placed})
+
+
+@asynccontextmanager
+async def edge(*answers: tuple[int, str]) -> AsyncIterator[tuple[Edge, RestOrders]]:
+    made, app = Edge(*answers), web.Application()
+    app.add_routes([web.post("/v1/orders", made.order)])
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with RestOrders(f"http://127.0.0.1:{runner.addresses[0][1]}") as rest:
+            yield made, rest
+    finally:
+        await runner.cleanup()
+
+
+async def test_an_order_without_an_answer_is_placed_again_with_the_same_key() -> None:
+    async with edge((503, "no service"), (504, "too late")) as (made, rest):
+        order, repeated = await rest.place("key", "beans", 10.0)
+    assert (order.order_id, order.taken_by, repeated) == ("1", "a", 2)
+    assert made.keys == ["key"] * 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [((409, '{"code": 10}'), '409: {"code": 10}'), ((200, "no JSON"), "not an order")],
+)
+async def test_an_order_that_was_refused_is_not_placed_again(answer: tuple[int, str], words: str) -> None:
+    async with edge(answer) as (made, rest):
+        with pytest.raises(RestError, match=re.escape(words)):
+            await rest.place("key", "beans", 10.0)
+    assert len(made.keys) == 1
+
+
+async def test_an_edge_that_gives_no_answer_is_waited_for_as_long_as_a_customer_waits() -> None:
+    async with edge(*[(503, "no service")] * 1000) as (_, rest):
+        with pytest.raises(RestError, match=r"no answer for 0.3 s, at last: 503: no service"):
+            await rest.place("key", "beans", 0.3)
+    with pytest.raises(RestError, match="enter it first"):
+        await RestOrders("http://127.0.0.1:1").place("key", "beans", 1.0)
+
+
+async def test_half_of_the_load_goes_through_the_edge(shop: Shop) -> None:
+    async with edge((503, "no service")) as (_, rest):
+        inventory, payments = await shop.inventory(), await shop.payments()
+        customer = Customers(await shop.orders(inventory, payments, "orders-a"), 200, rest)
+        running = asyncio.create_task(customer.run())
+        async with customer.watched() as tally:
+            await customer.finish(10)
+        await stop(running)
+    assert tally.failed == 0
+    assert tally.taken_by["a"] == tally.by_rest >= 4
+    assert tally.taken_by["orders-a"] >= 4
+    assert tally.rest() == f"; {tally.by_rest} by REST, 1 of them placed again"
+
+
+def test_the_policy_of_the_edge_is_valid() -> None:
+    assert EdgePolicy.parse(policies.edge()).upstreams == ("inventory", "orders")
 
 
 # -- policies

@@ -36,10 +36,10 @@ class ControlPlaneKilled:
             exactly(
                 "control_plane.failed",
                 "kill -9 and restart of the control plane: failed orders",
-                tally.failed,
+                tally.failed + tally.repeated,
                 0,
                 f"of {tally.sent}",
-                tally.explain(),
+                tally.explain() or tally.rest().lstrip("; "),
             ),
             at_most("control_plane.back", "time until its clients follow it again", back, _BACK_WITHIN, "s"),
             at_most(

@@ -40,7 +40,7 @@ class HungInstance:
                 tally.failed,
                 0,
                 f"of {tally.sent}",
-                tally.explain() or f"99% of the orders within {tally.slowest_percent() * 1000:.0f} ms",
+                tally.explain() or f"99% of the orders within {tally.slowest_percent() * 1000:.0f} ms{tally.rest()}",
             ),
             at_most(
                 "hang.ejected",

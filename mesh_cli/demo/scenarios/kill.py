@@ -43,7 +43,7 @@ class KilledInstances:
                 tally.failed,
                 0,
                 f"of {tally.sent}",
-                tally.explain() or _saved(retries, tally.slowest_percent()),
+                tally.explain() or _saved(retries, tally.slowest_percent()) + tally.rest(),
             ),
             at_most(
                 "kill.avoided",

@@ -29,10 +29,10 @@ class RollingRestart:
             exactly(
                 "rolling.failed",
                 "rolling restart of orders and inventory: failed orders",
-                tally.failed,
+                tally.failed + tally.repeated,
                 0,
                 f"of {tally.sent}",
-                tally.explain() or f"{len(leaving)} instances in {elapsed:.1f} s",
+                tally.explain() or f"{len(leaving)} instances in {elapsed:.1f} s{tally.rest()}",
             ),
             exactly(
                 "rolling.exits",

@@ -48,10 +48,10 @@ class Rotation:
             exactly(
                 "rotation.failed",
                 "rotation of every certificate and of the trust root: failed orders",
-                tally.failed,
+                tally.failed + tally.repeated,
                 0,
                 f"of {tally.sent}",
-                tally.explain() or f"{len(stage.system.instances)} instances, {elapsed:.1f} s",
+                tally.explain() or f"{len(stage.system.instances)} instances, {elapsed:.1f} s{tally.rest()}",
             ),
             exactly(
                 "rotation.certificates",
