@@ -1,8 +1,12 @@
-"""A child process: a secure control plane in memory. Says its addresses, and join tokens for its arguments."""
+"""A child process: a secure control plane in memory. Says its addresses, and join tokens for its arguments.
+
+Whatever it is asked, it takes for a policy of the edge named edge, and stores that.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 
 from benchmarks.processes import serve_parent
@@ -19,7 +23,11 @@ async def _main(*services: str) -> None:
         tokens = {
             service: (await authority.create_token(service, 3600.0, 100, "benchmark")).text for service in services
         }
-        await serve_parent({"address": plane.address, "enrolment": plane.enrolment_address, "tokens": tokens})
+
+        async def store(policy: object) -> str:
+            return (await plane._edge_policies.put("edge", json.dumps(policy).encode(), None)).version
+
+        await serve_parent({"address": plane.address, "enrolment": plane.enrolment_address, "tokens": tokens}, store)
     finally:
         await plane.stop(0)
 
