@@ -115,9 +115,7 @@ async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> aio_pika.a
     Raises:
         AMQPError: it cannot be; `explain` says why.
     """
-    return await channel.declare_queue(
-        spec.name, durable=True, arguments=dict(spec.arguments), timeout=CONNECT_TIMEOUT
-    )
+    return await channel.declare_queue(spec.name, durable=True, arguments=dict(spec.arguments), timeout=CONNECT_TIMEOUT)
 
 
 def explain(error: BaseException, settings: BrokerSettings) -> str:

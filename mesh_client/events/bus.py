@@ -21,18 +21,20 @@ from mesh_client.core.errors import ConfigError, InvalidTransitionError
 from mesh_client.core.events.envelope import Envelope, check_key, check_type
 from mesh_client.core.events.errors import EventTooLargeError
 from mesh_client.core.events.topology import Group, check_member
-from mesh_client.events import tracing
 from mesh_client.events.broker import Broker
 from mesh_client.events.consumer import GroupConsumer, GroupOptions, Subscription
-from mesh_client.events.event import Event, Handler
+from mesh_client.events.event import Handler
 from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
 from mesh_client.events.publisher import WORKLOAD, source_of
 from mesh_client.events.relay import Outbox
 from mesh_client.events.schema import schema_version
 from mesh_client.events.settings import BrokerSettings
 from mesh_client.events.state import EventsState
+from mesh_client.events.tracing import EventTracing
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from mesh_client.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,8 @@ FLUSH_TIMEOUT = 2.0
 class EventBus:
     """Publishes a service's events and calls its handlers. Made by `mesh_client.mesh.Mesh.events`.
 
-    Belongs to one event loop. Publishing works at once; handlers are called once `start` was, which a mesh server of the
-    same client does by itself.
+    Belongs to one event loop. Publishing works at once; handlers are called from `start` on, which a mesh server of
+    the same client calls by itself.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class EventBus:
         max_events: int = MAX_EVENTS,
         max_bytes: int = MAX_OUTBOX_BYTES,
         max_event_bytes: int = MAX_EVENT_BYTES,
+        tracer_provider: TracerProvider | None = None,
         rng: Random | None = None,
     ) -> None:
+        self._tracing = EventTracing(tracer_provider)
         self.service = check_member(service)
         self._transport = transport
         self._rng = rng or Random()
@@ -135,11 +139,10 @@ class EventBus:
             source_of(None if identity is None else identity.principal, self.service),
             check_type(descriptor.full_name),
             time.time(),
-            schema_version(descriptor),
+            schema_version(type(message)),
             check_key(key),
         )
-        span, headers = tracing.publishing(envelope, len(body))
-        span.end()
+        headers = self._tracing.publishing(envelope, len(body))
         if identity is not None and (workload := identity.state(envelope.time).workload_id):
             headers[WORKLOAD] = workload
         return PreparedEvent(envelope, headers, mandatory, body)
@@ -226,7 +229,7 @@ class EventBus:
         trust_domain = None if identity is None else identity.principal.trust_domain
         for name, handlers in self._subscriptions.items():
             group, options = Group(self.service, name), self._options.get(name, GroupOptions())
-            consumer = GroupConsumer(self._broker, group, options, handlers, trust_domain, self._rng)
+            consumer = GroupConsumer(self._broker, group, options, handlers, trust_domain, self._tracing, self._rng)
             self._consumers[name] = consumer
             consumer.start()
 
@@ -299,5 +302,3 @@ class EventBus:
         if call is None or call.deadline is None:
             return DEFAULT_TIMEOUT
         return max(0.0, min(DEFAULT_TIMEOUT, call.deadline - time.monotonic()))
-
-

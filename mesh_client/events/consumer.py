@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -23,13 +21,21 @@ from mesh_client.core.events.errors import DeadReason, UnusableEventError
 from mesh_client.core.events.lanes import Defer, Delivery, Lanes, Run
 from mesh_client.core.events.retry import RetrySchedule
 from mesh_client.core.events.topology import EXCHANGE, Group, binding_key
-from mesh_client.events import tracing
-from mesh_client.events.broker import CONNECT_TIMEOUT, FAILURES, Backoff, Broker, declare_exchange, declare_queue, explain
+from mesh_client.events.broker import (
+    CONNECT_TIMEOUT,
+    FAILURES,
+    Backoff,
+    Broker,
+    declare_exchange,
+    declare_queue,
+    explain,
+)
 from mesh_client.events.event import Event, Handler
 from mesh_client.events.publisher import PUBLISHER, check_publisher, proven_user
 from mesh_client.events.relay import check_user
 from mesh_client.events.schema import decode
 from mesh_client.events.state import GroupCounters, GroupState
+from mesh_client.events.tracing import EventTracing, failed
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +110,7 @@ class GroupConsumer:
         options: how.
         subscriptions: handlers by message type.
         trust_domain: of the mesh; None in plaintext.
+        tracing: makes the spans of handlers.
         rng: of jitter and suspicion.
     """
 
@@ -114,9 +121,11 @@ class GroupConsumer:
         options: GroupOptions,
         subscriptions: dict[str, Subscription],
         trust_domain: str | None,
+        tracing: EventTracing,
         rng: Random,
     ) -> None:
         self.counters = GroupCounters()
+        self._tracing = tracing
         self._broker = broker
         self._group = group
         self._options = options
@@ -186,7 +195,7 @@ class GroupConsumer:
                 logger.exception("the consumer of %s failed; it begins again", self._group.queue)
                 self._lost("it failed; see the log")
             except BaseException:
-                self._lost("closed")
+                self._words, self._connected = "closed", False
                 raise
             await asyncio.sleep(self._backoff.next())
 
@@ -247,9 +256,7 @@ class GroupConsumer:
         count = message.headers.get(DELIVERY_COUNT, 0)
         deliveries = count if isinstance(count, int) else 0
         self._tag += 1
-        delivery = Delivery(
-            self._tag, envelope.id if envelope else "", envelope.key if envelope else "", deliveries
-        )
+        delivery = Delivery(self._tag, envelope.id if envelope else "", envelope.key if envelope else "", deliveries)
         self.counters.delivered += 1
         self.counters.redelivered += deliveries > 0
         self._taken[delivery] = _Taken(message, envelope, problem)
@@ -276,7 +283,7 @@ class GroupConsumer:
                 await self._call(taken, attempt)
             except UnusableEventError as error:
                 await self._bury(taken, error.reason, error.detail)
-            except Exception as error:  # noqa: BLE001 - whatever a handler raises, its event is tried again
+            except Exception as error:
                 level = await self._failed(taken, attempt, error)
             else:
                 await taken.message.ack()
@@ -324,18 +331,19 @@ class GroupConsumer:
         token = inbound.set(call)
         size, queue, group = len(message.body), self._group.queue, self._group.name
         try:
-            with tracing.handling(envelope, size, message.headers, queue, group, attempt) as span:
+            with self._tracing.handling(envelope, size, message.headers, queue, group, attempt) as span:
+                limit = asyncio.timeout(subscription.timeout)
                 try:
-                    async with asyncio.timeout(subscription.timeout) as limit:
+                    async with limit:
                         await subscription.handler(event)
                 except TimeoutError as error:
-                    tracing.failed(span, error)
+                    failed(span, error)
                     if not limit.expired():
                         raise
                     self.counters.timed_out += 1
                     raise TimeoutError(f"the handler took more than {subscription.timeout:g} s") from None
                 except Exception as error:
-                    tracing.failed(span, error)
+                    failed(span, error)
                     raise
         finally:
             call.cancel()

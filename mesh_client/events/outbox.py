@@ -76,8 +76,8 @@ CREATE TRIGGER IF NOT EXISTS mesh_outbox_added AFTER INSERT ON mesh_outbox
 CREATE TRIGGER IF NOT EXISTS mesh_outbox_removed AFTER DELETE ON mesh_outbox
     BEGIN UPDATE mesh_outbox_size SET events = events - 1, bytes = bytes - length(OLD.body); END;
 """
-"""Everything that an outbox in SQLite consists of. Run it again and again: it makes what is not there. The triggers count
-what is in it, and refuse what is beyond the bound, also inside a service's own transactions."""
+"""Everything that an outbox in SQLite consists of. Run it again and again: it makes what is not there. The triggers
+count what is in it, and refuse what is beyond the bound, also inside a service's own transactions."""
 
 _FULL = "mesh outbox is full"
 
@@ -115,7 +115,7 @@ class PreparedEvent:
             if _FULL not in str(error):
                 raise
             raise OutboxFullError(
-                "the outbox is full: the broker does not take events, or nobody is subscribed to them; nothing was stored"
+                "the outbox is full: the broker takes no events, or nobody is subscribed to them; nothing was stored"
             ) from None
 
 

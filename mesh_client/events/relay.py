@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -18,12 +18,13 @@ from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, Publis
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.envelope import CONTENT_TYPE
-from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
+from mesh_client.core.events.errors import OutboxFullError
 from mesh_client.core.events.outbox import OutboxRelay
 from mesh_client.core.events.topology import EXCHANGE, routing_key
-from mesh_client.events.broker import CONNECT_TIMEOUT, FAILURES, Backoff, Broker, declare_exchange, explain
+from mesh_client.events.broker import FAILURES, Backoff, Broker, declare_exchange, explain
 from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
 from mesh_client.events.state import OutboxState, PublishCounters
+from mesh_client.events.writer import OutboxWriter
 
 if TYPE_CHECKING:
     from mesh_client.events.settings import Credentials
@@ -36,8 +37,6 @@ WINDOW = 512
 """Events on their way to the broker at once."""
 SETTLE_BATCH = 128
 """Confirmed events that leave the table together."""
-ADD_BATCH = 512
-"""Published events that are stored in one transaction."""
 READ_BATCH = 1024
 CACHED_BYTES = 16 * 1024 * 1024
 """Bodies that are kept in memory after they were read; others are read again when they are sent."""
@@ -62,7 +61,6 @@ class Outbox:
         max_events: bound of the table.
         max_bytes: bound of the bodies in it.
         rng: of jitter.
-        on_change: called when the state has changed in a way that people look for.
     """
 
     def __init__(
@@ -81,12 +79,11 @@ class Outbox:
         self._bounds = max_events, max_bytes
         self._backoff = Backoff(rng)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mesh-outbox")
+        self._writer = OutboxWriter(store, lambda events: self._in_thread(store.add, events))
         self._relay = OutboxRelay(WINDOW)
         self._cache: dict[int, StoredEvent] = {}
         self._cached_bytes = 0
         self._settled: list[int] = []
-        self._adding: deque[tuple[PreparedEvent, asyncio.Future[None]]] = deque()
-        self._adder: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -114,8 +111,7 @@ class Outbox:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
-        if self._adder is not None:
-            await asyncio.wait({self._adder})
+        await self._writer.close()
         settled, self._settled = self._settled, []
         with contextlib.suppress(Exception):
             await self._in_thread(self._store.exchange, settled, 0, 0)
@@ -134,7 +130,7 @@ class Outbox:
         deadline = loop.time() + timeout
         while True:
             try:
-                await self._add(event, deadline - loop.time())
+                await self._writer.add(event, deadline - loop.time())
             except OutboxFullError:
                 self._room.clear()
                 if loop.time() + POLL >= deadline:
@@ -187,49 +183,6 @@ class Outbox:
             self._connected,
         )
 
-    # -- storing
-
-    async def _add(self, event: PreparedEvent, timeout: float) -> None:
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._adding.append((event, stored))
-        if self._adder is None or self._adder.done():
-            self._adder = asyncio.create_task(self._add_all(), name="outbox writes")
-        try:
-            async with asyncio.timeout(max(timeout, 0.0)):
-                await stored
-        except TimeoutError:
-            raise PublishTimeoutError(
-                f"the outbox at {self._store.name} did not store the event in time: another process holds its database"
-            ) from None
-
-    async def _add_all(self) -> None:
-        """Stores what publishers wait for, as much as there is in each transaction."""
-        while self._adding:
-            batch = []
-            while self._adding and len(batch) < ADD_BATCH:
-                event, stored = self._adding.popleft()
-                if not stored.done():  # its publisher has given up
-                    batch.append((event, stored))
-            if not batch:
-                return
-            try:
-                results = await self._in_thread(self._store.add, [event for event, _ in batch])
-            except Exception as error:
-                if self._store.busy(error):
-                    self._adding.extendleft(reversed(batch))
-                    await asyncio.sleep(0.01)
-                    continue
-                for _, stored in batch:
-                    if not stored.done():
-                        stored.set_exception(ConfigError(f"the outbox at {self._store.name} cannot be used: {error}"))
-                continue
-            for (_, stored), result in zip(batch, results, strict=True):
-                if not stored.done():
-                    if result is None:
-                        stored.set_result(None)
-                    else:
-                        stored.set_exception(result)
-
     async def _explain_full(self) -> str:
         self._size = size = await self._in_thread(self._store.size)
         oldest = 0.0 if size.oldest is None else time.time() - size.oldest
@@ -262,7 +215,7 @@ class Outbox:
                 logger.exception("the outbox's relay failed; it begins again")
                 self._lost("it failed; see the log")
             except BaseException:
-                self._lost("closed")
+                self._words, self._connected = "closed", False
                 raise
             await asyncio.sleep(self._backoff.next())
 
@@ -488,5 +441,3 @@ def _message(event: PreparedEvent, user: str, publisher: str) -> aio_pika.Messag
         user_id=user,
         app_id=publisher,
     )
-
-

@@ -94,7 +94,7 @@ def broker_settings(
         insecure: plaintext was asked for by name.
 
     Raises:
-        ConfigError: an address is no AMQP URL, is plaintext where that was not asked for, or the credentials are missing.
+        ConfigError: an address is no AMQP URL, is plaintext where that was not asked for, or credentials are missing.
     """
     given = os.environ.get(BROKER, "") if broker is None else broker
     urls = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
@@ -111,8 +111,8 @@ def broker_settings(
     secure = schemes == {"amqps"}
     if not secure and not insecure:
         raise ConfigError(
-            f"{BROKER}: {urls[0]!r} is plaintext, in which everybody on the way can read and change events; use amqps://, "
-            "or ask for plaintext by name (insecure=True, MESH_INSECURE=1)"
+            f"{BROKER}: {urls[0]!r} is plaintext, in which everybody on the way can read and change events; use "
+            "amqps://, or ask for plaintext by name (insecure=True, MESH_INSECURE=1)"
         )
     file = credentials if credentials is not None else os.environ.get(CREDENTIALS)
     if not file:

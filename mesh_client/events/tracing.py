@@ -1,7 +1,7 @@
 """Spans of events, by OpenTelemetry's semantic conventions for messaging and RabbitMQ.
 
-A publisher's span is a child of whatever runs; its context travels in the headers. A handler's span begins a trace of its
-own that is linked to it: an event may have many handlers, much later. Without an SDK all of it does nothing.
+A publisher's span is a child of whatever runs; its context travels in the headers. A handler's span begins a trace of
+its own that is linked to it: an event may have many handlers, much later. Without an SDK all of it does nothing.
 
 Source: https://opentelemetry.io/docs/specs/semconv/messaging/messaging-spans/.
 """
@@ -17,8 +17,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.topology import EXCHANGE
-
-_tracer = trace.get_tracer("mesh_client.events")
+from mesh_client.tracing import NAME
 
 
 def _attributes(envelope: Envelope, size: int) -> dict[str, str | int]:
@@ -35,46 +34,56 @@ def _attributes(envelope: Envelope, size: int) -> dict[str, str | int]:
     return found
 
 
-def publishing(envelope: Envelope, size: int) -> tuple[Span, dict[str, str]]:
-    """A span for a publication, to be ended by the caller, and the headers that carry its context."""
-    span = _tracer.start_span(
-        f"publish {envelope.type}",
-        kind=SpanKind.PRODUCER,
-        attributes={
-            **_attributes(envelope, size),
-            "messaging.operation.type": "send",
-            "messaging.operation.name": "publish",
-        },
-    )
-    headers: dict[str, str] = {}
-    propagate.inject(headers, trace.set_span_in_context(span))
-    return span, headers
+class EventTracing:
+    """Makes the spans of one bus.
 
+    Args:
+        provider: of tracers; None for the process's.
+    """
 
-@contextlib.contextmanager
-def handling(
-    envelope: Envelope, size: int, headers: Mapping[str, object], queue: str, group: str, attempt: int
-) -> Iterator[Span]:
-    """A span around a handler, linked to the publication."""
-    carrier = {name: value for name, value in headers.items() if isinstance(value, str)}
-    published = trace.get_current_span(propagate.extract(carrier, Context())).get_span_context()
-    with _tracer.start_as_current_span(
-        f"process {envelope.type}",
-        context=Context(),
-        kind=SpanKind.CONSUMER,
-        links=[Link(published)] if published.is_valid else [],
-        attributes={
-            **_attributes(envelope, size),
-            "messaging.operation.type": "process",
-            "messaging.operation.name": "process",
-            "messaging.consumer.group.name": group,
-            "messaging.destination.subscription.name": queue,
-            "mesh.event.attempt": attempt,
-        },
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as span:
-        yield span
+    def __init__(self, provider: trace.TracerProvider | None) -> None:
+        self._tracer = trace.get_tracer(NAME, tracer_provider=provider)
+
+    def publishing(self, envelope: Envelope, size: int) -> dict[str, str]:
+        """Makes a span for a publication; the headers that carry its context."""
+        span = self._tracer.start_span(
+            f"publish {envelope.type}",
+            kind=SpanKind.PRODUCER,
+            attributes={
+                **_attributes(envelope, size),
+                "messaging.operation.type": "send",
+                "messaging.operation.name": "publish",
+            },
+        )
+        headers: dict[str, str] = {}
+        propagate.inject(headers, trace.set_span_in_context(span))
+        span.end()
+        return headers
+
+    @contextlib.contextmanager
+    def handling(
+        self, envelope: Envelope, size: int, headers: Mapping[str, object], queue: str, group: str, attempt: int
+    ) -> Iterator[Span]:
+        """A span around a handler, linked to the publication."""
+        carrier = {name: value for name, value in headers.items() if isinstance(value, str)}
+        published = trace.get_current_span(propagate.extract(carrier, Context())).get_span_context()
+        with self._tracer.start_as_current_span(
+            f"process {envelope.type}",
+            context=Context(),
+            kind=SpanKind.CONSUMER,
+            links=[Link(published)] if published.is_valid else [],
+            attributes={
+                **_attributes(envelope, size),
+                "messaging.operation.type": "process",
+                "messaging.operation.name": "process",
+                "messaging.consumer.group.name": group,
+                "messaging.destination.subscription.name": queue,
+                "mesh.event.attempt": attempt,
+            },
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            yield span
 
 
 def failed(span: Span, error: BaseException) -> None:

@@ -8,7 +8,7 @@ Source: https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/amq
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Envelope:
 
     def headers(self) -> dict[str, str]:
         """The attributes as headers of an AMQP message."""
-        moment = datetime.datetime.fromtimestamp(self.time, datetime.UTC)
+        moment = dt.datetime.fromtimestamp(self.time, dt.UTC)
         found = {
             "specversion": SPEC_VERSION,
             "id": self.id,
@@ -107,7 +107,9 @@ class Envelope:
             if not attributes.get(name):
                 raise UnusableEventError(DeadReason.NOT_AN_EVENT, f"the header {PREFIX}{name} is missing or no text")
         if not attributes["specversion"].startswith("1."):
-            raise UnusableEventError(DeadReason.NOT_AN_EVENT, f"CloudEvents {attributes['specversion'][:20]!r}, not 1.x")
+            raise UnusableEventError(
+                DeadReason.NOT_AN_EVENT, f"CloudEvents {attributes['specversion'][:20]!r}, not 1.x"
+            )
         if content_type != CONTENT_TYPE:
             raise UnusableEventError(
                 DeadReason.NOT_AN_EVENT, f"content type {str(content_type)[:80]!r}, not {CONTENT_TYPE}"
@@ -129,7 +131,7 @@ class Envelope:
 def _seconds(text: str) -> float:
     """Seconds since 1970 of an RFC 3339 time; 0 for none."""
     try:
-        moment = datetime.datetime.fromisoformat(text)
+        moment = dt.datetime.fromisoformat(text)
     except ValueError:
         return 0.0
     return moment.timestamp() if moment.tzinfo is not None else 0.0

@@ -5,7 +5,7 @@
 | where everything is published | ``mesh.events`` | topic exchange, routing key ``PUBLISHER.MESSAGE_TYPE`` |
 | a group's own routes | ``SERVICE.GROUP`` | direct exchange; each queue of the group by its name |
 | what a group has to handle | ``SERVICE.GROUP`` | quorum queue, bound to ``*.MESSAGE_TYPE`` of each of its types |
-| what waits to be tried again | ``SERVICE.GROUP.retry.1000ms`` | quorum queue with that TTL, then back to the group's queue |
+| what waits to be tried again | ``SERVICE.GROUP.retry.1000ms`` | quorum queue with that TTL, then back |
 | what nobody could handle | ``SERVICE.GROUP.dead`` | quorum queue |
 
 The name of a service is one DNS label, and so has no dot: what begins with ``SERVICE.`` is that service's alone.
