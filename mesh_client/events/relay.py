@@ -18,7 +18,7 @@ from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, Publis
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.envelope import CONTENT_TYPE
-from mesh_client.core.events.errors import OutboxFullError
+from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
 from mesh_client.core.events.outbox import OutboxRelay
 from mesh_client.core.events.topology import EXCHANGE, routing_key
 from mesh_client.events.broker import FAILURES, Backoff, Broker, declare_exchange, explain
@@ -128,16 +128,20 @@ class Outbox:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
+        was_full = False
         while True:
             try:
                 await self._writer.add(event, deadline - loop.time())
-            except OutboxFullError:
-                self._room.clear()
+            except (OutboxFullError, PublishTimeoutError) as error:
+                was_full = was_full or isinstance(error, OutboxFullError)
+                if not was_full:
+                    raise
                 if loop.time() + POLL >= deadline:
                     self.counters.refused_full += 1
                     raise OutboxFullError(await self._explain_full()) from None
+                self._room.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._room.wait(), min(POLL, deadline - loop.time()))
+                    await asyncio.wait_for(self._room.wait(), POLL)
             else:
                 self.counters.stored += 1
                 self._wake.set()

@@ -1,0 +1,38 @@
+"""One real RabbitMQ for all tests of events that a process runs, with a virtual host for each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from mesh_client.core.events.topology import OPERATOR
+from tests.events.services import Services
+from tests.integration.rabbitmq import RabbitMQ
+
+USERS = ("orders", "shipping", "notifications", OPERATOR)
+VHOSTS = tuple(f"test-{number}" for number in range(40))
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A broker. Tests that hurt it leave it running."""
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq"), USERS, vhosts=VHOSTS) as broker:
+        yield broker
+
+
+@pytest.fixture
+def vhost(rabbitmq: RabbitMQ) -> str:
+    """A virtual host in which nothing is."""
+    return VHOSTS[next(_numbers)]
+
+
+@pytest.fixture
+async def services(rabbitmq: RabbitMQ, vhost: str, tmp_path: Path) -> AsyncIterator[Services]:
+    """Makes buses of services in a virtual host of their own, and closes them."""
+    async with AsyncExitStack() as stack:
+        yield Services(rabbitmq, vhost, tmp_path, stack)
