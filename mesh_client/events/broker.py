@@ -18,7 +18,7 @@ from mesh_client.events.settings import CREDENTIALS, ROOTS, BrokerSettings, Cred
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT = 5.0
+CONNECT_TIMEOUT = 10.0
 """Seconds for a connection, and for each thing that is asked on one."""
 CLOSE_TIMEOUT = 1.0
 HEARTBEAT = 10
@@ -83,7 +83,7 @@ class Broker:
                 client_properties={"connection_name": f"{self._name} {purpose}"},
                 timeout=CONNECT_TIMEOUT,
             ),
-            2 * CONNECT_TIMEOUT,
+            2 * CONNECT_TIMEOUT,  # aio-pika bounds each of its steps
         )
         self._next = index
         try:
@@ -107,6 +107,20 @@ async def declare_exchange(connection: AbstractConnection) -> None:
     except aio_pika.exceptions.ChannelNotFoundEntity:
         async with connection.channel() as channel:
             await channel.declare_exchange(EXCHANGE, "topic", durable=True, timeout=CONNECT_TIMEOUT)
+
+
+async def queue_exists(connection: AbstractConnection, name: str) -> bool:
+    """Whether there is a queue of that name.
+
+    Raises:
+        AMQPError: something else is wrong; `explain` says what.
+    """
+    try:
+        async with connection.channel() as channel:
+            await channel.declare_queue(name, passive=True, timeout=CONNECT_TIMEOUT)
+    except aio_pika.exceptions.ChannelNotFoundEntity:
+        return False
+    return True
 
 
 async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> aio_pika.abc.AbstractQueue:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -29,6 +31,7 @@ from mesh_client.events.broker import (
     declare_exchange,
     declare_queue,
     explain,
+    queue_exists,
 )
 from mesh_client.events.event import Event, Handler
 from mesh_client.events.publisher import PUBLISHER, check_publisher, proven_user
@@ -42,6 +45,9 @@ logger = logging.getLogger(__name__)
 ATTEMPT = "mesh-attempt"
 REASON, DETAIL, BURIED = "mesh-dead-reason", "mesh-dead-detail", "mesh-dead-time"
 DELIVERY_COUNT = "x-delivery-count"
+SETTLE = 2.0
+"""Seconds that a new queue has before anything may get into it. RabbitMQ writes the name of a new quorum queue to the
+disk up to a second later; killed before that it forgets what it had confirmed to be in the queue (seen with 3.10)."""
 _MAX_DETAIL = 500
 _RETURN_TIMEOUT = 10.0
 
@@ -97,6 +103,8 @@ class _Taken:
     """A delivery that has not been acknowledged."""
 
     message: AbstractIncomingMessage
+    session: asyncio.Future[None]
+    """Of the connection that it came by, and by which it is acknowledged; done when that is gone."""
     envelope: Envelope | None
     problem: UnusableEventError | None
 
@@ -135,6 +143,8 @@ class GroupConsumer:
         self._lanes = Lanes(options.concurrency, tuple(options.retries.delays), rng, ordered=options.ordered)
         self._taken: dict[Delivery, _Taken] = {}
         self._handlers: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Task[Any]] = set()
+        """Of them those that acknowledge, or move an event to another queue."""
         self._exchange: aio_pika.abc.AbstractExchange | None = None
         self._broken: asyncio.Future[None] | None = None
         self._draining = False
@@ -215,11 +225,12 @@ class GroupConsumer:
                 )
 
         await declare_exchange(connection)
+        fresh = not await queue_exists(connection, self._group.queue)
         channel = await connection.channel(on_return_raises=True)
         channel.close_callbacks.add(closed)
         connection.close_callbacks.add(closed)
         try:
-            queue = await self._declare(channel)
+            queue = await self._declare(channel, fresh=fresh)
             await channel.set_qos(prefetch_count=self._options.ahead, timeout=CONNECT_TIMEOUT)
             await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
             logger.info("the group %s gets events", self._group.queue)
@@ -229,10 +240,12 @@ class GroupConsumer:
         finally:
             broken.cancel()
             self._broken = self._exchange = None
+            for task in self._settling:  # what waits to be written to a connection that is gone would wait for ever
+                task.cancel()
             for delivery in self._lanes.reset():
                 del self._taken[delivery]
 
-    async def _declare(self, channel: AbstractChannel) -> aio_pika.abc.AbstractQueue:
+    async def _declare(self, channel: AbstractChannel, *, fresh: bool) -> aio_pika.abc.AbstractQueue:
         group, options = self._group, self._options
         own = await channel.declare_exchange(group.exchange, "direct", durable=True, timeout=CONNECT_TIMEOUT)
         queue: aio_pika.abc.AbstractQueue | None = None
@@ -240,6 +253,8 @@ class GroupConsumer:
             queue = await declare_queue(channel, spec)
             await queue.bind(own, spec.name, timeout=CONNECT_TIMEOUT)
         assert queue is not None  # noqa: S101 - the last one is the group's own
+        if fresh:
+            await asyncio.sleep(SETTLE)
         for message_type in self._subscriptions:
             await queue.bind(EXCHANGE, binding_key(message_type), timeout=CONNECT_TIMEOUT)
         self._exchange = own
@@ -248,7 +263,9 @@ class GroupConsumer:
     # -- deliveries
 
     async def _arrived(self, message: AbstractIncomingMessage) -> None:
-        envelope, problem = None, None
+        session, envelope, problem = self._broken, None, None
+        if session is None:
+            return  # it will be delivered again
         try:
             envelope = Envelope.parse(message.headers, message.content_type)
         except UnusableEventError as error:
@@ -259,7 +276,7 @@ class GroupConsumer:
         delivery = Delivery(self._tag, envelope.id if envelope else "", envelope.key if envelope else "", deliveries)
         self.counters.delivered += 1
         self.counters.redelivered += deliveries > 0
-        self._taken[delivery] = _Taken(message, envelope, problem)
+        self._taken[delivery] = _Taken(message, session, envelope, problem)
         self._lanes.arrived(delivery)
         self._go_on()
 
@@ -286,7 +303,8 @@ class GroupConsumer:
             except Exception as error:
                 level = await self._failed(taken, attempt, error)
             else:
-                await taken.message.ack()
+                with self._settles(taken):
+                    await taken.message.ack()
                 self.counters.handled += 1
         except FAILURES as error:
             # Not acknowledged: the broker delivers it again.
@@ -389,11 +407,25 @@ class GroupConsumer:
     async def _move(self, taken: _Taken, queue: str, headers: dict[str, aio_pika.abc.FieldValue]) -> None:
         """Puts a delivery into another queue of the group, and acknowledges it once it is there."""
         message, exchange = taken.message, self._exchange
-        if exchange is None or message.channel.is_closed:
+        if exchange is None:
             raise ConnectionError("the connection is gone")
         moved = copy_of(message, self._group.service, headers)
-        await asyncio.wait_for(exchange.publish(moved, queue), _RETURN_TIMEOUT)
-        await message.ack()
+        with self._settles(taken):
+            async with asyncio.timeout(_RETURN_TIMEOUT):
+                await exchange.publish(moved, queue)
+            await message.ack()
+
+    @contextlib.contextmanager
+    def _settles(self, taken: _Taken) -> Iterator[None]:
+        """The running task is cancelled within the block when the connection is lost."""
+        task = asyncio.current_task()
+        if taken.session is not self._broken or taken.session.done() or task is None:
+            raise ConnectionError("the connection is gone")
+        self._settling.add(task)
+        try:
+            yield
+        finally:
+            self._settling.discard(task)
 
     def _retry_queue(self, level: int) -> str:
         return self._group.retry(self._options.retries.milliseconds[level])

@@ -364,9 +364,6 @@ class Outbox:
             _break(broken, error)
         except FAILURES as error:
             _break(broken, error)
-        except BaseException as error:
-            _break(broken, RuntimeError(f"sending failed: {error!r}"))
-            raise
         else:
             self.counters.confirmed += 1
             self._settle(row.number)

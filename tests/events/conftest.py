@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mesh_client.core.events.topology import OPERATOR
+from mesh_client.events import consumer
 from tests.events.services import Services
 from tests.integration.rabbitmq import RabbitMQ
 
@@ -20,9 +21,15 @@ _numbers = itertools.count()
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """A broker. Tests that hurt it leave it running."""
-    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq"), USERS, vhosts=VHOSTS) as broker:
+    """A broker. Tests that stop it have one of their own."""
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq"), USERS, vhosts=VHOSTS, outlives_tests=True) as broker:
         yield broker
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_new_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brokers that are not killed soon after need none."""
+    monkeypatch.setattr(consumer, "SETTLE", 0.0)
 
 
 @pytest.fixture

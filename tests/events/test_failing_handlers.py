@@ -126,7 +126,12 @@ async def test_a_handler_can_reject_an_event_at_once(services: Services) -> None
 
 
 async def publish_raw(
-    services: Services, body: bytes = b"", *, type: str = "shop.v1.OrderPlaced", source: str = "mesh:orders", **other: Any
+    services: Services,
+    body: bytes = b"",
+    *,
+    type: str = "shop.v1.OrderPlaced",
+    source: str = "mesh:orders",
+    **other: Any,
 ) -> None:
     """Publishes to the group's queue what no publisher of ours would."""
     headers: dict[str, Any] = {**Envelope("id-1", source, type, 0.0).headers()}
@@ -181,9 +186,8 @@ def test_a_version_of_a_schema_changes_with_it() -> None:
 
 async def test_the_broker_buries_what_was_delivered_too_often(services: Services) -> None:
     """An event that kills the process that handles it, again and again; here its connection."""
-    died = 0
     seen = Seen()
-    for _ in range(4):
+    for death in range(4):
         bus = services.bus("shipping")
         bus.group(delivery_limit=3, concurrency=4)
         begun = asyncio.Event()
@@ -196,13 +200,12 @@ async def test_the_broker_buries_what_was_delivered_too_often(services: Services
             await seen(event)
 
         await started(bus)
-        if died == 0:
+        if death == 0:
             orders = services.bus("orders")
             await orders.publish(OrderPlaced(sku="poison"))
             await orders.publish(OrderPlaced(sku="beans"))
             assert await orders.flush(20)
         await begun.wait()
-        died += 1
         await bus.drain(grace=0)
         await bus.close()
     bus, after = services.bus("shipping"), Seen()
@@ -220,7 +223,9 @@ async def test_the_broker_buries_what_was_delivered_too_often(services: Services
     assert deaths[0]["queue"] == Group("shipping", "shipping").queue  # type: ignore[index,call-overload]  # likewise
 
 
-async def test_handlers_that_run_finish_when_a_service_stops_and_the_rest_is_left_for_others(services: Services) -> None:
+async def test_handlers_that_run_finish_when_a_service_stops_and_the_rest_is_left_for_others(
+    services: Services,
+) -> None:
     bus = services.bus("shipping")
     bus.group(concurrency=2)
     begun, done, release = [], [], asyncio.Event()

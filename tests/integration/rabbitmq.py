@@ -10,6 +10,7 @@ It listens on 127.0.0.1, on ports that are its own over restarts, and dies with 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -23,6 +24,7 @@ from typing import Self
 from mesh_cli.demo.rabbitmq import READY, BrokerPorts, Command, broker_command, epmd_command, find_rabbitmq
 from mesh_client.events.definitions import definitions, new_credentials
 from mesh_client.events.settings import Credentials
+from tests import leaks
 from tests.ports import hold_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,6 +41,7 @@ class RabbitMQ:
         vhosts: virtual hosts, all with the same users.
         tls: files with certificate, key and roots: it listens with TLS alone.
         settings: further lines of rabbitmq.conf.
+        outlives_tests: a fixture of the whole session owns it, also after a test has restarted it.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class RabbitMQ:
         vhosts: Iterable[str] = ("/",),
         tls: tuple[Path, Path, Path] | None = None,
         settings: Mapping[str, str] | None = None,
+        outlives_tests: bool = False,
     ) -> None:
         self.directory = directory
+        self.outlives_tests = outlives_tests
         self.tls = tls
         self.settings = dict(settings or {})
         self.root = find_rabbitmq(REPOSITORY)
@@ -108,8 +113,13 @@ class RabbitMQ:
         self.begin()
         self.wait_ready()
 
+    async def restart(self) -> None:
+        """Starts one that was killed, while the loop goes on; returns when it takes connections."""
+        self.begin()
+        await asyncio.to_thread(self.wait_ready)
+
     def begin(self) -> None:
-        """Starts the broker; it is not ready yet."""
+        """Starts the broker; it is not ready yet. In the main thread, for it dies with the thread that started it."""
         assert self.process is None, "it runs already"
         if self._epmd is None or self._epmd.poll() is not None:
             self._epmd = self._start(epmd_command(self.root, self.ports, self.directory), "epmd.log")
@@ -118,6 +128,8 @@ class RabbitMQ:
         )
         self.log.unlink(missing_ok=True)
         self.process = self._start(command, "log.txt")
+        if self.outlives_tests:
+            leaks.keep(self.process.pid)
 
     def wait_ready(self) -> None:
         """Returns when it takes connections."""
