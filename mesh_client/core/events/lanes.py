@@ -61,6 +61,15 @@ class _Lane:
     away: OrderedDict[str, tuple[int, float]] = field(default_factory=OrderedDict)
     """Events of the lane in retry queues, in their order: level, and until when they are waited for."""
 
+    def level_before(self, id: str) -> int:
+        """Level of the one that an event follows: by the same queue it comes back right behind it."""
+        found = 0
+        for other, (level, _) in self.away.items():
+            if other == id:
+                break
+            found = level
+        return found
+
     @property
     def idle(self) -> bool:
         return not (self.waiting or self.running or self.away)
@@ -184,8 +193,7 @@ class Lanes:
         lane = self._lanes[name]
         if self._defers(lane, now):
             delivery = lane.waiting.popleft()
-            level, _ = lane.away[next(reversed(lane.away))]
-            lane.away.pop(delivery.id, None)
+            level = lane.level_before(delivery.id)
             lane.away[delivery.id] = (level, now + self._delays[level] + RETURN_PATIENCE)
             self._withdraw(name)
             self._offer(name, lane)
