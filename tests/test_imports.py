@@ -73,7 +73,7 @@ import importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         extras = {"aiohttp", "consul", "grpc_health", "grpc_reflection", "requests", "rich", "typer", "yaml"}
-        if name.partition(".")[0] in extras:
+        if name.partition(".")[0] in extras | {"aio_pika", "aiormq", "opentelemetry"}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())

@@ -22,8 +22,9 @@ from mesh_client.core.events.envelope import Envelope, check_key, check_type
 from mesh_client.core.events.errors import EventTooLargeError
 from mesh_client.core.events.topology import Group, check_member
 from mesh_client.events.broker import Broker
-from mesh_client.events.consumer import GroupConsumer, GroupOptions, Subscription
+from mesh_client.events.consumer import GroupConsumer, Subscription
 from mesh_client.events.event import Handler
+from mesh_client.events.options import GroupOptions
 from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
 from mesh_client.events.publisher import WORKLOAD, source_of
 from mesh_client.events.relay import Outbox

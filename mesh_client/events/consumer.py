@@ -17,11 +17,9 @@ from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMe
 from google.protobuf.message import Message
 
 from mesh_client.context import InboundCall, inbound
-from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.errors import DeadReason, UnusableEventError
 from mesh_client.core.events.lanes import Defer, Delivery, Lanes, Run
-from mesh_client.core.events.retry import RetrySchedule
 from mesh_client.core.events.topology import EXCHANGE, Group, binding_key
 from mesh_client.events.broker import (
     CONNECT_TIMEOUT,
@@ -33,8 +31,19 @@ from mesh_client.events.broker import (
     explain,
     queue_exists,
 )
+from mesh_client.events.delivery import (
+    ATTEMPT,
+    BURIED,
+    DELIVERY_COUNT,
+    DETAIL,
+    REASON,
+    attempt_of,
+    copy_of,
+    publisher_name,
+)
 from mesh_client.events.event import Event, Handler
-from mesh_client.events.publisher import PUBLISHER, check_publisher, proven_user
+from mesh_client.events.options import GroupOptions
+from mesh_client.events.publisher import check_publisher, proven_user
 from mesh_client.events.relay import check_user
 from mesh_client.events.schema import decode
 from mesh_client.events.state import GroupCounters, GroupState
@@ -42,51 +51,11 @@ from mesh_client.events.tracing import EventTracing, failed
 
 logger = logging.getLogger(__name__)
 
-ATTEMPT = "mesh-attempt"
-REASON, DETAIL, BURIED = "mesh-dead-reason", "mesh-dead-detail", "mesh-dead-time"
-DELIVERY_COUNT = "x-delivery-count"
 SETTLE = 2.0
 """Seconds that a new queue has before anything may get into it. RabbitMQ writes the name of a new quorum queue to the
 disk up to a second later; killed before that it forgets what it had confirmed to be in the queue (seen with 3.10)."""
 _MAX_DETAIL = 500
 _RETURN_TIMEOUT = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class GroupOptions:
-    """How a group works. All of its instances must say the same of what the broker keeps: delays, limit and order.
-
-    Attributes:
-        concurrency: handlers at once, 1 to 1000.
-        prefetch: events that the broker sends ahead; 0 for four times the concurrency. At most 65535.
-        ordered: events of one key are handled in their order, by one instance of the group at a time, the others stand
-            by. False: all instances share the work, in no order.
-        retries: delays between attempts.
-        delivery_limit: how often an event is delivered again whose handler's process died, 1 to 1000.
-        max_bytes: larger bodies go to the dead-letter queue.
-    """
-
-    concurrency: int = 16
-    prefetch: int = 0
-    ordered: bool = True
-    retries: RetrySchedule = RetrySchedule()  # noqa: RUF009 - frozen
-    delivery_limit: int = 20
-    max_bytes: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        for name, value, most in (
-            ("concurrency", self.concurrency, 1_000),
-            ("prefetch", self.ahead, 65_535),
-            ("delivery_limit", self.delivery_limit, 1_000),
-            ("max_bytes", self.max_bytes, 128 << 20),
-        ):
-            if not 1 <= value <= most:
-                raise ConfigError(f"{name}: {value} is not allowed; expected 1 to {most}")
-
-    @property
-    def ahead(self) -> int:
-        """Events that the broker sends ahead."""
-        return self.prefetch or 4 * self.concurrency
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +262,7 @@ class GroupConsumer:
     async def _handle(self, delivery: Delivery) -> None:
         """Calls the handler, and tells the lanes what became of it."""
         taken = self._taken[delivery]
-        attempt = _attempt(taken.message)
+        attempt = attempt_of(taken.message)
         level: int | None = None
         try:
             try:
@@ -436,40 +405,3 @@ class GroupConsumer:
 
     def _types(self) -> str:
         return ", ".join(sorted(self._subscriptions))
-
-
-def copy_of(message: AbstractIncomingMessage, own: str, changes: dict[str, Any]) -> aio_pika.Message:
-    """The message again, for a queue of its group, with headers changed; it says who had published it.
-
-    Args:
-        message: as received.
-        own: user of this process, as whom it is sent.
-        changes: headers; None takes one away.
-    """
-    headers: dict[str, Any] = {
-        name: value for name, value in message.headers.items() if name != DELIVERY_COUNT and not name.startswith("x-")
-    }
-    user = proven_user(message.user_id, message.headers, own)
-    headers |= changes | {PUBLISHER: user}
-    return aio_pika.Message(
-        message.body,
-        headers={name: value for name, value in headers.items() if value is not None},
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        message_id=message.message_id,
-        timestamp=message.timestamp,
-        type=message.type,
-        user_id=own,
-        app_id=message.app_id,
-    )
-
-
-def publisher_name(source: str) -> str:
-    """The publisher's name in a source: what follows the last slash or colon."""
-    return source.rpartition("/")[2].rpartition(":")[2]
-
-
-def _attempt(message: AbstractIncomingMessage) -> int:
-    attempt = message.headers.get(ATTEMPT, 1)
-    return attempt if isinstance(attempt, int) and attempt > 0 else 1

@@ -15,7 +15,7 @@ from shop.v1.orders_pb2 import Order
 from mesh_client.core.events.envelope import CONTENT_TYPE, Envelope
 from mesh_client.core.events.topology import EXCHANGE, Group
 from mesh_client.events import Event, Reject, RetrySchedule
-from mesh_client.events.consumer import DETAIL, REASON
+from mesh_client.events.delivery import DETAIL, REASON
 from mesh_client.events.schema import schema_version
 from tests.events.services import Seen, Services, started, until
 
