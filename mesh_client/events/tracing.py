@@ -17,7 +17,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.topology import EXCHANGE
-from mesh_client.tracing import NAME
+from mesh_client.spans import NAME
 
 
 def _attributes(envelope: Envelope, size: int) -> dict[str, str | int]:
