@@ -378,7 +378,7 @@ class GroupConsumer:
         message, exchange = taken.message, self._exchange
         if exchange is None:
             raise ConnectionError("the connection is gone")
-        moved = copy_of(message, self._group.service, headers)
+        moved = copy_of(message, self._group.service, self._group.service, headers)
         with self._settles(taken):
             async with asyncio.timeout(_RETURN_TIMEOUT):
                 await exchange.publish(moved, queue)

@@ -15,19 +15,19 @@ DELIVERY_COUNT = "x-delivery-count"
 """How often RabbitMQ has delivered it again."""
 
 
-def copy_of(message: AbstractIncomingMessage, own: str, changes: dict[str, Any]) -> aio_pika.Message:
+def copy_of(message: AbstractIncomingMessage, service: str, user: str, changes: dict[str, Any]) -> aio_pika.Message:
     """The message again, for a queue of its group, with headers changed; it says who had published it.
 
     Args:
         message: as received.
-        own: user of this process, as whom it is sent.
+        service: whose group it is.
+        user: as whom it is sent.
         changes: headers; None takes one away.
     """
     headers: dict[str, Any] = {
         name: value for name, value in message.headers.items() if name != DELIVERY_COUNT and not name.startswith("x-")
     }
-    user = proven_user(message.user_id, message.headers, own)
-    headers |= changes | {PUBLISHER: user}
+    headers |= changes | {PUBLISHER: proven_user(message.user_id, message.headers, service)}
     return aio_pika.Message(
         message.body,
         headers={name: value for name, value in headers.items() if value is not None},
@@ -37,7 +37,7 @@ def copy_of(message: AbstractIncomingMessage, own: str, changes: dict[str, Any])
         message_id=message.message_id,
         timestamp=message.timestamp,
         type=message.type,
-        user_id=own,
+        user_id=user,
         app_id=message.app_id,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.events.errors import DeadReason, UnusableEventError
-from mesh_client.core.events.topology import CONTROL_PLANE
+from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
 from mesh_client.core.identity import Kind, Principal
 
 WORKLOAD = "mesh-workload"
@@ -31,16 +31,16 @@ def source_of(principal: Principal | None, service: str) -> str:
     return service if service == CONTROL_PLANE else f"{_PLAINTEXT}{service}"
 
 
-def proven_user(user_id: str | None, headers: Mapping[str, object], own: str) -> str | None:
+def proven_user(user_id: str | None, headers: Mapping[str, object], service: str) -> str | None:
     """As whom the broker let the publisher in; None where it does not say.
 
     Args:
         user_id: property of the message.
         headers: of the message.
-        own: the user of this process, which alone may publish to its groups' exchanges.
+        service: whose group it is: only its own user, and operators, may publish to its groups' exchanges.
     """
     first = headers.get(PUBLISHER)
-    return first if user_id == own and isinstance(first, str) else user_id
+    return first if user_id in {service, OPERATOR} and isinstance(first, str) else user_id
 
 
 def check_publisher(

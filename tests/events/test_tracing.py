@@ -100,6 +100,7 @@ def test_who_claims_to_be_somebody_else_is_refused(source: str, user: str | None
 
 def test_the_first_publisher_is_believed_of_what_a_group_has_sent_to_itself() -> None:
     assert proven_user("shipping", {PUBLISHER: "orders"}, "shipping") == "orders"
+    assert proven_user("mesh:operator", {PUBLISHER: "orders"}, "shipping") == "orders"
     assert proven_user("payments", {PUBLISHER: "orders"}, "shipping") == "payments"
     assert proven_user("shipping", {}, "shipping") == "shipping"
     assert proven_user(None, {PUBLISHER: "orders"}, "shipping") is None
