@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from shop.v1.events_pb2 import OrderPlaced
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from mesh_cli.app import app
 from mesh_client.core.events.topology import OPERATOR
@@ -27,7 +26,7 @@ async def mesh(services: Services, *arguments: str, user: str = OPERATOR) -> Res
         "MESH_BROKER_CREDENTIALS": str(services.broker.credentials(user)),
         "MESH_INSECURE": "1",
     }
-    return await asyncio.to_thread(CliRunner().invoke, app, ["events", *arguments], env=environment)
+    return await asyncio.to_thread(lambda: CliRunner().invoke(app, ["events", *arguments], env=environment))
 
 
 async def as_json(services: Services, *arguments: str) -> Any:
