@@ -22,7 +22,7 @@ from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_most, closing_table, exactly, write_json
 from mesh_cli.demo.scenarios import SCENARIOS
 from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
-from mesh_cli.demo.system import CUSTOMERS, SERVICES, System
+from mesh_cli.demo.system import CUSTOMERS, System
 from mesh_cli.demo.view import Screen
 from mesh_cli.output import console, write_error
 from mesh_client.core.errors import MeshError
@@ -140,7 +140,7 @@ def _keep_logs(system: System) -> Path:
 
 async def _set_up(system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile) -> Stage:
     customers = Customers(mesh.channel("orders"), profile.rate)
-    for service in SERVICES:
+    for service in system.services:
         mesh.channel(service)
     stage = Stage(system, mesh, operator, customers, screen, profile)
     for instance in system.instances:

@@ -11,6 +11,7 @@ from random import Random
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import AMQPConnectionError, AMQPError, AuthenticationError, ProbableAuthenticationError
+from yarl import URL
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.topology import EXCHANGE, QueueSpec
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for a connection, and for each thing that is asked on one."""
+CONNECT_PATIENCE = 3.0
+"""Seconds for the first attempt at a connection; the next ones have longer."""
 CLOSE_TIMEOUT = 1.0
 HEARTBEAT = 10
 """Seconds; a broker or a client that hangs is noticed after three times as long at most."""
@@ -63,6 +66,7 @@ class Broker:
         self.settings = settings
         self._name = name
         self._next = 0
+        self._patience = CONNECT_PATIENCE
 
     @contextlib.asynccontextmanager
     async def connection(self, purpose: str) -> AsyncIterator[tuple[AbstractConnection, Credentials]]:
@@ -76,18 +80,21 @@ class Broker:
         self._next = (self._next + 1) % len(settings.addresses)
         credentials = await asyncio.to_thread(settings.credentials)
         context = await asyncio.to_thread(settings.context)
-        connection = await asyncio.wait_for(
-            aio_pika.connect(
-                f"{settings.url(index, credentials)}?heartbeat={HEARTBEAT}",
-                ssl_context=context,
-                client_properties={"connection_name": f"{self._name} {purpose}"},
-                timeout=CONNECT_TIMEOUT,
-            ),
-            2 * CONNECT_TIMEOUT,  # aio-pika bounds each of its steps
+        # Not by aio_pika.connect: what it has begun when it fails cannot be closed.
+        connection = aio_pika.Connection(
+            URL(settings.url(index, credentials)).update_query(heartbeat=HEARTBEAT),
+            ssl_context=context,
+            client_properties={"connection_name": f"{self._name} {purpose}"},
         )
-        self._next = index
         try:
+            async with asyncio.timeout(self._patience):
+                await connection.connect(self._patience)
+            self._next, self._patience = index, CONNECT_PATIENCE
             yield connection, credentials
+        except TimeoutError:
+            if connection.transport is None:  # a broker that starts may accept connections before it answers on them
+                self._patience = min(2 * self._patience, 2 * CONNECT_TIMEOUT)
+            raise
         finally:
             with contextlib.suppress(*FAILURES):
                 await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT)

@@ -44,7 +44,7 @@ from mesh_client.events.delivery import (
 from mesh_client.events.event import Event, Handler
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.publisher import check_publisher, proven_user
-from mesh_client.events.relay import check_user
+from mesh_client.events.relay import check_user, end
 from mesh_client.events.schema import decode
 from mesh_client.events.state import GroupCounters, GroupState
 from mesh_client.events.tracing import EventTracing, failed
@@ -207,7 +207,7 @@ class GroupConsumer:
             self._backoff.reset()
             await broken
         finally:
-            broken.cancel()
+            end(broken)
             self._broken = self._exchange = None
             for task in self._settling:  # what waits to be written to a connection that is gone would wait for ever
                 task.cancel()

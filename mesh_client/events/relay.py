@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
 import aio_pika
-from aio_pika.abc import AbstractConnection, AbstractExchange
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
 from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
 from mesh_client.core.errors import ConfigError
@@ -42,9 +43,11 @@ CACHED_BYTES = 16 * 1024 * 1024
 """Bodies that are kept in memory after they were read; others are read again when they are sent."""
 POLL = 0.05
 """Seconds until an event is seen that another process, or the service's own transaction, has stored."""
-CONFIRM_TIMEOUT = 10.0
-"""Seconds without any confirmation after which a connection counts as dead, unless the broker says that it is short of
-disk or memory."""
+CONFIRM_TIMEOUT = 5.0
+"""Seconds without confirmation after which the first connection counts as dead, unless the broker says that it is
+short of disk or memory; the next ones have longer, until one confirms. RabbitMQ itself waits 10 s before it asks again
+a queue whose leader it did not find, as happens when it starts: a new connection is sooner."""
+MOST_PATIENCE = 60.0
 CLOSED_LEASE = LEASE / 5
 """Seconds between looks at who relays."""
 
@@ -94,6 +97,9 @@ class Outbox:
         self._alone = 0
         """Events that are sent one at a time, to find the one that the broker does not take."""
         self._unroutable: Counter[str] = Counter()
+        self._patience = CONFIRM_TIMEOUT
+        self._sent_at: dict[int, float] = {}
+        """When those on their way were sent, the first one first."""
 
     async def open(self) -> None:
         """Opens the table and begins to send.
@@ -211,8 +217,7 @@ class Outbox:
                     check_user(credentials, self._publisher)
                     await declare_exchange(connection)
                     channel = await connection.channel(on_return_raises=True)
-                    exchange = await channel.get_exchange(EXCHANGE, ensure=False)
-                    await self._session(connection, exchange, credentials.user)
+                    await self._session(connection, channel, credentials.user)
             except FAILURES as error:
                 self._lost(explain(error, broker.settings))
             except Exception:
@@ -237,15 +242,22 @@ class Outbox:
         self._words, self._connected = words, False
         self._relay.lost()
 
-    async def _session(self, connection: AbstractConnection, exchange: AbstractExchange, user: str) -> None:
+    async def _session(self, connection: AbstractConnection, channel: AbstractChannel, user: str) -> None:
         """Sends until the connection breaks, which it raises, or another process relays."""
         loop = asyncio.get_running_loop()
+        exchange = await channel.get_exchange(EXCHANGE, ensure=False)
         if not self._connected:
             logger.info("events of the outbox %s go to the broker", self._store.name)
         self._words, self._connected = "connected", True
         broken: asyncio.Future[None] = loop.create_future()
         sending: set[asyncio.Task[None]] = set()
-        self._progress = loop.time()
+
+        def closed(_: object, error: BaseException | None) -> None:
+            _break(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
+
+        channel.close_callbacks.add(closed)
+        connection.close_callbacks.add(closed)
+        self._sent_at.clear()
         led = loop.time()
         force = True
         try:
@@ -263,6 +275,7 @@ class Outbox:
                 force = await self._pause(broken, connection)
             broken.result()
         finally:
+            end(broken)
             for task in sending:
                 task.cancel()
             if sending:
@@ -326,12 +339,13 @@ class Outbox:
         wait = POLL if due is None else min(POLL, max(0.0, due - loop.time()))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), wait)
-        if self._relay.in_flight and loop.time() - self._progress > CONFIRM_TIMEOUT and not broken.done():
+        oldest = next(iter(self._sent_at.values()), math.inf)
+        if loop.time() - oldest > self._patience and not broken.done():
             if await _blocked(connection):
                 self._words = "the broker takes no events for now: it is short of disk or memory"
-                self._progress = loop.time()
             else:
-                broken.set_exception(TimeoutError())
+                self._patience = min(2 * self._patience, MOST_PATIENCE)
+                _break(broken, TimeoutError())
         return self._wake.is_set()
 
     async def _send(
@@ -339,6 +353,7 @@ class Outbox:
     ) -> None:
         event, loop = row.event, asyncio.get_running_loop()
         self.counters.sent += 1
+        self._sent_at[row.number] = loop.time()
         try:
             await exchange.publish(
                 _message(event, user, self._publisher),
@@ -367,10 +382,11 @@ class Outbox:
         else:
             self.counters.confirmed += 1
             self._settle(row.number)
+            self._patience = CONFIRM_TIMEOUT
             if self._words != "connected":
                 self._words = "connected"
             self._backoff.reset()
-        self._progress = loop.time()
+        self._sent_at.pop(row.number, None)
         if broken.done() or self._relay.in_flight < WINDOW // 2 or len(self._settled) >= SETTLE_BATCH:
             self._wake.set()
 
@@ -410,6 +426,12 @@ def check_user(credentials: Credentials, name: str) -> None:
             f"the credentials for the broker are {credentials.user!r}'s, and this is {name!r}: "
             "each service has a user of its own name"
         )
+
+
+def end(broken: asyncio.Future[None]) -> None:
+    """Nobody waits any more for the end of a connection."""
+    if not broken.cancel() and not broken.cancelled():
+        broken.exception()
 
 
 def _break(broken: asyncio.Future[None], error: Exception) -> None:

@@ -113,7 +113,7 @@ async def test_a_broker_that_is_killed_under_load_loses_nothing(services: Servic
 async def test_a_frozen_broker_holds_no_publisher_up(
     services: Services, rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "CONFIRM_TIMEOUT", 0.5)
+    monkeypatch.setattr(relay_module, "CONFIRM_TIMEOUT", 1.0)
     _, seen = await services.subscribed("shipping", OrderPlaced)
     orders = services.bus("orders")
     await orders.publish(OrderPlaced(quantity=0), key="k")
@@ -158,7 +158,7 @@ async def test_a_broker_that_comes_back_gets_what_waited_also_across_restarts_of
 async def test_a_broker_that_is_short_of_disk_is_waited_for(
     services: Services, rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "CONFIRM_TIMEOUT", 0.3)
+    monkeypatch.setattr(relay_module, "CONFIRM_TIMEOUT", 1.0)
     _, seen = await services.subscribed("shipping", OrderPlaced)
     orders = services.bus("orders")
     await orders.publish(OrderPlaced())
