@@ -297,7 +297,7 @@ def _dead_letters(
     service: str, group: str, broker: str | None, credentials: Path | None, roots: Path | None, *, insecure: bool
 ) -> DeadLetters:
     try:
-        from mesh_client.events.broker import Broker
+        from mesh_client.events.broker import CONNECT_TIMEOUT, Broker
         from mesh_client.events.dead_letters import DeadLetters
         from mesh_client.events.settings import broker_settings
     except ModuleNotFoundError as error:
@@ -305,7 +305,7 @@ def _dead_letters(
     settings = broker_settings(broker, credentials, roots, insecure=insecure)
     if settings is None:
         raise ConfigError("no broker is named: give --broker, or MESH_BROKER")
-    return DeadLetters(Broker(settings, "mesh events"), Group(service, group or service))
+    return DeadLetters(Broker(settings, "mesh events", CONNECT_TIMEOUT), Group(service, group or service))
 
 
 def _ask(letters: DeadLetters, ask: Callable[[DeadLetters], Coroutine[object, object, T]]) -> T:

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for a connection, and for each thing that is asked on one."""
-CONNECT_PATIENCE = 3.0
-"""Seconds for the first attempt at a connection; the next ones have longer."""
 CLOSE_TIMEOUT = 1.0
 HEARTBEAT = 10
 """Seconds; a broker or a client that hangs is noticed after three times as long at most."""
@@ -60,13 +58,14 @@ class Broker:
     Args:
         settings: where, and as whom.
         name: of this process, as the broker shows it.
+        patience: seconds for the first attempt at a connection; the next ones have longer.
     """
 
-    def __init__(self, settings: BrokerSettings, name: str) -> None:
+    def __init__(self, settings: BrokerSettings, name: str, patience: float = 3.0) -> None:
         self.settings = settings
         self._name = name
         self._next = 0
-        self._patience = CONNECT_PATIENCE
+        self._first_patience = self._patience = patience
 
     @contextlib.asynccontextmanager
     async def connection(self, purpose: str) -> AsyncIterator[tuple[AbstractConnection, Credentials]]:
@@ -89,7 +88,7 @@ class Broker:
         try:
             async with asyncio.timeout(self._patience):
                 await connection.connect(self._patience)
-            self._next, self._patience = index, CONNECT_PATIENCE
+            self._next, self._patience = index, self._first_patience
             yield connection, credentials
         except TimeoutError:
             if connection.transport is None:  # a broker that starts may accept connections before it answers on them

@@ -17,7 +17,7 @@ from mesh_client.core.events.topology import Group
 from mesh_client.events import Event, EventBus
 from mesh_client.events.settings import BrokerSettings
 from mesh_client.transport import PlaintextTransport
-from tests.integration.rabbitmq import RabbitMQ
+from tests.integration.rabbitmq import ADMIN, RabbitMQ
 
 PATIENCE = 30.0
 
@@ -97,6 +97,16 @@ class Services:
                 found.append(message)
                 await message.ack()
         return found
+
+    async def clean(self) -> None:
+        """Deletes the queues that events go to."""
+        connection = await self.connect(ADMIN)
+        async with connection:
+            channel = await connection.channel()
+            for service in ("orders", "shipping", "notifications"):
+                group = Group(service, service)
+                for name in (group.queue, group.dead):
+                    await channel.queue_delete(name)
 
     async def connect(self, user: str) -> aio_pika.abc.AbstractConnection:
         """A plain connection."""

@@ -29,6 +29,8 @@ from tests.ports import hold_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READY_TIMEOUT = 60.0
+ADMIN = "admin"
+"""A user with all rights in every virtual host."""
 _GUARD = REPOSITORY / "mesh_cli" / "demo" / "guard.py"
 
 
@@ -63,6 +65,11 @@ class RabbitMQ:
         self.ports = BrokerPorts(*hold_ports(self._held, 3))
         self._users = {name: new_credentials(name) for name in users}
         self.definitions = definitions(self._users.values(), vhosts)
+        self._users[ADMIN] = new_credentials(ADMIN)
+        everything = definitions([Credentials("admin", self._users[ADMIN].password)], vhosts)
+        self.definitions["users"] += everything["users"]
+        for right in everything["permissions"]:
+            self.definitions["permissions"].append({**right, "configure": ".*", "write": ".*", "read": ".*"})
         self._epmd: subprocess.Popen[bytes] | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
