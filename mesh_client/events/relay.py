@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aio_pika
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+import aiormq
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
 from mesh_client.core.errors import ConfigError
@@ -25,6 +28,7 @@ from mesh_client.core.events.topology import EXCHANGE, routing_key
 from mesh_client.events.broker import FAILURES, Backoff, Broker, declare_exchange, explain
 from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
 from mesh_client.events.state import OutboxState, PublishCounters
+from mesh_client.events.wire import Outgoing, Wire
 from mesh_client.events.writer import OutboxWriter
 
 if TYPE_CHECKING:
@@ -96,6 +100,8 @@ class Outbox:
         self._size: OutboxSize | None = None
         self._alone = 0
         """Events that are sent one at a time, to find the one that the broker does not take."""
+        self._oversize: tuple[StoredEvent, str] | None = None
+        """The event over which the broker has closed the channel, and its words."""
         self._unroutable: Counter[str] = Counter()
         self._patience = CONFIRM_TIMEOUT
         self._sent_at: dict[int, float] = {}
@@ -245,12 +251,11 @@ class Outbox:
     async def _session(self, connection: AbstractConnection, channel: AbstractChannel, user: str) -> None:
         """Sends until the connection breaks, which it raises, or another process relays."""
         loop = asyncio.get_running_loop()
-        exchange = await channel.get_exchange(EXCHANGE, ensure=False)
+        wire = Wire(await channel.get_underlay_channel(), EXCHANGE)
         if not self._connected:
             logger.info("events of the outbox %s go to the broker", self._store.name)
         self._words, self._connected = "connected", True
         broken: asyncio.Future[None] = loop.create_future()
-        sending: set[asyncio.Task[None]] = set()
 
         def closed(_: object, error: BaseException | None) -> None:
             _break(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
@@ -268,18 +273,13 @@ class Outbox:
                     if not await self._lead():
                         return
                 await self._cycle(force)
-                for row in await self._next_rows(loop.time()):
-                    task = asyncio.create_task(self._send(exchange, row, user, broken))
-                    sending.add(task)
-                    task.add_done_callback(sending.discard)
+                if rows := await self._next_rows(loop.time()):
+                    await self._send(wire, rows, user, broken)
                 force = await self._pause(broken, connection)
             broken.result()
         finally:
             end(broken)
-            for task in sending:
-                task.cancel()
-            if sending:
-                await asyncio.wait(sending)
+            await self._put_aside()
 
     async def _cycle(self, force: bool) -> None:
         """Deletes what was confirmed, and reads what is new."""
@@ -348,58 +348,54 @@ class Outbox:
                 _break(broken, TimeoutError())
         return self._wake.is_set()
 
-    async def _send(
-        self, exchange: AbstractExchange, row: StoredEvent, user: str, broken: asyncio.Future[None]
-    ) -> None:
-        event, loop = row.event, asyncio.get_running_loop()
-        self.counters.sent += 1
-        self._sent_at[row.number] = loop.time()
-        try:
-            await exchange.publish(
-                _message(event, user, self._publisher),
-                routing_key(self._publisher, event.envelope.type),
-                mandatory=event.mandatory,
-            )
-        except PublishError:
+    async def _send(self, wire: Wire, rows: Sequence[StoredEvent], user: str, broken: asyncio.Future[None]) -> None:
+        now = asyncio.get_running_loop().time()
+        outgoing = [_outgoing(row.event, user, self._publisher) for row in rows]
+        self.counters.sent += len(rows)
+        self._sent_at.update((row.number, now) for row in rows)
+        for row, confirmation in zip(rows, await wire.publish(outgoing), strict=True):
+            confirmation.add_done_callback(partial(self._sent, wire, row, broken))
+
+    def _sent(self, wire: Wire, row: StoredEvent, broken: asyncio.Future[None], result: asyncio.Future[Any]) -> None:
+        """What became of a message. Those that a broken connection leaves behind are sent again, whatever is said."""
+        wire.forget(row.event.envelope.id)
+        error = None if result.cancelled() else result.exception()
+        if broken.done():
+            return
+        now, type = asyncio.get_running_loop().time(), row.event.envelope.type
+        if isinstance(error, PublishError):
             self.counters.returned += 1
-            if not self._unroutable[event.envelope.type]:
-                logger.warning(
-                    "nobody is subscribed to %s: its events wait in the outbox, %.1f s for now",
-                    event.envelope.type,
-                    self._relay.returned(row.number, loop.time()),
-                )
-            else:
-                self._relay.returned(row.number, loop.time())
-            self._unroutable[event.envelope.type] += 1
-        except DeliveryError:
+            delay = self._relay.returned(row.number, now)
+            if not self._unroutable[type]:
+                logger.warning("nobody is subscribed to %s: its events wait in the outbox, %.1f s for now", type, delay)
+            self._unroutable[type] += 1
+        elif isinstance(error, DeliveryError):
             self.counters.rejected += 1
-            self._relay.returned(row.number, loop.time())
-        except ChannelPreconditionFailed as error:
-            await self._refused(row, error)
-            _break(broken, error)
-        except FAILURES as error:
-            _break(broken, error)
+            self._relay.returned(row.number, now)
+        elif error is not None or result.cancelled():
+            if isinstance(error, ChannelPreconditionFailed) and "larger than" in str(error):
+                # It closed the channel over one of those on their way. Sent one at a time, it is found.
+                self._alone = max(self._alone, self._relay.in_flight)
+                self._oversize = (row, str(error)) if self._relay.in_flight == 1 else None
+            _break(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
         else:
             self.counters.confirmed += 1
             self._settle(row.number)
             self._patience = CONFIRM_TIMEOUT
-            if self._words != "connected":
-                self._words = "connected"
+            self._words = "connected"
             self._backoff.reset()
         self._sent_at.pop(row.number, None)
         if broken.done() or self._relay.in_flight < WINDOW // 2 or len(self._settled) >= SETTLE_BATCH:
             self._wake.set()
 
-    async def _refused(self, row: StoredEvent, error: Exception) -> None:
-        """The broker closed the channel over one of the events on their way."""
-        if "larger than" not in str(error):
+    async def _put_aside(self) -> None:
+        """Puts aside the event that the broker never takes, if it has just been found."""
+        if self._oversize is None:
             return
-        if self._relay.in_flight > 1:
-            self._alone = max(self._alone, self._relay.in_flight)
-            return
+        (row, why), self._oversize = self._oversize, None
         self.counters.refused += 1
-        logger.error("the broker takes no event of this size: %s is put aside: %s", row.event.envelope.id, error)
-        await self._in_thread(self._store.refuse, row.number, str(error))
+        logger.error("the broker takes no event of this size: %s is put aside: %s", row.event.envelope.id, why)
+        await self._in_thread(self._store.refuse, row.number, why)
         self._relay.settled(row.number)
 
     def _settle(self, number: int) -> None:
@@ -450,17 +446,17 @@ async def _blocked(connection: AbstractConnection) -> bool:
     return False
 
 
-def _message(event: PreparedEvent, user: str, publisher: str) -> aio_pika.Message:
+def _outgoing(event: PreparedEvent, user: str, publisher: str) -> Outgoing:
     envelope = event.envelope
     headers: dict[str, aio_pika.abc.FieldValue] = {**event.headers, **envelope.headers()}
-    return aio_pika.Message(
-        event.body,
-        headers=headers,
+    properties = aiormq.spec.Basic.Properties(
         content_type=CONTENT_TYPE,
+        headers=headers,
         delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
         message_id=envelope.id,
-        timestamp=envelope.time,
-        type=envelope.type,
+        timestamp=dt.datetime.fromtimestamp(envelope.time, dt.UTC),
+        message_type=envelope.type,
         user_id=user,
         app_id=publisher,
     )
+    return Outgoing(routing_key(publisher, envelope.type), properties, event.body, event.mandatory)

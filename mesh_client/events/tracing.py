@@ -42,10 +42,15 @@ class EventTracing:
     """
 
     def __init__(self, provider: trace.TracerProvider | None) -> None:
+        self._provider = provider
         self._tracer = trace.get_tracer(NAME, tracer_provider=provider)
 
     def publishing(self, envelope: Envelope, size: int) -> dict[str, str]:
         """Makes a span for a publication; the headers that carry its context."""
+        if isinstance(
+            self._provider or trace.get_tracer_provider(), trace.ProxyTracerProvider | trace.NoOpTracerProvider
+        ):
+            return {}
         span = self._tracer.start_span(
             f"publish {envelope.type}",
             kind=SpanKind.PRODUCER,
