@@ -15,15 +15,15 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_REQUIRE_VIRTUALENV 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: python ## virtual environment, packages, stubs, Consul
+setup: python ## virtual environment, packages, stubs, Consul, RabbitMQ
 	@$(PYTHON) -m tools.setup
 
 demo: python ## start the whole system, break it on purpose, show what happens
-	@$(PYTHON) -m tools.setup --consul-optional
+	@$(PYTHON) -m tools.setup --servers-optional
 	@exec $(BIN)/mesh demo $(ARGS)
 
 up: python ## start the whole system and keep it running until Ctrl-C
-	@$(PYTHON) -m tools.setup --consul-optional
+	@$(PYTHON) -m tools.setup --servers-optional
 	@exec $(BIN)/mesh up $(ARGS)
 
 # In the order of their names: tests/chaos, which takes longest, must not be what everything waits for at the end.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import calls, certificates, consul, edge, everything, fanout, guard, secure_calls
+from benchmarks import calls, certificates, consul, edge, events, everything, fanout, guard, secure_calls
 from benchmarks.figures import Figure, show, write
 
 RESULTS = Path(__file__).parent / "out" / "results.json"
@@ -26,6 +26,7 @@ SUITES: dict[str, Callable[[bool], Awaitable[list[Figure]]]] = {
     "fanout": fanout.fan_out,
     "consul": consul.first_call,
     "certificates": certificates.issuance,
+    "events": events.throughput_and_latency,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mesh_cli import ca, control_plane, edge, gateway, operator, policy, removals, token
+from mesh_cli import ca, control_plane, edge, events, gateway, operator, policy, removals, token
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
 from mesh_cli.status import status
@@ -55,6 +55,7 @@ app.add_typer(token.app, name="token")
 app.add_typer(operator.app, name="operator")
 app.add_typer(ca.app, name="ca")
 app.add_typer(gateway.app, name="gateway")
+app.add_typer(events.app, name="events")
 
 
 @app.command(epilog="Example: mesh demo --json promises.json")

@@ -19,6 +19,7 @@ from mesh.v1 import discovery_pb2, endpoint_pb2
 from mesh_client.addresses import parse_control_planes
 from mesh_client.channel import MeshChannel
 from mesh_client.core.breaker import BreakerState
+from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Health, Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.service import Service
@@ -34,6 +35,8 @@ from mesh_client.transport_choice import make_transport
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
+
+    from mesh_client.events import EventBus, OutboxStore
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 USER_AGENT = "grpc-mesh-python/0.1.0"
@@ -95,6 +98,7 @@ class Mesh:
         self.service = service
         self._resolver = resolver
         self._clock = clock
+        self._bus: EventBus | None = None
 
     async def __aenter__(self) -> Self:
         """Starts following the control plane.
@@ -106,8 +110,12 @@ class Mesh:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Stops. Calls in flight are cancelled."""
-        await self._resolver.stop()
+        """Stops. Calls in flight are cancelled, events are stored already."""
+        try:
+            if self._bus is not None:
+                await self._bus.close()
+        finally:
+            await self._resolver.stop()
 
     def channel(self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()) -> grpc.aio.Channel:
         """A channel to a service, for any generated stub.
@@ -124,6 +132,61 @@ class Mesh:
         """
         channel = MeshChannel(self._resolver.target(service))
         return intercepted(channel, interceptors) if interceptors else channel
+
+    def events(
+        self,
+        *,
+        broker: str | Sequence[str] | None = None,
+        credentials: str | Path | None = None,
+        roots: str | Path | None = None,
+        outbox: str | Path | OutboxStore | None = None,
+        max_events: int = 100_000,
+        max_bytes: int = 256 << 20,
+    ) -> EventBus:
+        """The event bus of this process's service; the same one when it is asked for again. Needs the ``events`` extra.
+
+        Without a broker, events stay in the outbox.
+
+        Args:
+            broker: as ``amqps://host:port/vhost``, a list or comma-separated; by default MESH_BROKER, else none.
+            credentials: file with the service's user and password at the broker, one a line, mode 0600; by default
+                MESH_BROKER_CREDENTIALS.
+            roots: PEM file of the roots that the broker's certificate is verified by; by default MESH_BROKER_ROOTS,
+                else the system's.
+            outbox: SQLite file in which events wait, which may be the service's own database, or another kind of store;
+                by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in XDG_STATE_HOME.
+            max_events: that the outbox holds, 1 at least.
+            max_bytes: of their bodies.
+
+        Raises:
+            ConfigError: the client belongs to no service, an argument or environment variable is wrong, the extra is
+                not installed, or there is a bus already and options are given.
+        """
+        given = [broker, credentials, roots, outbox]
+        if self._bus is None:
+            try:
+                from mesh_client.events.choice import make_bus
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"{error.name} is not installed; install 'grpc-mesh[events]'") from None
+            self._bus = make_bus(
+                self.service,
+                self._resolver.transport,
+                self._resolver.tracer_provider,
+                broker=broker,
+                credentials=credentials,
+                roots=roots,
+                outbox=outbox,
+                max_events=max_events,
+                max_bytes=max_bytes,
+            )
+        elif any(option is not None for option in given):
+            raise ConfigError("events: this client has an event bus already; give it its options when it is made")
+        return self._bus
+
+    @property
+    def event_bus(self) -> EventBus | None:
+        """The bus, if `events` has been called; servers of the same process start and drain it."""
+        return self._bus
 
     def watch_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
         """Calls back with the policy of a service, now if it is known, and at each change. Returns what ends that."""

@@ -65,6 +65,7 @@ class MeshServer(grpc.aio.Server):
         self._settings = settings
         self._inner = inner
         self._transport = transport
+        self._mesh = mesh
         rng = random.Random()
         self._guard = Guard(settings.service, secure=transport.secure)
         self._tracer_provider = tracer_provider
@@ -310,6 +311,8 @@ class MeshServer(grpc.aio.Server):
         await self._first_check(self._self_check)
         await self._membership.join(self._endpoint, self._self_check.verdict)
         self._check_task = asyncio.create_task(self._self_check.run(), name=f"self-check of {self.instance_id}")
+        if self._mesh is not None and self._mesh.event_bus is not None:
+            await self._mesh.event_bus.start()
 
     async def _identify(self) -> None:
         """Gets the identity that callers and control planes will see."""
@@ -369,7 +372,8 @@ class MeshServer(grpc.aio.Server):
         )
         await self._health.enter_shutdown()
         await self._end_checks()
-        await self._membership.leave()
+        # Handlers of events call and publish as those of calls do: both end while everything is still there.
+        await asyncio.gather(self._membership.leave(), self._drain_events(grace))
         self._phase = Phase.STOPPING
         self._stopping.set()
         self._health.end_watches()
@@ -377,6 +381,10 @@ class MeshServer(grpc.aio.Server):
         self._phase = Phase.STOPPED
         await self._release()
         logger.info("%s/%s has stopped", settings.service, self.instance_id)
+
+    async def _drain_events(self, grace: float) -> None:
+        if self._mesh is not None and self._mesh.event_bus is not None:
+            await self._mesh.event_bus.drain(grace)
 
     async def _end_checks(self) -> None:
         if self._check_task is not None:

@@ -64,6 +64,7 @@ class TestAuthority:
         *,
         workload_id: str | None = None,
         uris: Sequence[str] | None = None,
+        dns_names: Sequence[str] | None = None,
         common_names: Sequence[str] | None = None,
         starts: float = -60.0,
         ends: float = 3600.0,
@@ -75,6 +76,7 @@ class TestAuthority:
             principal: whose.
             workload_id: which workload's; None for a new one.
             uris: URI names in place of the SPIFFE ID.
+            dns_names: in place of the principal's.
             common_names: in place of the workload's id.
             starts: seconds from now.
             ends: seconds from now.
@@ -86,8 +88,7 @@ class TestAuthority:
         names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(uri) for uri in ([principal.spiffe_id] if uris is None else uris)
         ]
-        if principal.dns_name:
-            names.append(x509.DNSName(principal.dns_name))
+        names += [x509.DNSName(name) for name in ([principal.dns_name] if dns_names is None else dns_names) if name]
         subject = [
             x509.NameAttribute(NameOID.COMMON_NAME, name)
             for name in ([workload_id] if common_names is None else common_names)

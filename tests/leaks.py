@@ -27,6 +27,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 # grpc.aio's poller serves all loops of the process and ends with its last channel.
 _OF_THE_PROCESS = ("(_poll_wrapper)",)
 
+_kept: set[int] = set()
+
 _channels: weakref.WeakSet[Any] = weakref.WeakSet()
 _servers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -58,6 +60,11 @@ def _note_each(kind: Any, made: weakref.WeakSet[Any]) -> None:
     kind.__init__ = noting
 
 
+def keep(process: int) -> None:
+    """Has a process that a session-wide fixture owns outlive the test that restarted it, with all below it."""
+    _kept.add(process)
+
+
 def living_descendants() -> dict[int, str]:
     """Command lines of the processes below this one, by process id, without those that have ended (zombies)."""
     found: dict[int, str] = {}
@@ -66,7 +73,7 @@ def living_descendants() -> dict[int, str]:
         for child in _children(waiting.pop()):
             with contextlib.suppress(OSError):  # it ended meanwhile
                 state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
-                if state not in "ZX":
+                if state not in "ZX" and child not in _kept:
                     found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ").strip()
                     waiting.append(child)
     return found

@@ -73,7 +73,7 @@ import importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         extras = {"aiohttp", "consul", "grpc_health", "grpc_reflection", "requests", "rich", "typer", "yaml"}
-        extras |= {"opentelemetry"}
+        extras |= {"aio_pika", "aiormq", "opentelemetry"}
         if name.partition(".")[0] in extras:
             raise ModuleNotFoundError(name)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -15,10 +16,10 @@ class UnavailableError(Exception):
     """A package cannot be had here. The message says what was tried, and is meant for people."""
 
 
-def fetch(package: str, suite: str | None, work: Path) -> Path:
-    """Downloads ``package`` and unpacks it below ``work``, which is emptied first; the directory it is unpacked to.
+def fetch(packages: Sequence[str], suite: str | None, work: Path) -> Path:
+    """Downloads packages and unpacks them below ``work``, which is emptied first; the directory they are unpacked to.
 
-    ``suite`` is a Debian release such as ``bullseye``; None for this machine's own.
+    What they depend on is not fetched. ``suite`` is a Debian release such as ``bullseye``; None for this machine's own.
 
     Raises:
         UnavailableError: this is no Debian, it has no usable source, or the download failed.
@@ -45,7 +46,7 @@ def fetch(package: str, suite: str | None, work: Path) -> Path:
     apt_get = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in settings.items())]
     # Without this, apt takes an index that it could not fetch for a warning.
     _run([*apt_get, "-oAPT::Update::Error-Mode=any", "update"], work)
-    _run([*apt_get, "download", package], work / "deb")
+    _run([*apt_get, "download", *packages], work / "deb")
     for archive in (work / "deb").glob("*.deb"):
         _run(["dpkg", "-x", str(archive), str(unpacked)], work)
     for name in ("lists", "sources", "deb"):

@@ -6,6 +6,7 @@ Needs Debian 12 with Python 3.11 or newer, make and git; root or not. What is al
 - ``generated/``: stubs of ``protos/``
 - ``.tools/googleapis/``: the annotations that ``protos/shop`` imports, for buf
 - ``.tools/consul/consul``: a real Consul
+- ``.tools/rabbitmq/``: a real RabbitMQ, unless one is installed
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ GOOGLEAPIS = TOOLS / "googleapis"
 LOCK = ROOT / "requirements.lock"
 # The last release of Debian that has Consul.
 CONSUL_SUITE = "bullseye"
+RABBITMQ = TOOLS / "rabbitmq"
+RABBITMQ_SERVER = Path("usr/lib/rabbitmq/bin/rabbitmq-server")
+ERLANG = Path("usr/lib/erlang")
+_ERLANG_PARTS = (
+    *("asn1", "base", "crypto", "eldap", "ftp", "inets", "mnesia", "os-mon", "parsetools", "public-key"),
+    *("runtime-tools", "snmp", "ssl", "syntax-tools", "tftp", "tools", "xmerl"),
+)
+RABBITMQ_PACKAGES = ("rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG_PARTS))
+"""RabbitMQ and what it needs beyond what every Debian has."""
 
 
 class SetupError(Exception):
@@ -39,7 +49,9 @@ class SetupError(Exception):
 def main() -> None:
     """Sets up what is missing; exits with 1 and a message when something cannot be had."""
     parser = argparse.ArgumentParser(description="Makes a checkout ready for work.")
-    parser.add_argument("--consul-optional", action="store_true", help="go on without Consul when it cannot be had")
+    parser.add_argument(
+        "--servers-optional", action="store_true", help="go on without Consul or RabbitMQ when they cannot be had"
+    )
     arguments = parser.parse_args()
     TOOLS.mkdir(exist_ok=True)
     with (TOOLS / "lock").open("w") as lock:
@@ -47,12 +59,13 @@ def main() -> None:
         try:
             set_up_packages()
             set_up_stubs()
-            try:
-                set_up_consul()
-            except SetupError as error:
-                if not arguments.consul_optional:
-                    raise
-                report(f"going on without Consul: {error}")
+            for name, set_up in (("Consul", set_up_consul), ("RabbitMQ", set_up_rabbitmq)):
+                try:
+                    set_up()
+                except SetupError as error:
+                    if not arguments.servers_optional:
+                        raise
+                    report(f"going on without {name}: {error}")
         except SetupError as error:
             sys.exit(f"set-up: {error}")
         except subprocess.CalledProcessError as error:
@@ -95,7 +108,7 @@ def make_environment() -> list[str | Path]:
     run([sys.executable, "-m", "venv", "--without-pip", VENV])
     report("pip from Debian's python3-pip-whl")
     try:
-        unpacked = fetch("python3-pip-whl", None, TOOLS / "pip")
+        unpacked = fetch(["python3-pip-whl"], None, TOOLS / "pip")
     except UnavailableError as error:
         message = f"{sys.executable} has neither ensurepip nor pip, and Debian's pip cannot be had: {error}\n"
         raise SetupError(message + "As root: apt-get install python3-venv; then again.") from error
@@ -135,7 +148,7 @@ def set_up_consul() -> None:
     report(f"Consul from Debian {CONSUL_SUITE}")
     work = TOOLS / "consul-download"
     try:
-        unpacked = fetch("consul", CONSUL_SUITE, work)
+        unpacked = fetch(["consul"], CONSUL_SUITE, work)
     except UnavailableError as error:
         message = f"no Consul on PATH, and Debian's cannot be had: {error}\n"
         raise SetupError(message + "Put a consul (1.8 or newer) on PATH, or name it in MESH_CONSUL_BINARY.") from error
@@ -152,6 +165,37 @@ def link_consul(binary: Path) -> None:
     CONSUL.parent.mkdir(exist_ok=True)
     CONSUL.unlink(missing_ok=True)
     CONSUL.symlink_to(binary.resolve())
+
+
+def set_up_rabbitmq() -> None:
+    """A RabbitMQ: the one below the directory in MESH_RABBITMQ_ROOT, else the installed one, else Debian's."""
+    named = os.environ.get("MESH_RABBITMQ_ROOT")
+    if named:
+        if not has_rabbitmq(Path(named)):
+            raise SetupError(f"MESH_RABBITMQ_ROOT is {named}, which has no {RABBITMQ_SERVER} with Erlang")
+        return
+    if has_rabbitmq(RABBITMQ) or has_rabbitmq(Path("/")):
+        return
+    report("RabbitMQ from Debian")
+    work = TOOLS / "rabbitmq-download"
+    try:
+        unpacked = fetch(RABBITMQ_PACKAGES, None, work)
+    except UnavailableError as error:
+        message = f"RabbitMQ is not installed, and Debian's cannot be had: {error}\n"
+        raise SetupError(message + "As root: apt-get install --no-install-recommends rabbitmq-server") from error
+    script = unpacked / ERLANG / "bin/erl"
+    # It looks for the rest of Erlang where the package would have been installed.
+    script.write_text(script.read_text().replace(f"=/{ERLANG}", '=$(dirname "$(dirname "$(readlink -f "$0")")")'))
+    shutil.rmtree(RABBITMQ, ignore_errors=True)
+    unpacked.rename(RABBITMQ)
+    shutil.rmtree(work)
+    if not works(RABBITMQ / ERLANG / "bin/erl", "-noinput", "-eval", "halt()."):
+        raise SetupError(f"Debian's Erlang does not run here. As root: apt-get install {RABBITMQ_PACKAGES[0]}")
+
+
+def has_rabbitmq(root: Path) -> bool:
+    """Whether there are RabbitMQ and Erlang below a directory that is laid out as Debian's ``/``."""
+    return all(os.access(root / program, os.X_OK) for program in (RABBITMQ_SERVER, ERLANG / "bin/erl"))
 
 
 def digest(*paths: Path) -> str:

@@ -23,7 +23,7 @@ from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_most, closing_table, exactly, write_json
 from mesh_cli.demo.scenarios import SCENARIOS
 from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
-from mesh_cli.demo.system import CUSTOMERS, SERVICES, System, has_edge
+from mesh_cli.demo.system import CUSTOMERS, System, has_edge
 from mesh_cli.demo.view import Screen
 from mesh_cli.output import console, write_error
 from mesh_client.core.errors import MeshError
@@ -157,7 +157,7 @@ async def _set_up(
     system: System, mesh: Mesh, operator: Operator, screen: Screen, profile: Profile, rest: RestOrders | None
 ) -> Stage:
     customers = Customers(mesh.channel("orders"), profile.rate, rest)
-    for service in SERVICES:
+    for service in system.services:
         mesh.channel(service)
     stage = Stage(system, mesh, operator, customers, screen, profile)
     for instance in system.instances:

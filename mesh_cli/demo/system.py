@@ -16,11 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mesh_cli.demo.broker import Broker, hold_broker_ports
 from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
 
 SERVICES = ("orders", "inventory", "payments")
+
+EVENT_SERVICES = ("shipping", "notifications")
+"""Those that live of events: they run when there is a RabbitMQ."""
 
 CUSTOMERS, STRANGER = "demo", "reviews"
 """Services without instances: the demo itself, which places orders, and one that the policies do not know."""
@@ -36,6 +40,9 @@ _SERVICE_READY = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 """What a mesh server logs once it answers."""
 _EDGE_READY = re.compile(r"^mesh gateway: edge edge listens on (http://\S+)")
 _EDGE_DRAIN_TIME = 2
+_SUBSCRIBED = " gets events"
+"""What a mesh client logs once a group is subscribed."""
+_SUBSCRIBED_WITHIN = 60.0
 _FREEZE_ATTEMPTS = 50
 
 
@@ -58,11 +65,14 @@ class Instance:
     """For display: up, killed, hung, leaving, failing."""
 
 
+_COUNTS = {"orders": 3, "inventory": 3, "payments": 2, "shipping": 1, "notifications": 1}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How many instances of each service, and how their weights differ."""
 
-    counts: Mapping[str, int] = field(default_factory=lambda: {"orders": 3, "inventory": 3, "payments": 2})
+    counts: Mapping[str, int] = field(default_factory=lambda: dict(_COUNTS))
     weights: Mapping[str, Mapping[int, int]] = field(default_factory=lambda: {"orders": {3: 2}})
     """Weights other than 1, by service and number."""
 
@@ -103,6 +113,8 @@ class System:
         self._leaf_lifetime = leaf_lifetime
         self._supervisor = Supervisor(directory)
         self._ports = ExitStack()
+        self.broker: Broker | None = None
+        """The RabbitMQ; None where there is none."""
         self._control_plane: Process | None = None
         self._edge: Process | None = None
         self._started: dict[str, int] = {}
@@ -110,28 +122,37 @@ class System:
     async def __aenter__(self) -> Self:
         # A restarted control plane must find its ports free, so nobody else gets them meanwhile.
         self.address, self.enrolment_address = (_address(self._ports.enter_context(_held_port())) for _ in range(2))
+        self.broker = Broker.find(
+            ROOT,
+            self.directory / "broker",
+            hold_broker_ports(self._ports, _held_port),
+            ("orders", *EVENT_SERVICES, CUSTOMERS),
+        )
         try:
             if self._consul:
                 binary = find_consul(ROOT)
                 _, self.consul_address = await start_consul(self._supervisor, binary, self._environment())
             await self.start_control_plane()
-            await self.identities.set_up(self._data_dir, self.address, (*SERVICES, CUSTOMERS, STRANGER, EDGE))
+            everybody = (*SERVICES, *EVENT_SERVICES, CUSTOMERS, STRANGER, EDGE)
+            await self.identities.set_up(self._data_dir, self.address, everybody)
             started = await asyncio.gather(
                 *(
                     self.start(service, number)
-                    for service in SERVICES
+                    for service in self.services
                     for number in range(1, self.layout.counts[service] + 1)
                 ),
+                *([] if self.broker is None else [self.broker.set_up(self._supervisor)]),
                 return_exceptions=True,
             )
             for result in started:
                 if isinstance(result, BaseException):
                     raise result
+            await self._subscribed()
         except BaseException:
             await self._supervisor.kill_all()
             self._ports.close()
             raise
-        self.instances.sort(key=lambda instance: (SERVICES.index(instance.service), instance.number))
+        self.instances.sort(key=lambda instance: (self.services.index(instance.service), instance.number))
         return self
 
     async def __aexit__(
@@ -148,6 +169,23 @@ class System:
     @property
     def _data_dir(self) -> Path:
         return self.directory / "control-plane"
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Whatever has instances."""
+        return SERVICES if self.broker is None else (*SERVICES, *EVENT_SERVICES)
+
+    async def _subscribed(self) -> None:
+        """Returns when the services that live of events are subscribed: what is published before is not for them."""
+        logs = [instance.process.log for instance in self.instances if instance.service in EVENT_SERVICES]
+        async with asyncio.timeout(_SUBSCRIBED_WITHIN):
+            while not await asyncio.to_thread(lambda: all(_SUBSCRIBED in log.read_text() for log in logs)):
+                await asyncio.sleep(0.1)
+
+    async def start_broker(self) -> None:
+        """Starts the RabbitMQ again that was killed."""
+        if self.broker is not None:
+            await self.broker.start(self._supervisor)
 
     def of(self, service: str) -> list[Instance]:
         """The instances of one service, by number."""
@@ -216,6 +254,7 @@ class System:
             "SHOP_DATABASE": str(self.database(service)),
             "SHOP_INSTANCE": name,
             "SHOP_WEIGHT": str(self.layout.weight(service, number)),
+            **({} if self.broker is None else self.broker.environment(service)),
         }
         process = await self._supervisor.start(
             name, [sys.executable, "-m", f"services.{service}"], environment, _SERVICE_READY

@@ -1,1 +1,1 @@
-"""What the three services share and the mesh has nothing to do with."""
+"""What the services share and the mesh has nothing to do with."""

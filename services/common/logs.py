@@ -38,3 +38,5 @@ def set_up_logs(instance: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(instance))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # The mesh says in a line why there is no broker; the AMQP library would, with a traceback, at each attempt.
+    logging.getLogger("aiormq").setLevel(logging.CRITICAL)

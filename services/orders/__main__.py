@@ -22,8 +22,9 @@ async def main() -> int:
         server = mesh_client.server(
             "orders", mesh=mesh, address=settings.address, instance_id=settings.instance, weight=settings.weight
         )
+        events = mesh.events(outbox=settings.database)
         service = OrderService(
-            OrderStore(database), mesh.channel("inventory"), mesh.channel("payments"), settings.instance
+            OrderStore(database), mesh.channel("inventory"), mesh.channel("payments"), events, settings.instance
         )
         add_OrderServiceServicer_to_server(service, server)
         code = await server.serve()

@@ -9,10 +9,12 @@ import logging
 import grpc
 from shop.v1 import inventory_pb2, payments_pb2
 from shop.v1 import orders_pb2 as pb
+from shop.v1.events_pb2 import OrderPlaced
 from shop.v1.inventory_pb2_grpc import InventoryServiceStub
 from shop.v1.orders_pb2_grpc import OrderServiceServicer
 from shop.v1.payments_pb2_grpc import PaymentServiceStub
 
+from mesh_client.events import EventBus
 from services.orders.listing import OrderQuery, next_page_token
 from services.orders.messages import order_message
 from services.orders.store import OrderStore, State, StoredOrder
@@ -40,11 +42,17 @@ class OrderService(OrderServiceServicer):
     """
 
     def __init__(
-        self, orders: OrderStore, inventory: grpc.aio.Channel, payments: grpc.aio.Channel, instance: str
+        self,
+        orders: OrderStore,
+        inventory: grpc.aio.Channel,
+        payments: grpc.aio.Channel,
+        events: EventBus,
+        instance: str,
     ) -> None:
         self._orders = orders
         self._inventory = InventoryServiceStub(inventory)
         self._payments = PaymentServiceStub(payments)
+        self._events = events
         self._instance = instance
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -186,7 +194,13 @@ class OrderService(OrderServiceServicer):
             await self._release(order)
             return await self._reject(order, error)
         logger.info("placed", extra={"order": order.order_id, "payment": charge.payment_id})
-        return await self._orders.finish(order, State.PLACED, payment_id=charge.payment_id)
+        placed = OrderPlaced(
+            order_id=order.order_id, sku=order.sku, quantity=order.quantity, amount_cents=order.amount_cents
+        )
+        event = self._events.prepare(placed, key=order.order_id)
+        finished = await self._orders.finish(order, State.PLACED, payment_id=charge.payment_id, event=event)
+        self._events.stored()
+        return finished
 
     async def _reject(self, order: StoredOrder, refusal: grpc.aio.AioRpcError) -> StoredOrder | None:
         logger.info("rejected", extra={"order": order.order_id, "reason": refusal.details()})

@@ -8,9 +8,10 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from mesh_client.events import OUTBOX_SCHEMA, PreparedEvent
 from services.common.database import Database
 
-SCHEMA = """
+SCHEMA = f"""{OUTBOX_SCHEMA}
 CREATE TABLE IF NOT EXISTS orders (
     number INTEGER PRIMARY KEY,
     order_id TEXT NOT NULL UNIQUE,
@@ -123,9 +124,18 @@ class OrderStore:
         return await self._database.write(work)
 
     async def finish(
-        self, order: StoredOrder, state: State, *, payment_id: str = "", rejection: str = ""
+        self,
+        order: StoredOrder,
+        state: State,
+        *,
+        payment_id: str = "",
+        rejection: str = "",
+        event: PreparedEvent | None = None,
     ) -> StoredOrder | None:
-        """The order as finished; None when a later attempt has taken it over."""
+        """The order as finished; None when a later attempt has taken it over.
+
+        The event is in the outbox if and only if the order is finished: both are one transaction.
+        """
 
         def work(connection: sqlite3.Connection) -> StoredOrder | None:
             changed = connection.execute(
@@ -135,6 +145,8 @@ class OrderStore:
             )
             if changed.rowcount == 0:
                 return None
+            if event is not None:
+                event.store(connection)
             return _order(connection.execute("SELECT * FROM orders WHERE order_id = ?", (order.order_id,)).fetchone())
 
         return await self._database.write(work)

@@ -15,6 +15,8 @@ from shop.v1.inventory_pb2_grpc import add_InventoryServiceServicer_to_server
 from shop.v1.orders_pb2_grpc import add_OrderServiceServicer_to_server
 from shop.v1.payments_pb2_grpc import add_PaymentServiceServicer_to_server
 
+from mesh_client.events import EventBus
+from mesh_client.transport import PlaintextTransport
 from services.common.database import Database
 from services.inventory import store as inventory_store
 from services.inventory.service import InventoryService
@@ -43,7 +45,10 @@ async def main() -> None:
         add_InventoryServiceServicer_to_server(InventoryService(inventory, asyncio.Event()), server)
         payments = PaymentStore(await database("payments", payment_store.SCHEMA))
         add_PaymentServiceServicer_to_server(PaymentService(payments, Outage()), server)
-        orders = OrderService(OrderStore(await database("orders", order_store.SCHEMA)), channel, channel, "orders")
+        events = EventBus("orders", PlaintextTransport(), None, directory / "orders.sqlite")
+        stack.push_async_callback(events.close)
+        store = OrderStore(await database("orders", order_store.SCHEMA))
+        orders = OrderService(store, channel, channel, events, "orders")
         add_OrderServiceServicer_to_server(orders, server)
         await server.start()
         sys.stdout.write(f"{port}\n")

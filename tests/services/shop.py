@@ -14,6 +14,8 @@ from shop.v1.inventory_pb2_grpc import InventoryServiceStub, add_InventoryServic
 from shop.v1.orders_pb2_grpc import OrderServiceStub, add_OrderServiceServicer_to_server
 from shop.v1.payments_pb2_grpc import PaymentServiceStub, add_PaymentServiceServicer_to_server
 
+from mesh_client.events import EventBus
+from mesh_client.transport import PlaintextTransport
 from services.common.database import Database
 from services.inventory import store as inventory_store
 from services.inventory.service import InventoryService
@@ -78,7 +80,9 @@ class Shop:
     async def orders(self, inventory: grpc.aio.Channel, payments: grpc.aio.Channel, instance: str) -> grpc.aio.Channel:
         """A further instance of orders."""
         database = await self.stack.enter_async_context(Database(self.directory / "orders.sqlite", order_store.SCHEMA))
-        service = OrderService(OrderStore(database), inventory, payments, instance)
+        events = EventBus("orders", PlaintextTransport(), None, self.directory / "orders.sqlite")
+        self.stack.push_async_callback(events.close)
+        service = OrderService(OrderStore(database), inventory, payments, events, instance)
         self.stack.push_async_callback(service.settled)
         return await self.stack.enter_async_context(
             serve(lambda server: add_OrderServiceServicer_to_server(service, server))

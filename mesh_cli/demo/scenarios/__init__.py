@@ -2,6 +2,7 @@
 
 from mesh_cli.demo.scenarios.books import Books
 from mesh_cli.demo.scenarios.breaker import FailingService
+from mesh_cli.demo.scenarios.broker import BrokerKilled
 from mesh_cli.demo.scenarios.control_plane import ControlPlaneKilled
 from mesh_cli.demo.scenarios.hang import HungInstance
 from mesh_cli.demo.scenarios.identity import Strangers
@@ -21,5 +22,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     FailingService(),
     RollingRestart(),
     ControlPlaneKilled(),
+    BrokerKilled(),
     Books(),
 )

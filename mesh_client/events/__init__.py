@@ -1,0 +1,47 @@
+"""Events between services, over RabbitMQ, with nothing lost. Needs the ``events`` extra.
+
+>>> bus = mesh.events()
+>>> await bus.publish(OrderPlaced(order_id="1"), key="1")
+
+`EventBus` is made by `mesh_client.mesh.Mesh.events`.
+"""
+
+from mesh_client.core.events.errors import (
+    DeadReason,
+    EventError,
+    EventTooLargeError,
+    OutboxFullError,
+    PublishTimeoutError,
+    Reject,
+    UnusableEventError,
+)
+from mesh_client.core.events.retry import RetrySchedule
+from mesh_client.events import inbox
+from mesh_client.events.bus import EventBus
+from mesh_client.events.event import Event
+from mesh_client.events.options import GroupOptions
+from mesh_client.events.outbox import SCHEMA as OUTBOX_SCHEMA
+from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
+from mesh_client.events.state import EventsState, GroupState, OutboxState
+
+__all__ = [
+    "OUTBOX_SCHEMA",
+    "DeadReason",
+    "Event",
+    "EventBus",
+    "EventError",
+    "EventTooLargeError",
+    "EventsState",
+    "GroupOptions",
+    "GroupState",
+    "OutboxFullError",
+    "OutboxState",
+    "OutboxStore",
+    "PreparedEvent",
+    "PublishTimeoutError",
+    "Reject",
+    "RetrySchedule",
+    "SqliteOutbox",
+    "UnusableEventError",
+    "inbox",
+]

@@ -1,0 +1,124 @@
+"""What the bus knows of itself, as plain data: for operators, tests and exporters of metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class PublishCounters:
+    """Of one bus, since its start. They only grow."""
+
+    stored: int = 0
+    """Events that `publish` has put into the outbox."""
+    refused_full: int = 0
+    """Calls of `publish` that failed because the outbox was full."""
+    sent: int = 0
+    """Messages given to the broker, repetitions included."""
+    confirmed: int = 0
+    """Events that the broker has confirmed, and that have left the outbox."""
+    returned: int = 0
+    """Times that an event came back because nobody is subscribed to it."""
+    rejected: int = 0
+    """Times that the broker could not store an event just then."""
+    refused: int = 0
+    """Events that the broker will never take, put aside."""
+
+
+@dataclass(slots=True)
+class GroupCounters:
+    """Of one group's consumer in this process, since its start. They only grow."""
+
+    delivered: int = 0
+    """Deliveries, of which one event may have several."""
+    redelivered: int = 0
+    """Deliveries of events that had been delivered before and not acknowledged."""
+    handled: int = 0
+    """Events whose handler succeeded, and that were acknowledged."""
+    failed: int = 0
+    """Handlers that raised or took too long."""
+    timed_out: int = 0
+    """Those of them that took too long."""
+    retried: int = 0
+    """Events sent to wait for another attempt."""
+    deferred: int = 0
+    """Events sent to wait behind one of their key that waits for another attempt."""
+    dead: dict[str, int] = field(default_factory=dict)
+    """Events sent to the dead-letter queue, by reason."""
+    handling_seconds: float = 0.0
+    """Time in handlers, all together."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxState:
+    """The outbox.
+
+    Attributes:
+        name: where it is.
+        events: how many wait, those on their way included.
+        bytes: of their bodies.
+        oldest_age: seconds for which the oldest has waited; None when it is empty.
+        held: those that came back from the broker and wait to be sent again.
+        refused: those that the broker will never take, put aside.
+        max_events: the bound.
+        max_bytes: the bound.
+        relaying: whether it is this process that sends them.
+        broker: state of the connection, in words.
+        connected: whether there is one.
+    """
+
+    name: str
+    events: int
+    bytes: int
+    oldest_age: float | None
+    held: int
+    refused: int
+    max_events: int
+    max_bytes: int
+    relaying: bool
+    broker: str
+    connected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """One group's consumer in this process.
+
+    Attributes:
+        group: its name.
+        broker: state of the connection, in words.
+        connected: whether it consumes. Of an ordered group one instance at a time gets events.
+        running: handlers that run.
+        waiting: deliveries that wait for one.
+        lag: seconds from the publishing of the last event that a handler was called for to that call; None for none.
+        counters: since the start.
+        edges: events handled, by publisher and message type.
+    """
+
+    group: str
+    broker: str
+    connected: bool
+    running: int
+    waiting: int
+    lag: float | None
+    counters: GroupCounters
+    edges: dict[tuple[str, str], int]
+
+
+@dataclass(frozen=True, slots=True)
+class EventsState:
+    """A bus.
+
+    Attributes:
+        service: whose it is.
+        outbox: None before the first use.
+        published: counters.
+        edges: events stored, by message type.
+        groups: consumers.
+    """
+
+    service: str
+    outbox: OutboxState | None
+    published: PublishCounters
+    edges: dict[str, int]
+    groups: tuple[GroupState, ...]

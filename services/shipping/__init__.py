@@ -1,0 +1,1 @@
+"""Ships placed orders, of which it hears by events, and says so by another event."""
