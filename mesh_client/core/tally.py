@@ -23,6 +23,13 @@ MAX_GONE = 200
 """Endpoints that have left and are still told apart; those that left first count for `GONE` together."""
 GONE = ""
 
+ANSWERS = frozenset(
+    {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"}
+)
+"""Statuses by which a service that is well answers. Success rates count all others but `GIVEN_UP` as failures."""
+GIVEN_UP = "CANCELLED"
+"""The status that says nothing of the service: its caller gave up."""
+
 
 class Tally:
     """How the attempts, or calls, of one kind ended.
@@ -59,13 +66,20 @@ class Tally:
         self.seconds += seconds
         self.buckets[bisect_left(BOUNDS, seconds)] += 1
 
-    def add(self, other: Tally) -> None:
-        """Takes in what another one counted."""
-        self.ok += other.ok
+    def ended(self, code: str, seconds: float) -> None:
+        """One more ended with this status, which may be OK."""
+        if code == "OK":
+            self.succeeded(seconds)
+        else:
+            self.failed(code, seconds)
+
+    def add(self, other: Tally, sign: int = 1) -> None:
+        """Takes in what another one counted; with -1 for ``sign`` takes out what it took in before."""
+        self.ok += sign * other.ok
         for code, count in other.failures.items():
-            self.failures[code] = self.failures.get(code, 0) + count
-        self.seconds += other.seconds
-        self.buckets = [mine + its for mine, its in zip(self.buckets, other.buckets, strict=True)]
+            self.failures[code] = self.failures.get(code, 0) + sign * count
+        self.seconds += sign * other.seconds
+        self.buckets = [mine + sign * its for mine, its in zip(self.buckets, other.buckets, strict=True)]
 
 
 def percentile(buckets: Collection[int], share: float) -> float | None:
