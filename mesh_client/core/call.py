@@ -235,7 +235,7 @@ class Call:
         node = attempt.node
         node.load.finish(attempt.started_at, now, _SUCCESS)
         service.tally(node, self._method).succeeded(now - attempt.started_at)
-        self._note_end(StatusCode.OK, now, ("OK", now - attempt.started_at))
+        self._note_end(StatusCode.OK, now)
         service.record(node, _SUCCESS, now)
         service.settle(self._breaker, self._token, _SUCCESS, self._tried, now)
         service.gate.leave()
@@ -263,6 +263,7 @@ class Call:
         if delay is not None:
             self._state = _WAITING
             self._attempt = None
+            service.call_goes_on(self._method, failure.code, now - attempt.started_at)
             return Pause(delay)
         return self._end(failure.code, self._reason(failure, expired), outcome, now, from_attempt=True)
 
@@ -275,9 +276,7 @@ class Call:
             attempt.node.load.finish(attempt.started_at, now, Outcome.NEUTRAL)
             self._service.tally(attempt.node, self._method).failed(GIVEN_UP, now - attempt.started_at)
             self._service.record(attempt.node, Outcome.NEUTRAL, now)
-            self._note_end(StatusCode.CANCELLED, now, (GIVEN_UP, now - attempt.started_at))
-        else:
-            self._note_end(StatusCode.CANCELLED, now)
+        self._note_end(StatusCode.CANCELLED, now)
         self._finish(Outcome.NEUTRAL, now)
 
     def _proceed(self, now: float) -> Action:
@@ -391,12 +390,11 @@ class Call:
         self._service.call_failed(code, detail, None if self._attempts else now - self._begun_at, now)
         return Failed(code, detail, from_attempt)
 
-    def _note_end(self, code: StatusCode, now: float, *last: tuple[str, float]) -> None:
-        """Counts the whole call, unless its only attempt says as much. ``last`` is an attempt that has not failed."""
-        service, took = self._service, now - self._begun_at
-        if self._attempts > 1:
-            attempts = [*((attempt.code, attempt.elapsed) for attempt in self._history), *last]
-            service.call_repeated(self._method, code, took, attempts)
+    def _note_end(self, code: StatusCode, now: float) -> None:
+        """Counts the whole call, unless its only attempt says as much, and shows it to those who look."""
+        service, attempt, took = self._service, self._attempt, now - self._begun_at
+        if self._attempts > (attempt is not None):
+            service.call_repeated(self._method, code, took, None if attempt is None else now - attempt.started_at)
         if service.tap is not None:
             service.tap.ended(self._tapped(code, took, now))
 

@@ -114,9 +114,9 @@ class Service:
         self.tallies = TallyBook()
         """What is counted of attempts."""
         self.repeated: dict[str, Tally] = {}
-        """What is counted of calls that took more than one attempt, from the first one's start on; by method."""
+        """What is counted of calls that their first attempt did not end, from its start on; by method."""
         self.repeated_attempts: dict[str, Tally] = {}
-        """The part of ``tallies`` that belongs to them: without it, and with ``repeated``, it is what calls were."""
+        """The part of ``tallies`` that belongs to them, taken out as soon as such a call goes on."""
         self.unattempted: dict[str, Tally] = {}
         """What is counted of calls that failed without an attempt; by method."""
         self.failed_calls: Counter[tuple[str, str, Reason]] = Counter()
@@ -257,13 +257,19 @@ class Service:
         if code.name not in ANSWERS:
             self.incidents.failed(key, detail, now)
 
-    def call_repeated(self, method: str, code: StatusCode, took: float, attempts: Iterable[tuple[str, float]]) -> None:
-        """Counts a call that took several attempts: how it ended, its seconds, and status and seconds of each."""
+    def call_goes_on(self, method: str, code: StatusCode, took: float) -> None:
+        """Counts an attempt that failed after so many seconds, and did not end its call."""
+        self.repeated_attempts.setdefault(self.tallies.known(method), Tally()).failed(code.name, took)
+
+    def call_repeated(self, method: str, code: StatusCode, took: float, last_took: float | None) -> None:
+        """Counts a call whose first attempt did not end it: how it ended, and after how many seconds.
+
+        ``last_took`` are the seconds of the attempt that ended it so; None when it ended without another one.
+        """
         method = self.tallies.known(method)
         self.repeated.setdefault(method, Tally()).ended(code.name, took)
-        tally = self.repeated_attempts.setdefault(method, Tally())
-        for attempt_code, attempt_took in attempts:
-            tally.ended(attempt_code, attempt_took)
+        if last_took is not None:
+            self.repeated_attempts.setdefault(method, Tally()).ended(code.name, last_took)
 
     def tapped(self, tap: ServiceTap | None) -> None:
         """Calls that begin from now on are told to this tap, or to none."""
@@ -272,7 +278,10 @@ class Service:
         self.plain_settings.clear()
 
     def calls_by_method(self) -> dict[str, Tally]:
-        """What is counted of whole calls, however many attempts they took; by method."""
+        """What is counted of whole calls, however many attempts they took; by method. It only grows, as all counters.
+
+        An attempt counts as the call until it turns out that the call goes on.
+        """
         calls: dict[str, Tally] = {}
         parts = [(methods, 1) for _, methods in self.tallies]
         for methods, sign in (*parts, (self.repeated_attempts, -1), (self.repeated, 1), (self.unattempted, 1)):
