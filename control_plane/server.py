@@ -23,6 +23,8 @@ from mesh.v1 import (
     edge_service_pb2,
     registry_pb2,
     registry_pb2_grpc,
+    telemetry_pb2,
+    traffic_pb2,
 )
 
 from control_plane.access import Access
@@ -44,9 +46,10 @@ from control_plane.sources.database import Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.last_good import LastGoodPolicies
+from control_plane.telemetry.station import Telemetry
 from control_plane.traces.view import TraceView
 from mesh_client.core.edge_policy import EdgePolicy
-from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
 
 _log = logging.getLogger(__name__)
@@ -126,6 +129,7 @@ class ControlPlane:
         self._edges = EdgeHub(self.access)
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
+        self._telemetry: Telemetry | None = None
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -138,6 +142,17 @@ class ControlPlane:
         """Where it listens, once started."""
         self.enrolment_port = 0
         """Where workloads get their first certificates, once started; 0 without identity."""
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Load reports, and what can be asked about them; once started.
+
+        Raises:
+            InvalidTransitionError: it has not been started.
+        """
+        if self._telemetry is None:
+            raise InvalidTransitionError("there are load reports once the control plane has started")
+        return self._telemetry
 
     @property
     def address(self) -> str:
@@ -195,8 +210,11 @@ class ControlPlane:
             access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
+        self._telemetry.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = [each.DESCRIPTOR for each in (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2)]
+        services = (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, telemetry_pb2, traffic_pb2, health_pb2)
+        files = [each.DESCRIPTOR for each in services]
         files += self.traces.add_mesh_services(server)
         if authority is not None:
             authority.add_mesh_services(server, self.access)
@@ -234,6 +252,8 @@ class ControlPlane:
         self._hub.close()
         self._edges.close()
         self.traces.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))

@@ -29,6 +29,7 @@ from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
 from mesh_client.resolver import Resolver
+from mesh_client.telemetry import ReportedServer, report_interval
 from mesh_client.transport import Transport
 from mesh_client.transport_choice import make_transport
 
@@ -156,6 +157,11 @@ class Mesh:
             None if identity is None else identity.state(time.time()),
         )
 
+    def report_load_of(self, server: ReportedServer) -> Callable[[], None]:
+        """Reports what a server of this process receives, beside what the process calls. Returns what ends that."""
+        reports = self._resolver.reports
+        return (lambda: None) if reports is None else reports.add_server(server)
+
     @property
     def control_planes(self) -> tuple[str, ...]:
         """Addresses of the control planes, as ``host:port``."""
@@ -201,6 +207,7 @@ def connect(
     insecure: bool | None = None,
     applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
+    load_reports: float | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -231,6 +238,8 @@ def connect(
             changed, before their endpoints are acknowledged, so that drains wait until they are in force there; after
             what watches them was called. It may take any time, and is cancelled when the stream ends.
         tracer_provider: makes spans; by default the process's, if it has one when the client is entered.
+        load_reports: seconds between reports of what this process calls and how that goes to the control plane, 0.1 to
+            60, or 0 for none; by default MESH_LOAD_REPORTS, such as ``5s`` or ``off``, else 5.
         rng: drives every random choice; by default seeded by the system.
         clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
             real whatever it says.
@@ -265,6 +274,7 @@ def connect(
         node_id=node_id,
         applied=applied,
         tracer_provider=tracer_provider,
+        load_reports=load_reports,
         rng=rng,
         clock=clock,
     )
@@ -280,6 +290,7 @@ def make_mesh(
     node_id: str | None = None,
     applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
+    load_reports: float | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -304,6 +315,7 @@ def make_mesh(
         transport,
         applied=applied,
         tracer_provider=tracer_provider,
+        report_interval=report_interval(load_reports),
     )
     return Mesh(resolver, node_id, service, clock)
 

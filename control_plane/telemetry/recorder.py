@@ -235,8 +235,8 @@ class Recorder:
         if session.generation == reporter.generation:
             reporter.gone_at = now
 
-    def take(self, session: Session, report: LoadReport, now: float) -> None:
-        """Takes a report in.
+    def take(self, session: Session, report: LoadReport, now: float, *, more: bool = False) -> None:
+        """Takes a report in, or a part of it; ``more`` says that another part follows.
 
         Raises:
             SupersededError: the process has another stream.
@@ -258,9 +258,10 @@ class Recorder:
         for key, (counters, news) in grown.items():
             self._grow(reporter, key, counters, news, now, interval)
         self._note(reporter, report, begins=not session.heard)
-        reporter.last_at = now
-        session.heard = True
-        self.taken += 1
+        if not more:
+            reporter.last_at = now
+            session.heard = True
+            self.taken += 1
 
     def _grow(
         self, reporter: Reporter, key: Key, counters: Counters, news: Counters, now: float, interval: float

@@ -39,7 +39,7 @@ class Shown:
 
 
 @dataclass(eq=False, slots=True)
-class Tap:
+class OpenTap:
     """What one operator looks at.
 
     Attributes:
@@ -68,7 +68,7 @@ class Taps:
     """Everything that is looked at now."""
 
     def __init__(self) -> None:
-        self._taps: dict[int, Tap] = {}
+        self._taps: dict[int, OpenTap] = {}
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Taps:
         caller: str | None = None,
         rate: float = DEFAULT_RATE,
         duration: float = 60.0,
-    ) -> Tap:
+    ) -> OpenTap:
         """Begins to look.
 
         Args:
@@ -114,10 +114,10 @@ class Taps:
         if len(self._taps) >= MAX_TAPS:
             raise TooManyTapsError(f"{MAX_TAPS} taps are open already; wait until one ends")
         order = TapOrder(next(self._numbers), method, frozenset(codes), slower_than, rate, now + duration)
-        tap = self._taps[order.id] = Tap(service, caller, order)
+        tap = self._taps[order.id] = OpenTap(service, caller, order)
         return tap
 
-    def close(self, tap: Tap) -> None:
+    def close(self, tap: OpenTap) -> None:
         """Nobody looks any more."""
         self._taps.pop(tap.order.id, None)
 
@@ -136,13 +136,18 @@ class Taps:
             if tap.caller in (None, caller) and now < tap.order.until
         ]
 
-    def shown(self, caller: str, node_id: str, calls: Iterable[tuple[int, str, TappedCall]]) -> None:
-        """A process showed calls, each for one tap. What that tap did not ask for is left out."""
+    def shown(self, caller: str, node_id: str, calls: Iterable[tuple[int, str, TappedCall]], dropped: int = 0) -> None:
+        """A process showed calls, each for one tap, and dropped some. What a tap did not ask for is left out."""
+        if dropped:
+            for tap in self._taps.values():
+                if tap.caller in (None, caller):
+                    tap.dropped += dropped
         for number, service, call in calls:
-            tap = self._taps.get(number)
-            if tap is None or tap.service != service or tap.caller not in (None, caller) or not tap.order.wants(call):
+            wanted = self._taps.get(number)
+            if wanted is None or wanted.service != service or wanted.caller not in (None, caller):
                 continue
-            if len(tap.held) >= MAX_HELD:
-                tap.held.popleft()
-                tap.dropped += 1
-            tap.held.append(Shown(call.at, caller, node_id, service, call))
+            if wanted.order.wants(call):
+                if len(wanted.held) >= MAX_HELD:
+                    wanted.held.popleft()
+                    wanted.dropped += 1
+                wanted.held.append(Shown(call.at, caller, node_id, service, call))

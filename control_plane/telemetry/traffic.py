@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ class Edge:
         processes: processes of the caller that report and call the service.
         breakers_open: in how many of them the breaker is open or half-open.
         ejected: ids of endpoints that at least one of them has ejected.
+        total: calls since its processes began to count, those included that have ended within the window.
     """
 
     caller: str
@@ -40,6 +41,7 @@ class Edge:
     processes: int = 0
     breakers_open: int = 0
     ejected: tuple[str, ...] = ()
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +152,23 @@ class Traffic:
         )
         seconds = self._seconds(now, span)
         states: dict[tuple[str, str], list[CalledState]] = {}
+        totals: Counter[tuple[str, str]] = Counter()
         for reporter in self._recorder.reporters:
+            totals.update({(reporter.service, called): count for called, count in reporter.calls().items()})
             if reporter.connected:
                 for state in reporter.called.values():
                     states.setdefault((reporter.service, state.service), []).append(state)
         return [
-            _edge(*edge, Stats.of(counters, seconds[edge[0]]), states.get(edge, ()))
+            _edge(edge, Stats.of(counters, seconds[edge[0]]), states.get(edge, ()), totals[edge])
             for edge, counters in sorted(sums.items())
         ]
+
+    def calls_to(self, service: str, now: float, span: float = 60.0) -> Stats:
+        """How the calls to a service went, all callers and methods together."""
+        sums = self._window.methods.grouped(
+            self._first(now, span), lambda key: service if key.service == service else None
+        )
+        return Stats.of(sums.get(service, {}), self._seconds(now, span)[None])
 
     def callers(self, service: str) -> Iterator[tuple[Reporter, CalledState]]:
         """Processes that report now and call a service, with what they say of it."""
@@ -271,16 +282,16 @@ class Traffic:
         return defaultdict(lambda: max(_LEAST, whole), known)
 
 
-def _edge(caller: str, service: str, calls: Stats, states: Collection[CalledState]) -> Edge:
+def _edge(names: tuple[str, str], calls: Stats, states: Collection[CalledState], total: int) -> Edge:
     seen = [each.state for each in states if each.state is not None]
     return Edge(
-        caller,
-        service,
+        *names,
         calls,
         in_flight=sum(state.in_flight for state in seen),
         processes=len(states),
         breakers_open=sum(state.breaker is not BreakerState.CLOSED for state in seen),
         ejected=tuple(sorted({endpoint_id for state in seen for endpoint_id in state.ejected})),
+        total=total,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from mesh_client.core.tally import MAX_METHODS, OTHER, Tally
+from mesh_client.core.tally import MAX_METHODS, OTHER, Tally, is_method
 
 MAX_CALLERS = 100
 """Callers of one server that are told apart; those that come later count for `OTHER` together."""
@@ -33,8 +33,8 @@ class ServedBook:
         self.peak = 0
 
     def of(self, method: str) -> dict[str, Tally]:
-        """The tallies of a full method name, by caller; those of `OTHER` when there are too many methods."""
-        if method not in self._methods and len(self._methods) >= MAX_METHODS:
+        """The tallies of a full method name, by caller; of `OTHER` when there are too many, or it is no such name."""
+        if method not in self._methods and (len(self._methods) >= MAX_METHODS or not is_method(method)):
             method = OTHER
         return self._methods.setdefault(method, {})
 

@@ -5,6 +5,7 @@ Counters only grow, so that whoever reads them may read as often as they like an
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 
@@ -19,6 +20,8 @@ MAX_METHODS = 200
 which may be a proxy that calls whatever it is asked for."""
 OTHER = "/other"
 
+_METHOD = re.compile(r"/[!-~]{1,255}")
+
 MAX_GONE = 200
 """Endpoints that have left and are still told apart; those that left first count for `GONE` together."""
 GONE = ""
@@ -29,6 +32,11 @@ ANSWERS = frozenset(
 """Statuses by which a service that is well answers. Success rates count all others but `GIVEN_UP` as failures."""
 GIVEN_UP = "CANCELLED"
 """The status that says nothing of the service: its caller gave up."""
+
+
+def is_method(name: str) -> bool:
+    """Whether it is a full method name with leading slash, of a length and of characters that can be shown."""
+    return _METHOD.fullmatch(name) is not None
 
 
 class Tally:
@@ -115,9 +123,9 @@ class TallyBook:
         return self.of(endpoint_id).setdefault(self.known(method), Tally())
 
     def known(self, method: str) -> str:
-        """The method, or `OTHER` when there are too many."""
+        """The method, or `OTHER` when there are too many, or it is no name of a method."""
         if method not in self._methods:
-            if len(self._methods) >= MAX_METHODS:
+            if len(self._methods) >= MAX_METHODS or not is_method(method):
                 return OTHER
             self._methods.add(method)
         return method

@@ -94,10 +94,6 @@ class ServiceTap:
                 bucket = TokenBucket(order.rate, max(1, int(order.rate)), now) if known is None else known[1]
                 self._orders[order.id] = (order, bucket)
 
-    def expire(self, now: float) -> None:
-        """Forgets orders that have ended."""
-        self._orders = {each: held for each, held in self._orders.items() if now < held[0].until}
-
     def ended(self, call: TappedCall) -> None:
         """A call to the service ended: it is held for every order that wants it."""
         for order, bucket in self._orders.values():

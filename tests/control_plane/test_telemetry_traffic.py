@@ -56,6 +56,7 @@ def test_an_edge_has_rate_success_and_percentiles_of_the_calls_of_all_processes_
     assert edge.calls.p50 == pytest.approx(0.1, rel=0.2)
     assert edge.calls.retries == 20
     assert (edge.in_flight, edge.breakers_open, edge.ejected) == (0, 0, ())
+    assert edge.total == 24 * 150 + 10
 
 
 def test_a_rate_is_right_between_two_reports_too() -> None:
@@ -148,6 +149,7 @@ def test_methods_and_endpoints_of_a_service_are_summed_over_its_callers() -> Non
     assert [each.endpoint_id for each in endpoints] == ["a", "b"]
     assert sum(each.attempts.count for each in endpoints) == 16
     assert world.traffic.methods("stock", 5.0) == []
+    assert (world.traffic.calls_to("orders", 5.0).count, world.traffic.calls_to("stock", 5.0).count) == (12, 0)
 
 
 def test_failures_are_grouped_the_largest_first_with_an_example() -> None:

@@ -75,6 +75,7 @@ def test_methods_beyond_the_bound_share_one_tally() -> None:
         assert book.known(f"/s/M{number}") == f"/s/M{number}"
     assert book.known("/s/OneTooMany") == OTHER
     assert book.known("/s/M3") == "/s/M3"
+    assert [TallyBook().known(name) for name in ("no slash", "/with space", "/" + "x" * 256)] == [OTHER] * 3
     assert book.tally("a", "/s/Another") is book.tally("a", "/s/YetAnother") is book.of("a")[OTHER]
 
 

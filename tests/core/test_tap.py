@@ -102,9 +102,9 @@ def test_an_order_ends_by_itself() -> None:
     tap.ended(call(at=10.0))
     assert len(tap.take()) == 1
     assert tap
-    tap.expire(9.9)
+    tap.order([order(until=10.0)], 9.9)
     assert tap
-    tap.expire(10.0)
+    tap.order([order(until=10.0)], 10.0)
     assert not tap
 
 
