@@ -26,7 +26,8 @@ from mesh.v1 import discovery_pb2, telemetry_pb2, telemetry_pb2_grpc
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.load_report import ReportBuilder, Server
-from mesh_client.core.policy import Backoff, parse_duration
+from mesh_client.core.policy import Backoff
+from mesh_client.core.policy_base import parse_duration
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.service import Service
 from mesh_client.core.tap import ServiceTap, TapOrder

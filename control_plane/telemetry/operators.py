@@ -43,7 +43,7 @@ from control_plane.telemetry.timeline import CODE_NAMES, CODES, RATE_LIMITED, SH
 from control_plane.telemetry.traffic import Traffic
 from mesh_client.core.errors import InvalidPolicyError, InvalidValueError
 from mesh_client.core.model import check_service_name
-from mesh_client.core.policy import check_method_pattern
+from mesh_client.core.policy import ServicePolicy, check_method_pattern
 
 LAST_MINUTE = 60.0
 TAP_FLUSH = 0.2
@@ -75,7 +75,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         reports: TelemetryServicer,
         *,
         catalog: Catalog,
-        book: PolicyBook,
+        book: PolicyBook[ServicePolicy],
         publisher: Publisher,
         hub: StreamHub,
     ) -> None:
@@ -160,7 +160,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
     ) -> traffic_pb2.TryPolicyResponse:
         """What a policy would have refused."""
         async with _refusing(context):
-            policy = parse_document(request.document)
+            policy = parse_document(request.document, ServicePolicy)
         now = self._refreshed()
         span = _span(request.window if request.HasField("window") else None, WINDOW)
         received = self._traffic.received(policy.service, now, span)
@@ -224,7 +224,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
     def _facts(self, service: str, now: float) -> Facts:
         view = self._catalog.view(now).services.get(service)
         _, version = self._book.policy(service)
-        problem = next((each for each in self._book.problems if each.service == service), None)
+        problem = next((each for each in self._book.problems if each.name == service), None)
         return Facts(
             service,
             None if view is None else view.records,

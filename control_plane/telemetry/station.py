@@ -18,6 +18,7 @@ from control_plane.telemetry.reports import TelemetryServicer
 from control_plane.telemetry.taps import Taps
 from control_plane.telemetry.traffic import Traffic
 from control_plane.telemetry.window import Window
+from mesh_client.core.policy import ServicePolicy
 
 
 class Telemetry:
@@ -40,7 +41,7 @@ class Telemetry:
     """
 
     def __init__(
-        self, catalog: Catalog, book: PolicyBook, publisher: Publisher, hub: StreamHub, access: Access
+        self, catalog: Catalog, book: PolicyBook[ServicePolicy], publisher: Publisher, hub: StreamHub, access: Access
     ) -> None:
         self.window = Window()
         self.recorder = Recorder(self.window)
