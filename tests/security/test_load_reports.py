@@ -1,4 +1,4 @@
-"""Attacks by load reports: as somebody else, to fill memory, to falsify what operators see, to break what takes them."""
+"""Attacks by load reports: as somebody else, to fill memory, to falsify what operators see, to break things."""
 
 from __future__ import annotations
 
