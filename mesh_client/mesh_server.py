@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, IdentityError, InvalidTransitionError, MeshError
+from mesh_client.core.load_report import Server
 from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.guard import Guard
@@ -70,7 +71,7 @@ class MeshServer(grpc.aio.Server):
         self._tracer_provider = tracer_provider
         tracing = choose_tracing(settings.service, tracer_provider, settings.endpoint.id)
         self._admission = Admission(rng, self._guard, tracing)
-        self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng)
+        self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng, load=self)
         self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []
         self._phase = Phase.NEW
@@ -225,6 +226,12 @@ class MeshServer(grpc.aio.Server):
             denied=self._guard.denied,
             identity=None if self._transport.identity is None else self._transport.identity.state(time.time()),
         )
+
+    @contextlib.contextmanager
+    def load(self) -> Iterator[Server]:
+        """What it has counted of its calls; nothing of it changes within the block."""
+        with self._admission.counted() as book:
+            yield Server(self._settings.service, self.instance_id, book, self._admission.in_flight)
 
     def _verdict(self) -> Verdict:
         if self._self_check is None or self._phase is not Phase.SERVING:

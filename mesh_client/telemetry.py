@@ -125,6 +125,8 @@ class LoadReporter:
         self._builder = ReportBuilder(self._began_at)
         self._process_sent: telemetry_pb2.ProcessState | None = None
         self._servers: list[ReportedServer] = []
+        self._leaving: list[ReportedServer] = []
+        """Those that are reported once more."""
         self._orders: dict[str, list[TapOrder]] = {}
         self._taps: dict[str, ServiceTap] = {}
         self._dropped = 0
@@ -136,9 +138,9 @@ class LoadReporter:
         self._told: set[str] = set()
 
     def add_server(self, server: ReportedServer) -> Callable[[], None]:
-        """Reports the load of a server of this process too. Returns what ends that."""
+        """Reports the load of a server of this process too. Returns what ends that, with one more report."""
         self._servers.append(server)
-        return lambda: self._servers.remove(server)
+        return lambda: self._leaving.append(server)
 
     async def run(self, channel: grpc.aio.Channel) -> None:
         """Reports on a channel to a control plane, until that does not take reports, or this is cancelled."""
@@ -225,6 +227,8 @@ class LoadReporter:
             servers = [stack.enter_context(server.load()) for server in self._servers]
             own = [server for server in servers if server.service == self._node.service]
             report = self._builder.look(self._services(), own, now)
+        self._servers = [server for server in self._servers if server not in self._leaving]
+        self._leaving = []
         requests = list(requests_of(report, now))
         if first:
             requests[0].node.CopyFrom(self._node)
