@@ -19,8 +19,10 @@ from mesh.v1 import discovery_pb2, endpoint_pb2
 from mesh_client.addresses import parse_control_planes
 from mesh_client.channel import MeshChannel
 from mesh_client.core.breaker import BreakerState
+from mesh_client.core.metric import MetricSet
 from mesh_client.core.model import Health, Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.process_metrics import add_process, add_services
 from mesh_client.core.service import Service
 from mesh_client.core.store import EndpointsResource, Resolution
 from mesh_client.discovery import Applied
@@ -28,6 +30,8 @@ from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
+from mesh_client.metrics_server import SHARED, Leave, MetricsServer
+from mesh_client.observed import CLIENTS
 from mesh_client.resolver import Resolver
 from mesh_client.telemetry import ReportedServer, report_interval
 from mesh_client.transport import Transport
@@ -96,6 +100,8 @@ class Mesh:
         self.service = service
         self._resolver = resolver
         self._clock = clock
+        self._metrics_servers: list[MetricsServer] = []
+        self._leave_metrics: Leave = _nothing
 
     async def __aenter__(self) -> Self:
         """Starts following the control plane.
@@ -104,10 +110,16 @@ class Mesh:
             ConfigError: it has been entered before.
         """
         await self._resolver.start()
+        CLIENTS.add(self)
+        self._leave_metrics = await SHARED.enter()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stops. Calls in flight are cancelled."""
+        CLIENTS.discard(self)
+        for server in self._metrics_servers:
+            await server.close()
+        await self._leave_metrics()
         await self._resolver.stop()
 
     def channel(self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()) -> grpc.aio.Channel:
@@ -155,6 +167,38 @@ class Mesh:
             discovery.age(self._clock()),
             tuple(_service_state(target.service, self._clock()) for target in self._resolver.targets),
             None if identity is None else identity.state(time.time()),
+        )
+
+    async def serve_metrics(self, address: str = "127.0.0.1:9464") -> str:
+        """Serves Prometheus metrics of this whole process, until this client is left. See docs/metrics.md.
+
+        Args:
+            address: where, ``host:port``; port 0 for any free one. Whoever can reach it can read them.
+
+        Returns:
+            Where they are, with the real port.
+
+        Raises:
+            ConfigError: the address cannot be used, or the ``metrics`` extra is not installed.
+        """
+        server = MetricsServer()
+        served_at = await server.start(address)
+        self._metrics_servers.append(server)
+        return served_at
+
+    def add_metrics(self, metrics: MetricSet, wall: float) -> None:
+        """Adds what this client knows; ``wall`` is the time of day, seconds since the epoch."""
+        resolver, now = self._resolver, self._clock()
+        identity = resolver.transport.identity
+        state = None if identity is None else identity.state(wall)
+        add_services(metrics, [target.service for target in resolver.targets], now)
+        add_process(
+            metrics,
+            self.node_id,
+            age=resolver.discovery.age(now),
+            in_sync=resolver.in_sync,
+            reports=None if resolver.reports is None else (resolver.reports.sent, resolver.reports.accepted),
+            certificate=None if state is None else (state.spiffe_id, state.expires),
         )
 
     def report_load_of(self, server: ReportedServer) -> Callable[[], None]:
@@ -318,6 +362,10 @@ def make_mesh(
         report_interval=report_interval(load_reports),
     )
     return Mesh(resolver, node_id, service, clock)
+
+
+async def _nothing() -> None:
+    """There is nothing to leave."""
 
 
 def _env(name: str, default: str) -> str:

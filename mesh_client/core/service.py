@@ -285,7 +285,7 @@ class Service:
         calls: dict[str, Tally] = {}
         parts = [(methods, 1) for _, methods in self.tallies]
         for methods, sign in (*parts, (self.repeated_attempts, -1), (self.repeated, 1), (self.unattempted, 1)):
-            for method, tally in methods.items():
+            for method, tally in list(methods.items()):
                 calls.setdefault(method, Tally()).add(tally, sign)
         return calls
 

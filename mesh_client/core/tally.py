@@ -84,7 +84,7 @@ class Tally:
     def add(self, other: Tally, sign: int = 1) -> None:
         """Takes in what another one counted; with -1 for ``sign`` takes out what it took in before."""
         self.ok += sign * other.ok
-        for code, count in other.failures.items():
+        for code, count in list(other.failures.items()):
             self.failures[code] = self.failures.get(code, 0) + sign * count
         self.seconds += sign * other.seconds
         self.buckets = [mine + sign * its for mine, its in zip(self.buckets, other.buckets, strict=True)]
@@ -138,5 +138,5 @@ class TallyBook:
                 self.of(GONE).setdefault(method, Tally()).add(tally)
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Tally]]]:
-        """Each endpoint's id with its tallies by method."""
-        return iter(self._endpoints.items())
+        """Each endpoint's id with its tallies by method, as it is now: what is counted meanwhile does no harm."""
+        return iter([(endpoint_id, dict(methods)) for endpoint_id, methods in list(self._endpoints.items())])
