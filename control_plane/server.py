@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -51,6 +52,9 @@ from control_plane.traces.view import TraceView
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
+
+if TYPE_CHECKING:
+    from control_plane.metrics_server import MetricsServer
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +134,7 @@ class ControlPlane:
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
         self._telemetry: Telemetry | None = None
+        self._metrics: MetricsServer | None = None
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,6 +158,11 @@ class ControlPlane:
         if self._telemetry is None:
             raise InvalidTransitionError("there are load reports once the control plane has started")
         return self._telemetry
+
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` where metrics are served, once started; empty for nowhere."""
+        return "" if self._metrics is None else self._metrics.address
 
     @property
     def address(self) -> str:
@@ -181,6 +191,7 @@ class ControlPlane:
                 self.authority.on_change(self.access.cut_revoked)
             await self._listen()
         except BaseException:
+            await asyncio.gather(*(server.stop(None) for server in self._servers))
             await self._close_stores()
             raise
         self._tasks = [
@@ -235,6 +246,27 @@ class ControlPlane:
             if each is not None:
                 await each.start()
                 self._servers.append(each)
+        if options.metrics_address is not None:
+            await self._serve_metrics(options.metrics_address, self._telemetry)
+
+    async def _serve_metrics(self, address: str, telemetry: Telemetry) -> None:
+        # These bring in an HTTP server, and what writes metrics.
+        from control_plane.metrics import ControlPlaneCollector, Observed
+        from control_plane.metrics_server import MetricsServer
+
+        observed = Observed(
+            self._options.control_plane_id,
+            self._catalog,
+            self._book,
+            self._publisher,
+            self._hub,
+            self._edges,
+            self.access,
+            telemetry,
+            self.authority,
+        )
+        self._metrics = MetricsServer(ControlPlaneCollector(observed))
+        await self._metrics.start(address)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -344,6 +376,8 @@ class ControlPlane:
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_stores(self) -> None:
+        if self._metrics is not None:
+            await self._metrics.close()
         if self.authority is not None:
             await self.authority.close()
         if self._registry.database is not None:
@@ -368,6 +402,8 @@ async def serve(options: ControlPlaneOptions) -> None:
     try:
         if plane.enrolment_address:
             sys.stdout.write(f"mesh control-plane enrols on {plane.enrolment_address}\n")
+        if plane.metrics_address:
+            sys.stdout.write(f"mesh control-plane metrics at http://{plane.metrics_address}/metrics\n")
         sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
         sys.stdout.flush()
         failed = asyncio.create_task(plane.wait())

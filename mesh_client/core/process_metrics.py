@@ -100,26 +100,26 @@ FAMILIES: tuple[Family, ...] = (
         "grpc_mesh_server_calls_total",
         _COUNTER,
         "Calls that were received and ended, refused ones included; an empty caller is nobody of the mesh.",
-        ("service", "instance", "method", "code", "caller"),
+        ("service", "endpoint", "method", "code", "caller"),
     ),
     Family(
         "grpc_mesh_server_call_duration_seconds",
         _HISTOGRAM,
         "How long received calls took.",
-        ("service", "instance", "method"),
+        ("service", "endpoint", "method"),
     ),
-    Family("grpc_mesh_server_in_flight", _GAUGE, "Received calls that are under way.", ("service", "instance")),
+    Family("grpc_mesh_server_in_flight", _GAUGE, "Received calls that are under way.", ("service", "endpoint")),
     Family(
         "grpc_mesh_server_refused_calls_total",
         _COUNTER,
         "Received calls that were refused: for who called, by a rate limit, or because too many were in flight.",
-        ("service", "instance", "why"),
+        ("service", "endpoint", "why"),
     ),
     Family(
         "grpc_mesh_server_serving",
         _GAUGE,
         "1 while the server serves and passes its own check, else 0.",
-        ("service", "instance"),
+        ("service", "endpoint"),
     ),
 )
 """Every metric of a process that uses the library."""

@@ -194,7 +194,7 @@ async def test_the_environment_asks_for_one_endpoint_of_all_clients_and_servers(
         await eventually(lambda: server._admission.in_flight == 0)
         found = parsed((await scrape(address))[0])
         method = "/shop.v1.OrderService/GetOrder"
-        where = {"service": "orders", "instance": "orders-1"}
+        where = {"service": "orders", "endpoint": "orders-1"}
         assert found[key("client_calls_total", service="orders", method=method, code="OK")] == 1
         assert found[key("server_calls_total", **where, method=method, code="OK", caller="")] == 1
         assert found[key("server_call_duration_seconds_count", **where, method=method)] == 1
@@ -271,7 +271,7 @@ async def test_a_service_in_a_process_of_its_own_is_scraped(rig: Rig, tmp_path: 
         method = "/shop.v1.OrderService/GetOrder"
         for _ in range(3):
             await call(mesh.channel("orders"), ORDER.SerializeToString(), method)
-        sample = key("server_calls_total", service="orders", instance="orders-1", method=method, code="OK", caller="")
+        sample = key("server_calls_total", service="orders", endpoint="orders-1", method=method, code="OK", caller="")
 
         async def counted() -> bool:
             return parsed((await scrape(address))[0]).get(sample) == 3
