@@ -32,7 +32,7 @@ from mesh_client.core.retry import backoff_delay
 from mesh_client.core.service import Service
 from mesh_client.core.tap import ServiceTap, TapOrder
 from mesh_client.identity import IdentityState
-from mesh_client.stream_end import StreamEnd
+from mesh_client.stream_end import StreamEnd, obey_cancellation
 from mesh_client.telemetry_convert import duration, orders_from_proto, requests_of, tapped_to_proto
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ class LoadReporter:
             finally:
                 self._untap()
                 self._ended.set()
+            obey_cancellation()
             failures = 1 if self.sent > began + 1 else failures + 1
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(backoff_delay(RETRY, min(failures, 16), self._rng)):
