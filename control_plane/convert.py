@@ -131,7 +131,7 @@ def request_from_proto(message: discovery_pb2.DeltaResourcesRequest) -> Request:
         )
     return Request(
         kind=kind,
-        node=_node_from_proto(message.node) if message.HasField("node") else None,
+        node=node_from_proto(message.node) if message.HasField("node") else None,
         subscribe=tuple(message.subscribe),
         unsubscribe=tuple(message.unsubscribe),
         held_versions=dict(message.held_versions),
@@ -143,7 +143,12 @@ def request_from_proto(message: discovery_pb2.DeltaResourcesRequest) -> Request:
     )
 
 
-def _node_from_proto(message: discovery_pb2.Node) -> ClientNode:
+def node_from_proto(message: discovery_pb2.Node) -> ClientNode:
+    """Who a client says it is.
+
+    Raises:
+        ProtocolError: it says so in a way that is not allowed.
+    """
     try:
         locality = locality_from_proto(message.locality)
     except InvalidValueError as error:

@@ -32,6 +32,7 @@ from control_plane.subscription import (
 )
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import ResourceKind, StatusCode, check_service_name
+from mesh_client.core.tally import Tally
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +80,30 @@ def _nothing() -> None:
     """Nobody watches."""
 
 
+class HubFigures:
+    """What is counted of all streams.
+
+    Attributes:
+        responses: that were sent.
+        rejections: requests that rejected one.
+        pushes: from a change's coming in to its acknowledgement, each resource and stream.
+    """
+
+    def __init__(self) -> None:
+        self.responses = 0
+        self.rejections = 0
+        self.pushes = Tally()
+
+
 class _Stream:
     """One open stream."""
 
     __slots__ = (
+        "changed",
         "connected_at",
         "ending",
         "peer",
+        "sent",
         "stop_watching",
         "subscriptions",
         "task",
@@ -107,6 +125,10 @@ class _Stream:
         """The status to end with when the task is cancelled."""
         self.stop_watching: Callable[[], None] = _nothing
         self.workload_id = ""
+        self.changed: dict[tuple[ResourceKind, str], float] = {}
+        """When the first change of each resource came that has not been sent."""
+        self.sent: dict[ResourceKind, list[float]] = {}
+        """The same of those that have been sent and not been answered."""
 
     @property
     def node_id(self) -> str:
@@ -197,6 +219,7 @@ class StreamHub:
         self._open: Counter[str] = Counter()
         self._subscribers: dict[tuple[ResourceKind, str], dict[_Stream, None]] = {}
         self._drains: list[_DrainWait] = []
+        self.figures = HubFigures()
         publisher.listen(self._published)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -259,9 +282,11 @@ class StreamHub:
             stream.end(grpc.StatusCode.UNAVAILABLE, "this control plane is stopping; use another")
 
     def _published(self, snapshot: Snapshot, changed: frozenset[tuple[ResourceKind, str]]) -> None:
+        changed_at = self._publisher.changed_at
         for kind, name in changed:
             for stream in self._subscribers.get((kind, name), ()):
                 stream.subscriptions.touch(kind, name)
+                stream.changed.setdefault((kind, name), changed_at)
                 stream.wake.set()
 
     async def _serve(self, _requests: object, context: _Context) -> None:
@@ -311,6 +336,8 @@ class StreamHub:
                 if caller is not None:
                     stream.identify(self._access, caller)
             effect = stream.subscriptions.receive(request, loop.time())
+            if effect.answered:
+                self._answered(stream, request.kind, rejected=request.rejection is not None)
             self._index(stream, request.kind, effect)
             for drain in self._drains:
                 drain.look(stream)
@@ -360,8 +387,18 @@ class StreamHub:
             for drain in self._drains:
                 drain.look(stream)
             for response in responses:
+                names = (*(change.resource.name for change in response.changes), *response.removed)
+                times = (stream.changed.pop((response.kind, name), None) for name in names)
+                stream.sent[response.kind] = [at for at in times if at is not None]
+                self.figures.responses += 1
                 async with stream.writing:
                     await context.write(self._encoder.encode(response))
+
+    def _answered(self, stream: _Stream, kind: ResourceKind, *, rejected: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        self.figures.rejections += rejected
+        for changed_at in stream.sent.pop(kind, ()):
+            self.figures.pushes.succeeded(now - changed_at)
 
     def _index(self, stream: _Stream, kind: ResourceKind, effect: Effect) -> None:
         for name in effect.unsubscribed:
@@ -370,6 +407,7 @@ class StreamHub:
             self._subscribers.setdefault((kind, name), {})[stream] = None
 
     def _unindex(self, stream: _Stream, kind: ResourceKind, name: str) -> None:
+        stream.changed.pop((kind, name), None)
         subscribers = self._subscribers[kind, name]
         del subscribers[stream]
         if not subscribers:

@@ -123,6 +123,11 @@ class EdgeHub:
         names = {*self.book.names, *(follower.edge for follower in self._followers)}
         return [self._state(name) for name in sorted(names)]
 
+    @property
+    def streams(self) -> int:
+        """Gateways that follow an edge now."""
+        return len(self._followers)
+
     def close(self) -> None:
         """Ends every stream with UNAVAILABLE, so that gateways go to another control plane at once."""
         self._closed = True

@@ -18,6 +18,7 @@ from control_plane.access import Access
 CHECKED_BY_THEMSELVES = frozenset(
     {
         *("mesh.v1.CertificateService", "mesh.v1.DiscoveryService", "mesh.v1.EdgeService", "mesh.v1.RegistryService"),
+        "mesh.v1.TelemetryService",
         "opentelemetry.proto.collector.trace.v1.TraceService",
     }
 )

@@ -44,6 +44,8 @@ class ControlPlaneOptions:
     """ACL token for Consul. Secret: never logged. Without it and a file: ``CONSUL_HTTP_TOKEN``, if set."""
     consul_token_file: Path | None = None
     """Where the token is read from instead, and again when Consul does not accept it any more."""
+    metrics_address: str | None = None
+    """Where Prometheus metrics are served, ``host:port``; port 0 for any free one. None: nowhere."""
     max_streams: int = 10_000
     """Discovery streams at once; further ones are refused with RESOURCE_EXHAUSTED. 1 to 1000000."""
     debounce_quiet: float = 0.02
@@ -61,6 +63,8 @@ class ControlPlaneOptions:
 
     def __post_init__(self) -> None:
         _, port = split_address(self.address)
+        if self.metrics_address is not None:
+            split_address(self.metrics_address, "metrics_address")
         if self.enrolment_address is not None:
             split_address(self.enrolment_address)
             if self.insecure:

@@ -50,6 +50,11 @@ class Debounce:
             self._first = now
         self._last = now
 
+    @property
+    def first(self) -> float | None:
+        """When the first change came that has not been published; None when nothing changed."""
+        return self._first
+
     def deadline(self) -> float | None:
         """When it is due unless there are further changes; None when nothing changed."""
         return None if self._first is None else min(self._last + self._quiet, self._first + self._maximum)
@@ -88,6 +93,10 @@ class Publisher:
         """What is published."""
         self.opened = asyncio.Event()
         """Set by `open`."""
+        self.published = 0
+        """Snapshots that were published."""
+        self.changed_at = 0.0
+        """When the first of the changes came that are being published; for listeners."""
 
     def listen(self, listener: Listener) -> None:
         """Calls ``listener`` on every further change."""
@@ -138,6 +147,8 @@ class Publisher:
             self._arm()
 
     def _publish(self, now: float) -> None:
+        first = self._debounce.first
+        self.changed_at = now if first is None else first
         self._debounce.reset()
         if not self.opened.is_set():
             return
@@ -150,6 +161,7 @@ class Publisher:
                 _log.exception("snapshot is not published")
             else:
                 self.snapshot = snapshot
+                self.published += 1
                 for listener in self._listeners:
                     listener(snapshot, changed)
         self._arm()

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -23,6 +24,8 @@ from mesh.v1 import (
     edge_service_pb2,
     registry_pb2,
     registry_pb2_grpc,
+    telemetry_pb2,
+    traffic_pb2,
 )
 
 from control_plane.access import Access
@@ -44,10 +47,14 @@ from control_plane.sources.database import Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
 from control_plane.sources.last_good import LastGoodPolicies
+from control_plane.telemetry.station import Telemetry
 from control_plane.traces.view import TraceView
 from mesh_client.core.edge_policy import EdgePolicy
-from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
+
+if TYPE_CHECKING:
+    from control_plane.metrics_server import MetricsServer
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +133,8 @@ class ControlPlane:
         self._edges = EdgeHub(self.access)
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
+        self._telemetry: Telemetry | None = None
+        self._metrics: MetricsServer | None = None
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -138,6 +147,22 @@ class ControlPlane:
         """Where it listens, once started."""
         self.enrolment_port = 0
         """Where workloads get their first certificates, once started; 0 without identity."""
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Load reports, and what can be asked about them; once started.
+
+        Raises:
+            InvalidTransitionError: it has not been started.
+        """
+        if self._telemetry is None:
+            raise InvalidTransitionError("there are load reports once the control plane has started")
+        return self._telemetry
+
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` where metrics are served, once started; empty for nowhere."""
+        return "" if self._metrics is None else self._metrics.address
 
     @property
     def address(self) -> str:
@@ -166,6 +191,7 @@ class ControlPlane:
                 self.authority.on_change(self.access.cut_revoked)
             await self._listen()
         except BaseException:
+            await asyncio.gather(*(server.stop(None) for server in self._servers))
             await self._close_stores()
             raise
         self._tasks = [
@@ -195,8 +221,11 @@ class ControlPlane:
             access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
+        self._telemetry.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = [each.DESCRIPTOR for each in (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2)]
+        services = (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, telemetry_pb2, traffic_pb2, health_pb2)
+        files = [each.DESCRIPTOR for each in services]
         files += self.traces.add_mesh_services(server)
         if authority is not None:
             authority.add_mesh_services(server, self.access)
@@ -217,6 +246,27 @@ class ControlPlane:
             if each is not None:
                 await each.start()
                 self._servers.append(each)
+        if options.metrics_address is not None:
+            await self._serve_metrics(options.metrics_address, self._telemetry)
+
+    async def _serve_metrics(self, address: str, telemetry: Telemetry) -> None:
+        # These bring in an HTTP server, and what writes metrics.
+        from control_plane.metrics import ControlPlaneCollector, Observed
+        from control_plane.metrics_server import MetricsServer
+
+        observed = Observed(
+            self._options.control_plane_id,
+            self._catalog,
+            self._book,
+            self._publisher,
+            self._hub,
+            self._edges,
+            self.access,
+            telemetry,
+            self.authority,
+        )
+        self._metrics = MetricsServer(ControlPlaneCollector(observed))
+        await self._metrics.start(address)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -234,6 +284,8 @@ class ControlPlane:
         self._hub.close()
         self._edges.close()
         self.traces.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -324,6 +376,8 @@ class ControlPlane:
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_stores(self) -> None:
+        if self._metrics is not None:
+            await self._metrics.close()
         if self.authority is not None:
             await self.authority.close()
         if self._registry.database is not None:
@@ -348,6 +402,8 @@ async def serve(options: ControlPlaneOptions) -> None:
     try:
         if plane.enrolment_address:
             sys.stdout.write(f"mesh control-plane enrols on {plane.enrolment_address}\n")
+        if plane.metrics_address:
+            sys.stdout.write(f"mesh control-plane metrics at http://{plane.metrics_address}/metrics\n")
         sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
         sys.stdout.flush()
         failed = asyncio.create_task(plane.wait())

@@ -11,8 +11,12 @@ import typer
 
 from mesh_cli import ca, control_plane, edge, events, gateway, operator, policy, removals, token
 from mesh_cli.endpoints import endpoints
+from mesh_cli.explain import explain
 from mesh_cli.output import reports_errors
+from mesh_cli.policy_diff import diff
 from mesh_cli.status import status
+from mesh_cli.tap import tap
+from mesh_cli.top import top
 from mesh_cli.trace import trace
 
 app = typer.Typer(
@@ -47,6 +51,10 @@ app.command(
 )(control_plane.control_plane)
 app.command(epilog="Example: mesh status --watch")(status)
 app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
+app.command(epilog="Example: mesh top orders --window 30s")(top)
+app.command(epilog="Example: mesh tap orders --status UNAVAILABLE --slow 100ms --limit 20")(tap)
+app.command(epilog="Example: mesh explain orders")(explain)
+app.command(epilog="Example: mesh diff orders.yaml")(diff)
 app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")

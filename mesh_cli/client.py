@@ -9,7 +9,14 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 import grpc
-from mesh.v1 import admin_pb2_grpc, authority_pb2_grpc, certificate_pb2, certificate_pb2_grpc, trace_pb2_grpc
+from mesh.v1 import (
+    admin_pb2_grpc,
+    authority_pb2_grpc,
+    certificate_pb2,
+    certificate_pb2_grpc,
+    trace_pb2_grpc,
+    traffic_pb2_grpc,
+)
 
 from mesh_cli.credentials import INSECURE_VARIABLE, OperatorCredentials
 from mesh_client.core.errors import MeshError
@@ -114,6 +121,11 @@ class AdminClient:
     def traces(self) -> trace_pb2_grpc.TraceQueryServiceStub:
         """The stub of `TraceQueryService`, whose methods `call` and `stream` take."""
         return trace_pb2_grpc.TraceQueryServiceStub(self._open())
+
+    @property
+    def traffic(self) -> traffic_pb2_grpc.TrafficServiceStub:
+        """The stub of `TrafficService`, whose methods `call` and `stream` take."""
+        return traffic_pb2_grpc.TrafficServiceStub(self._open())
 
     def trust_bundle(self) -> TrustBundle:
         """The roots that are trusted now.

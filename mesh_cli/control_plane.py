@@ -56,6 +56,15 @@ def control_plane(
             show_default=False,
         ),
     ] = None,
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics-listen",
+            metavar="HOST:PORT",
+            help="Where Prometheus metrics are served, to whoever can reach it. Default: nowhere.",
+            show_default=False,
+        ),
+    ] = None,
     trust_domain: Annotated[
         str,
         typer.Option(
@@ -230,6 +239,7 @@ def control_plane(
             data_dir=data_dir or default_data_dir(),
             insecure=insecure,
             enrolment_address=enrol_listen,
+            metrics_address=metrics_listen,
             identity=IdentityOptions(
                 trust_domain=trust_domain,
                 leaf_lifetime=leaf_lifetime,

@@ -91,10 +91,11 @@ def age(value: float | Duration) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``1 endpoint``, ``2 endpoints``; "policy" gives "policies"."""
+    """``1 endpoint``, ``2 endpoints``; "policy" gives "policies", "process" gives "processes"."""
     if number == 1:
         return f"1 {noun}"
-    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {plural}"
 
 
 def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:

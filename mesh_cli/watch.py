@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from mesh_cli.client import UnreachableError
 from mesh_cli.output import Json, console, write_error, write_json
@@ -61,6 +62,19 @@ def _write(
         write_json(to_json(answer), compact=repeated)
         return
     out = console()
-    if repeated:
-        out.clear()
-    out.print(render(answer))
+    if repeated and out.is_terminal:
+        _write_in_place(out, render(answer))
+    else:
+        out.print(render(answer))
+
+
+def _write_in_place(out: Console, shown: RenderableType) -> None:
+    """Writes over what is on the screen, line by line, so that nothing flickers; what does not fit is cut."""
+    with out.capture() as captured:
+        out.print(shown)
+    lines = captured.get().splitlines()
+    room = max(1, out.height - 1)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} more lines; the terminal is not high enough"]
+    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+    sys.stdout.flush()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -24,7 +24,10 @@ from mesh_client.core.caller import Caller
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
 from mesh_client.core.retry import PUSHBACK_KEY
+from mesh_client.core.served import NOBODY, ServedBook
+from mesh_client.core.tally import Tally
 from mesh_client.guard import Guard, Refusal
+from mesh_client.servicer_context import CallContext, SyncContext, status_details, status_name
 
 if TYPE_CHECKING:
     from mesh_client.tracing import ServedCall, Tracing
@@ -37,23 +40,19 @@ SHED_PUSHBACK = (0.05, 0.15)
 _MAX_WRAPPED_METHODS = 1000
 
 
-class CallContext(Protocol):
-    """What the asynchronous and the synchronous servicer context have in common."""
+class _Method:
+    """A method whose handler is wrapped.
 
-    def peer(self) -> str:
-        """Address of the caller."""
+    Attributes:
+        name: full name with leading slash.
+        tallies: what is counted of its calls, by caller; None for the health service, which everybody may call.
+    """
 
-    def auth_context(self) -> Mapping[str, Any]:
-        """What the handshake established."""
+    __slots__ = ("name", "tallies")
 
-    def time_remaining(self) -> float | None:
-        """Seconds to the deadline."""
-
-    def invocation_metadata(self) -> Any:
-        """Metadata pairs."""
-
-    def set_trailing_metadata(self, trailing_metadata: tuple[tuple[str, str], ...]) -> None:
-        """What the status will carry."""
+    def __init__(self, name: str, tallies: dict[str, Tally] | None) -> None:
+        self.name = name
+        self.tallies = tallies
 
 
 class Admission:
@@ -65,6 +64,9 @@ class Admission:
         rng: draws pushback times of shed calls.
         guard: knows who may call.
         tracing: makes the spans of its calls; None for none.
+
+    Attributes:
+        book: what is counted of its calls; read it within `counted`.
     """
 
     def __init__(self, rng: Random, guard: Guard, tracing: Tracing | None = None) -> None:
@@ -76,6 +78,7 @@ class Admission:
         self._gate = ConcurrencyGate(None)
         self._policy: ServicePolicy | None = None
         self._limiter: RateLimiter | None = None
+        self.book = ServedBook()
 
     @property
     def in_flight(self) -> int:
@@ -109,17 +112,20 @@ class Admission:
         """
         make, behavior = _kind(handler)
         wrapped: Callable[..., Any]
+        served = _Method(method, None if method in HEALTH_METHODS else self.book.of(method))
         if inspect.isasyncgenfunction(behavior):
-            wrapped = self._wrap_generator(method, behavior)
+            wrapped = self._wrap_generator(served, behavior)
         elif inspect.iscoroutinefunction(behavior):
-            wrapped = self._wrap_coroutine(method, behavior)
+            wrapped = self._wrap_coroutine(served, behavior)
         elif handler.response_streaming:
-            wrapped = self._wrap_plain_stream(method, behavior)
+            wrapped = self._wrap_plain_stream(served, behavior)
         else:
-            wrapped = self._wrap_plain(method, behavior)
+            wrapped = self._wrap_plain(served, behavior)
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
-    def _wrap_coroutine(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _wrap_coroutine(
+        self, method: _Method, behavior: Callable[..., Awaitable[Any]]
+    ) -> Callable[..., Awaitable[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             if self._waits(method):
                 await self._guard.until_known()
@@ -127,25 +133,26 @@ class Admission:
             if isinstance(call, Refusal):
                 await context.abort(call.code, call.details)
             inbound.set(call)
+            code = "OK"
             try:
                 response = await behavior(request, context)
             except asyncio.CancelledError:
                 call.cancel()
-                self._interrupted(call)
+                code = self._interrupted(call)
                 raise
             except BaseException as error:
-                self._failed(call, context, error)
+                code = self._failed(call, context, error)
                 raise
             else:
-                self._ended(call, context)
+                code = self._ended(call, context)
                 return response
             finally:
-                self._leave()
+                self._leave(call, code)
 
         return admit
 
     def _wrap_generator(
-        self, method: str, behavior: Callable[..., AsyncGenerator[Any, None]]
+        self, method: _Method, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             if self._waits(method):
@@ -154,6 +161,7 @@ class Admission:
             if isinstance(call, Refusal):
                 await context.abort(call.code, call.details)
             inbound.set(call)
+            code = "OK"
             try:
                 async with contextlib.aclosing(behavior(request, context)) as responses:
                     async for response in responses:
@@ -161,19 +169,19 @@ class Admission:
             except (asyncio.CancelledError, GeneratorExit):
                 # A call that is cancelled while it writes a response ends the generator in place of cancelling it.
                 call.cancel()
-                self._interrupted(call)
+                code = self._interrupted(call)
                 raise
             except BaseException as error:
-                self._failed(call, context, error)
+                code = self._failed(call, context, error)
                 raise
             else:
-                self._ended(call, context)
+                code = self._ended(call, context)
             finally:
-                self._leave()
+                self._leave(call, code)
 
         return admit
 
-    def _wrap_plain(self, method: str, behavior: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_plain(self, method: _Method, behavior: Callable[..., Any]) -> Callable[..., Any]:
         def admit(request: Any, context: grpc.ServicerContext) -> Any:
             if self._waits(method):
                 self._guard.until_known_in_thread()
@@ -185,7 +193,9 @@ class Admission:
 
         return admit
 
-    def _wrap_plain_stream(self, method: str, behavior: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    def _wrap_plain_stream(
+        self, method: _Method, behavior: Callable[..., Iterator[Any]]
+    ) -> Callable[..., Iterator[Any]]:
         def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             if self._waits(method):
                 self._guard.until_known_in_thread()
@@ -204,59 +214,70 @@ class Admission:
         Gives the context that the handler is to have.
         """
         inbound.set(call)
-        shown = context if call.trace is None else _SyncContext(context)
+        shown = SyncContext(context)
+        code = "OK"
         try:
             yield shown
         except GeneratorExit:  # nobody reads its responses any more
-            self._interrupted(call)
+            code = self._interrupted(call)
             raise
         except BaseException as error:
-            self._failed(call, shown, error)
+            code = self._failed(call, shown, error)
             raise
         else:
-            self._ended(call, shown)
+            code = self._ended(call, shown)
         finally:
             inbound.set(None)
             if call.trace is not None:
                 call.trace.leave()
-            self._leave()
+            self._leave(call, code)
 
-    # How a call has ended, for its span; without one there is nothing to do.
-
-    @staticmethod
-    def _ended(call: InboundCall, context: Any) -> None:
-        if call.trace is not None:
-            call.trace.ended(status_name(context.code(), "OK"), _details(context))
+    # How a call has ended: the name of its status, which its span is told too.
 
     @staticmethod
-    def _failed(call: InboundCall, context: Any, error: BaseException) -> None:
+    def _ended(call: InboundCall, context: Any) -> str:
+        code = context.code()
+        if call.trace is None and not code:
+            return "OK"
+        name = status_name(code, "OK")
         if call.trace is not None:
-            code = status_name(context.code(), "OK")
-            if code != "OK":  # it was aborted, which is an answer
-                call.trace.ended(code, _details(context))
-            else:
-                call.trace.ended("UNKNOWN", f"{type(error).__name__}: {error}", error)
+            call.trace.ended(name, status_details(context))
+        return name
 
     @staticmethod
-    def _interrupted(call: InboundCall) -> None:
+    def _failed(call: InboundCall, context: Any, error: BaseException) -> str:
+        code = status_name(context.code(), "OK")
+        if code != "OK":  # it was aborted, which is an answer
+            if call.trace is not None:
+                call.trace.ended(code, status_details(context))
+            return code
         if call.trace is not None:
-            late = call.deadline is not None and time.monotonic() >= call.deadline
-            call.trace.ended("DEADLINE_EXCEEDED" if late else "CANCELLED")
+            call.trace.ended("UNKNOWN", f"{type(error).__name__}: {error}", error)
+        return "UNKNOWN"
 
-    def _waits(self, method: str) -> bool:
+    @staticmethod
+    def _interrupted(call: InboundCall) -> str:
+        late = call.deadline is not None and time.monotonic() >= call.deadline
+        code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        if call.trace is not None:
+            call.trace.ended(code)
+        return code
+
+    def _waits(self, method: _Method) -> bool:
         """Whether the call cannot be decided on yet."""
-        return self._guard.waits and method not in HEALTH_METHODS
+        return self._guard.waits and method.tallies is not None
 
-    def _enter(self, method: str, context: CallContext) -> InboundCall | Refusal:
+    def _enter(self, method: _Method, context: CallContext) -> InboundCall | Refusal:
         """Counts the call in, or says why it is refused."""
         caller = self._guard.caller(context)
-        if method not in HEALTH_METHODS:
-            denial = self._guard.refusal(caller, method, context)
+        if method.tallies is not None:
+            denial = self._guard.refusal(caller, method.name, context)
             if denial is not None:
                 return self._refused(method, context, caller, denial)
         refusal = None
         with self._lock:
             if not self._gate.enter():
+                self.book.shed += 1
                 refusal = Refusal(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"{self._gate.in_flight} calls are in flight, which is all that this instance admits; "
@@ -264,20 +285,28 @@ class Admission:
                     self._rng.uniform(*SHED_PUSHBACK),
                 )
             elif self._limiter is not None:
-                refusal = self._limit_rate(self._limiter, caller, method, context)
+                refusal = self._limit_rate(self._limiter, caller, method.name, context)
                 if refusal is not None:
+                    self.book.rate_limited += 1
                     self._gate.leave()
+            if refusal is None and self._gate.in_flight > self.book.peak:
+                self.book.peak = self._gate.in_flight
         if refusal is None:
-            call = _inbound_call(context, caller)
-            if self._tracing is not None and method not in HEALTH_METHODS:
-                call.trace = self._served(self._tracing, method, context, caller)
+            call = _inbound_call(context, caller, None if method.tallies is None else self._tally(method, caller))
+            if self._tracing is not None and method.tallies is not None:
+                call.trace = self._served(self._tracing, method.name, context, caller)
             return call
         context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
         return self._refused(method, context, caller, refusal)
 
-    def _refused(self, method: str, context: CallContext, caller: Caller | None, refusal: Refusal) -> Refusal:
+    def _refused(self, method: _Method, context: CallContext, caller: Caller | None, refusal: Refusal) -> Refusal:
+        if method.tallies is not None:
+            tally = self._tally(method, caller)
+            with self._lock:
+                tally.failed(refusal.code.name, 0.0)
+                self.book.unauthorized += refusal.code is grpc.StatusCode.PERMISSION_DENIED
         if self._tracing is not None:
-            span = self._served(self._tracing, method, context, caller)
+            span = self._served(self._tracing, method.name, context, caller)
             span.ended(refusal.code.name, refusal.details)
             span.leave()
         return refusal
@@ -287,9 +316,30 @@ class Admission:
         name = "" if caller is None else caller.name
         return tracing.served(method, context.invocation_metadata(), parse_peer_ip(context.peer()), name)
 
-    def _leave(self) -> None:
+    def _tally(self, method: _Method, caller: Caller | None) -> Tally:
+        tallies: dict[str, Tally] = cast("dict[str, Tally]", method.tallies)
+        name = NOBODY if caller is None else caller.name
+        tally = tallies.get(name)
+        if tally is None:
+            with self._lock:
+                tally = self.book.tally(tallies, name)
+        return tally
+
+    def _leave(self, call: InboundCall, code: str) -> None:
+        tally, took = call.tally, time.monotonic() - call.started_at
         with self._lock:
             self._gate.leave()
+            if tally is not None:
+                if code == "OK":
+                    tally.succeeded(took)
+                else:
+                    tally.failed(code, took)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[ServedBook]:
+        """What was counted; nothing of it changes within the block, where calls wait."""
+        with self._lock:
+            yield self.book
 
     @staticmethod
     def _limit_rate(limiter: RateLimiter, caller: Caller | None, method: str, context: CallContext) -> Refusal | None:
@@ -303,36 +353,6 @@ class Admission:
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
-
-
-class _SyncContext:
-    """A servicer context of a plain handler that can be asked for the status set on it, as asynchronous ones can."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self._code: Any = None
-        self._details: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    def code(self) -> Any:
-        return self._code
-
-    def details(self) -> Any:
-        return self._details
-
-    def set_code(self, code: Any) -> None:
-        self._code = code
-        self._context.set_code(code)
-
-    def set_details(self, details: Any) -> None:
-        self._details = details
-        self._context.set_details(details)
-
-    def abort(self, code: Any, details: Any = "", trailing_metadata: Any = ()) -> None:
-        self._code, self._details = code, details
-        self._context.abort(code, details, trailing_metadata)
 
 
 class _AdmittingGenericHandler(grpc.GenericRpcHandler):
@@ -372,26 +392,10 @@ def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]
     return make, cast("Callable[..., Any]", behavior)
 
 
-_CODES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusCode}
-
-
-def status_name(code: Any, unset: str) -> str:
-    """The name of a status that a servicer context holds, which is a number, a `grpc.StatusCode` or None."""
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return _CODES.get(code, unset)
-
-
-def _details(context: Any) -> str | None:
-    details = context.details()
-    text = details.decode(errors="replace") if isinstance(details, bytes) else details
-    return text or None
-
-
-def _inbound_call(context: CallContext, caller: Caller | None) -> InboundCall:
-    remaining = context.time_remaining()
-    deadline = None if remaining is None else time.monotonic() + remaining
-    return InboundCall(deadline, parse_peer_ip(context.peer()), caller)
+def _inbound_call(context: CallContext, caller: Caller | None, tally: Tally | None) -> InboundCall:
+    remaining, now = context.time_remaining(), time.monotonic()
+    deadline = None if remaining is None else now + remaining
+    return InboundCall(deadline, parse_peer_ip(context.peer()), caller, now, tally)
 
 
 def _claimed_name(context: CallContext) -> str:

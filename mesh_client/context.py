@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote
 
 from mesh_client.core.caller import Caller
+from mesh_client.core.tally import Tally
 
 if TYPE_CHECKING:
     from mesh_client.tracing import ServedCall
@@ -38,13 +39,24 @@ class InboundCall:
         peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
         caller: who made it, as their certificate proves; None in plaintext.
         trace: the span of the call; None where nothing is traced.
+        tally: where it is counted; None where it is not.
+        started_at: when it came, in seconds of `time.monotonic`.
         scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
     """
 
-    __slots__ = ("caller", "deadline", "peer_ip", "scope", "trace")
+    __slots__ = ("caller", "deadline", "peer_ip", "scope", "started_at", "tally", "trace")
 
-    def __init__(self, deadline: float | None = None, peer_ip: str = "", caller: Caller | None = None) -> None:
+    def __init__(
+        self,
+        deadline: float | None = None,
+        peer_ip: str = "",
+        caller: Caller | None = None,
+        started_at: float = 0.0,
+        tally: Tally | None = None,
+    ) -> None:
         self.deadline = deadline
+        self.started_at = started_at
+        self.tally = tally
         self.peer_ip = peer_ip
         self.caller = caller
         self.trace: ServedCall | None = None

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mesh_client.core.registration import RegistrationStatus, Verdict
     from mesh_client.mesh import Mesh
     from mesh_client.server_settings import ServerSettings
+    from mesh_client.telemetry import ReportedServer
     from mesh_client.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Membership:
         policy: a fixed policy in place of the control plane's.
         apply: obeys a policy.
         rng: draws waits.
+        load: what the server counts of its calls, to be reported.
     """
 
     def __init__(
@@ -49,13 +51,15 @@ class Membership:
         policy: ServicePolicy | None,
         apply: Callable[[ServicePolicy], None],
         rng: Random,
+        *,
+        load: ReportedServer,
     ) -> None:
         self._settings = settings
         self._transport = transport
         self._policy = policy
         self._apply = apply
         self._rng = rng
-        self._policies = PolicyWatch(settings, transport, mesh, apply)
+        self._policies = PolicyWatch(settings, transport, mesh, apply, load)
         self._registrar: Registrar = NoRegistrar("not started")
         self._joining: asyncio.Task[None] | None = None
 
@@ -82,6 +86,7 @@ class Membership:
         self._registrar.report(verdict)
         if self._policy is not None:
             self._apply(self._policy)
+            self._policies.report_load()
             self._registrar.start()
             return
         await self._policies.start()

@@ -20,8 +20,10 @@ from mesh_client.addresses import parse_control_planes
 from mesh_client.channel import MeshChannel
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError
+from mesh_client.core.metric import MetricSet
 from mesh_client.core.model import Health, Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.process_metrics import add_process, add_services
 from mesh_client.core.service import Service
 from mesh_client.core.store import EndpointsResource, Resolution
 from mesh_client.discovery import Applied
@@ -29,7 +31,10 @@ from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
+from mesh_client.metrics_server import SHARED, Leave, MetricsServer
+from mesh_client.observed import CLIENTS
 from mesh_client.resolver import Resolver
+from mesh_client.telemetry import ReportedServer, report_interval
 from mesh_client.transport import Transport
 from mesh_client.transport_choice import make_transport
 
@@ -99,6 +104,8 @@ class Mesh:
         self._resolver = resolver
         self._clock = clock
         self._bus: EventBus | None = None
+        self._metrics_servers: list[MetricsServer] = []
+        self._leave_metrics: Leave = _nothing
 
     async def __aenter__(self) -> Self:
         """Starts following the control plane.
@@ -107,14 +114,20 @@ class Mesh:
             ConfigError: it has been entered before.
         """
         await self._resolver.start()
+        CLIENTS.add(self)
+        self._leave_metrics = await SHARED.enter()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Stops. Calls in flight are cancelled, events are stored already."""
+        CLIENTS.discard(self)
+        for server in self._metrics_servers:
+            await server.close()
         try:
             if self._bus is not None:
                 await self._bus.close()
         finally:
+            await self._leave_metrics()
             await self._resolver.stop()
 
     def channel(self, service: str, *, interceptors: Sequence[grpc.aio.ClientInterceptor] = ()) -> grpc.aio.Channel:
@@ -219,6 +232,43 @@ class Mesh:
             None if identity is None else identity.state(time.time()),
         )
 
+    async def serve_metrics(self, address: str = "127.0.0.1:9464") -> str:
+        """Serves Prometheus metrics of this whole process, until this client is left. See docs/metrics.md.
+
+        Args:
+            address: where, ``host:port``; port 0 for any free one. Whoever can reach it can read them.
+
+        Returns:
+            Where they are, with the real port.
+
+        Raises:
+            ConfigError: the address cannot be used, or the ``metrics`` extra is not installed.
+        """
+        server = MetricsServer()
+        served_at = await server.start(address)
+        self._metrics_servers.append(server)
+        return served_at
+
+    def add_metrics(self, metrics: MetricSet, wall: float) -> None:
+        """Adds what this client knows; ``wall`` is the time of day, seconds since the epoch."""
+        resolver, now = self._resolver, self._clock()
+        identity = resolver.transport.identity
+        state = None if identity is None else identity.state(wall)
+        add_services(metrics, [target.service for target in resolver.targets], now)
+        add_process(
+            metrics,
+            self.node_id,
+            age=resolver.discovery.age(now),
+            in_sync=resolver.in_sync,
+            reports=None if resolver.reports is None else (resolver.reports.sent, resolver.reports.accepted),
+            certificate=None if state is None else (state.spiffe_id, state.expires),
+        )
+
+    def report_load_of(self, server: ReportedServer) -> Callable[[], None]:
+        """Reports what a server of this process receives, beside what the process calls. Returns what ends that."""
+        reports = self._resolver.reports
+        return (lambda: None) if reports is None else reports.add_server(server)
+
     @property
     def control_planes(self) -> tuple[str, ...]:
         """Addresses of the control planes, as ``host:port``."""
@@ -264,6 +314,7 @@ def connect(
     insecure: bool | None = None,
     applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
+    load_reports: float | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -294,6 +345,8 @@ def connect(
             changed, before their endpoints are acknowledged, so that drains wait until they are in force there; after
             what watches them was called. It may take any time, and is cancelled when the stream ends.
         tracer_provider: makes spans; by default the process's, if it has one when the client is entered.
+        load_reports: seconds between reports of what this process calls and how that goes to the control plane, 0.1 to
+            60, or 0 for none; by default MESH_LOAD_REPORTS, such as ``5s`` or ``off``, else 5.
         rng: drives every random choice; by default seeded by the system.
         clock: seconds, monotonic; for tests, see `mesh_client.testing.FakeClock`. Waits and deadlines on the wire are
             real whatever it says.
@@ -328,6 +381,7 @@ def connect(
         node_id=node_id,
         applied=applied,
         tracer_provider=tracer_provider,
+        load_reports=load_reports,
         rng=rng,
         clock=clock,
     )
@@ -343,6 +397,7 @@ def make_mesh(
     node_id: str | None = None,
     applied: Applied | None = None,
     tracer_provider: TracerProvider | None = None,
+    load_reports: float | None = None,
     rng: Random | None = None,
     clock: Callable[[], float] = monotonic,
 ) -> Mesh:
@@ -367,8 +422,13 @@ def make_mesh(
         transport,
         applied=applied,
         tracer_provider=tracer_provider,
+        report_interval=report_interval(load_reports),
     )
     return Mesh(resolver, node_id, service, clock)
+
+
+async def _nothing() -> None:
+    """There is nothing to leave."""
 
 
 def _env(name: str, default: str) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,17 @@ from grpc_reflection.v1alpha import reflection
 from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, IdentityError, InvalidTransitionError, MeshError
+from mesh_client.core.load_report import Server
+from mesh_client.core.metric import MetricSet
 from mesh_client.core.model import Endpoint
+from mesh_client.core.process_metrics import add_server
 from mesh_client.core.registration import RegistrationState, Verdict
 from mesh_client.guard import Guard
 from mesh_client.health_check import SERVICE_NAME as HEALTH_SERVICE
 from mesh_client.health_check import HealthReporter, SelfCheck
 from mesh_client.membership import Membership
+from mesh_client.metrics_server import SHARED
+from mesh_client.observed import SERVERS
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
 from mesh_client.tracing_choice import choose_tracing, send_traces
@@ -71,7 +76,7 @@ class MeshServer(grpc.aio.Server):
         self._tracer_provider = tracer_provider
         tracing = choose_tracing(settings.service, tracer_provider, settings.endpoint.id)
         self._admission = Admission(rng, self._guard, tracing)
-        self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng)
+        self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng, load=self)
         self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []
         self._phase = Phase.NEW
@@ -227,6 +232,17 @@ class MeshServer(grpc.aio.Server):
             identity=None if self._transport.identity is None else self._transport.identity.state(time.time()),
         )
 
+    @contextlib.contextmanager
+    def load(self) -> Iterator[Server]:
+        """What it has counted of its calls; nothing of it changes within the block."""
+        with self._admission.counted() as book:
+            yield Server(self._settings.service, self.instance_id, book, self._admission.in_flight)
+
+    def add_metrics(self, metrics: MetricSet) -> None:
+        """Adds what it knows, for whoever shows it."""
+        with self.load() as server:
+            add_server(metrics, server, serving=self._verdict().healthy)
+
     def _verdict(self) -> Verdict:
         if self._self_check is None or self._phase is not Phase.SERVING:
             return Verdict(False, f"the server is {self._phase.value}")
@@ -310,6 +326,9 @@ class MeshServer(grpc.aio.Server):
         )
         await self._first_check(self._self_check)
         await self._membership.join(self._endpoint, self._self_check.verdict)
+        SERVERS.add(self)
+        self._exits.callback(SERVERS.discard, self)
+        self._exits.push_async_callback(await SHARED.enter())
         self._check_task = asyncio.create_task(self._self_check.run(), name=f"self-check of {self.instance_id}")
         if self._mesh is not None and self._mesh.event_bus is not None:
             await self._mesh.event_bus.start()

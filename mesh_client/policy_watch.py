@@ -12,6 +12,7 @@ from mesh_client.mesh import Mesh, make_mesh
 if TYPE_CHECKING:
     from mesh_client.core.policy import ServicePolicy
     from mesh_client.server_settings import ServerSettings
+    from mesh_client.telemetry import ReportedServer
     from mesh_client.transport import Transport
 
 
@@ -23,6 +24,7 @@ class PolicyWatch:
         transport: opens a connection of its own to the control planes.
         mesh: the connection to use; None for one of its own.
         apply: obeys a policy.
+        load: what the server counts of its calls, which that connection reports.
     """
 
     def __init__(
@@ -31,7 +33,9 @@ class PolicyWatch:
         transport: Transport,
         mesh: Mesh | None,
         apply: Callable[[ServicePolicy], None],
+        load: ReportedServer,
     ) -> None:
+        self._load = load
         self._settings = settings
         self._transport = transport
         self._mesh = mesh
@@ -64,7 +68,13 @@ class PolicyWatch:
                     node_id=settings.endpoint.id,
                 )
             )
+        self.report_load()
         self._exits.callback(self._mesh.watch_policy(settings.service, self._obey))
+
+    def report_load(self) -> None:
+        """Begins to report the server's load, if there is a connection to do that on."""
+        if self._mesh is not None:
+            self._exits.callback(self._mesh.report_load_of(self._load))
 
     async def until_settled(self) -> None:
         """Returns once it is `settled`; only after `start`. At once where there is no control plane to wait for."""

@@ -22,6 +22,7 @@ from mesh_client.core.store import EndpointsResource, Resolution, Store
 from mesh_client.discovery import Applied, Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
+from mesh_client.telemetry import LoadReporter, ProcessView
 from mesh_client.tracing_choice import choose_tracing, send_traces
 from mesh_client.transport import Transport
 
@@ -58,6 +59,10 @@ class Resolver:
         transport: opens every channel; started and stopped with this.
         applied: awaited before endpoints are acknowledged, if they are for something that has to be told of them.
         tracer_provider: makes spans; by default the process's.
+        report_interval: seconds between load reports; 0 for none.
+
+    Attributes:
+        reports: reports the load of this process; None when nobody wants that.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Resolver:
         *,
         applied: Applied | None = None,
         tracer_provider: TracerProvider | None = None,
+        report_interval: float = 0.0,
     ) -> None:
         self.transport = transport
         self.addresses = tuple(addresses)
@@ -95,6 +101,10 @@ class Resolver:
         self._tracing: Tracing | None = None
         self._sender: TraceSender | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
+        self.reports: LoadReporter | None = None
+        if report_interval > 0:
+            # A generator of its own: what time passes must not change what a seed repeats.
+            self.reports = LoadReporter(node, self._services, self._process, Random(), clock, report_interval)
         self.discovery = Discovery(
             addresses,
             node,
@@ -105,6 +115,7 @@ class Resolver:
             self._stream_changed,
             transport=transport,
             applied=applied,
+            beside=None if self.reports is None else self.reports.run,
         )
 
     @property
@@ -153,6 +164,8 @@ class Resolver:
         if self._save_timer is not None:
             self._save_timer.cancel()
             await self._save()
+        if self.reports is not None:
+            await self.reports.finish()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -248,6 +261,13 @@ class Resolver:
             identity=self._describe_identity,
             on_unreached=unreached,
         )
+
+    def _services(self) -> list[Service]:
+        return [target.service for target in self._targets.values()]
+
+    def _process(self) -> ProcessView:
+        identity = self.transport.identity
+        return ProcessView(self.discovery.detail, None if identity is None else identity.state(time.time()))
 
     def _describe_identity(self) -> str:
         identity = self.transport.identity

@@ -54,6 +54,10 @@ _UNSAMPLED_CONTEXT = trace.set_span_in_context(UNSAMPLED, otel_context.Context()
 class CallTrace(Protocol):
     """What a call tells of itself, whether it is sampled or not."""
 
+    @property
+    def trace_id(self) -> str:
+        """Of the trace that is kept of it, 32 hex digits; empty when none is."""
+
     def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
         """An attempt begins; the metadata that it carries."""
 
@@ -71,6 +75,7 @@ class PassedOn:
     """A call within a trace that somebody before this process has decided not to sample: its header goes on."""
 
     __slots__ = ("_header",)
+    trace_id = ""
 
     def __init__(self, parent: SpanContext) -> None:
         self._header = _headers(parent)
@@ -99,6 +104,11 @@ class SampledCall:
         self._span = span
         self._method = method
         self._attempt: Span | None = None
+
+    @property
+    def trace_id(self) -> str:
+        """Of its trace."""
+        return trace.format_trace_id(self._span.get_span_context().trace_id)
 
     def attempt(self, node: Node, number: int) -> tuple[tuple[str, str], ...]:
         """A span for the attempt, and its context as metadata."""

@@ -72,8 +72,8 @@ import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        extras = {"aiohttp", "consul", "grpc_health", "grpc_reflection", "requests", "rich", "typer", "yaml"}
-        extras |= {"aio_pika", "aiormq", "opentelemetry"}
+        extras = {"aio_pika", "aiohttp", "aiormq", "consul", "grpc_health", "grpc_reflection", "opentelemetry"}
+        extras |= {"prometheus_client", "requests", "rich", "typer", "yaml"}
         if name.partition(".")[0] in extras:
             raise ModuleNotFoundError(name)
 

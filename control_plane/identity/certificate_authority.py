@@ -173,6 +173,11 @@ class CertificateAuthority:
         """Whom to trust, now."""
         return self._trust.bundle
 
+    @property
+    def signs_until(self) -> float:
+        """When what signs certificates ends, seconds since the epoch."""
+        return ca.expires(self._authority.state.issuer.certificate)
+
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Has ``callback`` called after each change of the bundle; the returned function ends that."""
         return self._trust.on_change(callback)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,9 @@ class Issuance:
         trust_domain: of the mesh.
         lifetime: of certificates, seconds.
         clock: seconds since the epoch.
+
+    Attributes:
+        issued: certificates since the start: first ones ("issued"), and "renewed" ones.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Issuance:
         self._trust_domain = trust_domain
         self._lifetime = lifetime
         self._clock = clock
+        self.issued: Counter[str] = Counter()
 
     async def create_token(self, service: str, ttl: float, uses: int, created_by: str) -> CreatedToken:
         """Makes a join token.
@@ -217,6 +222,7 @@ class Issuance:
             leaf = self._sign(leaf.principal, leaf.workload_id, key, leaf.expires)
             await self._store.renew(_record(leaf, attested_by))
         record(what, leaf, attested_by, peer)
+        self.issued[what] += 1
         return leaf
 
 

@@ -105,6 +105,8 @@ class MeshCall(Generic[Request, Response]):
         if first is None:
             key = None if service.hash_source is None else target.hash_key(metadata)
             self._machine = Call(service, method.name, deadline, wait_for_ready is True, key, metadata)
+            if self._trace is not None:
+                self._machine.trace_id = self._trace.trace_id
         try:
             if first is None:
                 self._obey(self._decider().begin(now))
@@ -125,6 +127,8 @@ class MeshCall(Generic[Request, Response]):
             machine = self._machine = shortcut.machine(
                 method.target.service, first, method.name, self._deadline, self._wait_for_ready is True, self._metadata
             )
+            if self._trace is not None:
+                machine.trace_id = self._trace.trace_id
         return machine
 
     def endpoints_changed(self) -> None:

@@ -64,6 +64,7 @@ class ServiceBreaker:
     only when that has ended, and only when it matters. One owner at a time: the breaker does not lock.
 
     Attributes:
+        changed_at: when it entered its state, seconds.
         generation: the token of calls that are admitted now.
         closed: whether every call is admitted.
         quiet: whether it is closed and has counted no failure, so that another success says nothing.
@@ -76,6 +77,7 @@ class ServiceBreaker:
         "_settings",
         "_state",
         "_storage",
+        "changed_at",
         "closed",
         "generation",
         "quiet",
@@ -102,6 +104,7 @@ class ServiceBreaker:
             throw_new_error_on_trip=False,
         )
         self._state = BreakerState.CLOSED
+        self.changed_at = now
         self.generation = 0
         self._probes = 0
         self.closed = True
@@ -168,6 +171,7 @@ class ServiceBreaker:
     def _follow(self, old: BreakerState, new: BreakerState) -> None:
         """Begin a new generation where pybreaker has changed its state; then tell the listener."""
         self._state = new
+        self.changed_at = self._storage.now
         self.generation += 1
         self._probes = 0
         self.closed = self.quiet = new is BreakerState.CLOSED

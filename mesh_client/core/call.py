@@ -20,29 +20,20 @@ from dataclasses import dataclass
 
 from mesh_client.core.balancer import Node
 from mesh_client.core.breaker import ServiceBreaker
-from mesh_client.core.errors import AttemptDetail, InvalidTransitionError, MeshErrorDetail, Reason
+from mesh_client.core.errors import HINTS, AttemptDetail, InvalidTransitionError, MeshErrorDetail, Reason
 from mesh_client.core.handshake import explain
 from mesh_client.core.model import Outcome, StatusCode
 from mesh_client.core.policy import FaultAbort
 from mesh_client.core.retry import Pushback, backoff_delay
 from mesh_client.core.service import MethodSettings, Service
 from mesh_client.core.store import Resolution
-from mesh_client.core.tally import Tally
+from mesh_client.core.tally import GIVEN_UP
+from mesh_client.core.tap import TappedCall
 
 DEADLINE_TOLERANCE = 0.010
 """Seconds before an attempt's deadline from which DEADLINE_EXCEEDED is taken for ours, not for the server's answer."""
 
 _FAILURES = frozenset({StatusCode.UNAVAILABLE, StatusCode.INTERNAL, StatusCode.UNKNOWN, StatusCode.DATA_LOSS})
-
-_HINTS = {
-    Reason.UNKNOWN_SERVICE: "check the name, and that an instance of it is registered",
-    Reason.NO_ENDPOINTS: "its last instance has left or is draining; start one",
-    Reason.NO_MATCHING_ENDPOINTS: "start an instance that carries the labels, or mend the route's split",
-    Reason.CONTROL_PLANE_NEVER_REACHED: "check MESH_CONTROL_PLANE and that a control plane runs there",
-    Reason.NO_IDENTITY: "check MESH_ENROLMENT and the join token; `mesh token create` makes another",
-    Reason.BREAKER_OPEN: "the service failed as a whole; its probes close the breaker when it answers again",
-    Reason.CONCURRENCY_LIMIT: "raise concurrency_limit.max_in_flight in its policy, or call less at once",
-}
 
 
 class Attempt:
@@ -142,6 +133,9 @@ class Call:
         wait_for_ready: wait for endpoints, and for one that can be reached, instead of failing.
         key: for RING_HASH.
         metadata: the call's metadata pairs, read only where a route matches on them.
+
+    Attributes:
+        trace_id: of the trace that is kept of the call, for explanations; set by the shell, else empty.
     """
 
     __slots__ = (
@@ -163,6 +157,7 @@ class Call:
         "_tried",
         "_wait_for_ready",
         "deadline",
+        "trace_id",
     )
     _breaker: ServiceBreaker
     _token: int
@@ -178,6 +173,7 @@ class Call:
         metadata: Iterable[tuple[str, str | bytes]] = (),
     ) -> None:
         self.deadline = deadline
+        self.trace_id = ""
         self._service = service
         self._method = method
         self._wait_for_ready = wait_for_ready
@@ -239,7 +235,7 @@ class Call:
         node = attempt.node
         node.load.finish(attempt.started_at, now, _SUCCESS)
         service.tally(node, self._method).succeeded(now - attempt.started_at)
-        self._note_repeated(StatusCode.OK, now)
+        self._note_end(StatusCode.OK, now)
         service.record(node, _SUCCESS, now)
         service.settle(self._breaker, self._token, _SUCCESS, self._tried, now)
         service.gate.leave()
@@ -267,6 +263,7 @@ class Call:
         if delay is not None:
             self._state = _WAITING
             self._attempt = None
+            service.call_goes_on(self._method, failure.code, now - attempt.started_at)
             return Pause(delay)
         return self._end(failure.code, self._reason(failure, expired), outcome, now, from_attempt=True)
 
@@ -277,9 +274,9 @@ class Call:
         attempt = self._attempt
         if self._state is _ATTEMPTING and attempt is not None:
             attempt.node.load.finish(attempt.started_at, now, Outcome.NEUTRAL)
-            tally = self._service.tally(attempt.node, self._method)
-            tally.failed(StatusCode.CANCELLED.name, now - attempt.started_at)
+            self._service.tally(attempt.node, self._method).failed(GIVEN_UP, now - attempt.started_at)
             self._service.record(attempt.node, Outcome.NEUTRAL, now)
+        self._note_end(StatusCode.CANCELLED, now)
         self._finish(Outcome.NEUTRAL, now)
 
     def _proceed(self, now: float) -> Action:
@@ -388,18 +385,26 @@ class Call:
 
     def _end(self, code: StatusCode, reason: Reason, outcome: Outcome, now: float, *, from_attempt: bool) -> Failed:
         self._finish(outcome, now)
-        self._note_repeated(code, now)
-        self._service.failed_calls[self._service.tallies.known(self._method), code.name, reason] += 1
-        return Failed(code, self._detail(reason, now), from_attempt)
+        self._note_end(code, now)
+        detail = self._detail(reason, now)
+        self._service.call_failed(code, detail, None if self._attempts else now - self._begun_at, now)
+        return Failed(code, detail, from_attempt)
 
-    def _note_repeated(self, code: StatusCode, now: float) -> None:
-        """Counts the whole call, unless its only attempt says as much."""
-        if self._attempts > 1:
-            tally = self._service.repeated.setdefault(self._service.tallies.known(self._method), Tally())
-            if code is StatusCode.OK:
-                tally.succeeded(now - self._begun_at)
-            else:
-                tally.failed(code.name, now - self._begun_at)
+    def _note_end(self, code: StatusCode, now: float) -> None:
+        """Counts the whole call, unless its only attempt says as much, and shows it to those who look."""
+        service, attempt, took = self._service, self._attempt, now - self._begun_at
+        if self._attempts > (attempt is not None):
+            service.call_repeated(self._method, code, took, None if attempt is None else now - attempt.started_at)
+        if service.tap is not None:
+            service.tap.ended(self._tapped(code, took, now))
+
+    def _tapped(self, code: StatusCode, took: float, now: float) -> TappedCall:
+        last = self._history[-1] if self._history else None
+        endpoint_id = "" if last is None else last.endpoint_id
+        if self._attempt is not None:
+            endpoint_id = self._attempt.node.endpoint.id
+        details = "" if last is None else last.details
+        return TappedCall(self._method, code.name, took, self._attempts, endpoint_id, details, self.trace_id, now)
 
     def _finish(self, outcome: Outcome, now: float) -> None:
         self._state = _OVER
@@ -410,7 +415,7 @@ class Call:
     def _detail(self, reason: Reason, now: float) -> MeshErrorDetail:
         service = self._service
         identity = service.identity()
-        hint = _HINTS.get(reason, "")
+        hint = HINTS.get(reason, "")
         if not hint and self._history:
             hint = explain(self._history[-1].details, service.name, secure=identity != "")
         return MeshErrorDetail(
@@ -424,6 +429,7 @@ class Call:
             control_plane=service.unreached or service.control_plane(),
             hint=hint,
             identity=identity,
+            trace_id=self.trace_id,
         )
 
 

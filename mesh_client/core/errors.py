@@ -77,6 +77,18 @@ class Reason(enum.Enum):
     DEADLINE_EXCEEDED = "the deadline passed"
 
 
+HINTS = {
+    Reason.UNKNOWN_SERVICE: "check the name, and that an instance of it is registered",
+    Reason.NO_ENDPOINTS: "its last instance has left or is draining; start one",
+    Reason.NO_MATCHING_ENDPOINTS: "start an instance that carries the labels, or mend the route's split",
+    Reason.CONTROL_PLANE_NEVER_REACHED: "check MESH_CONTROL_PLANE and that a control plane runs there",
+    Reason.NO_IDENTITY: "check MESH_ENROLMENT and the join token; `mesh token create` makes another",
+    Reason.BREAKER_OPEN: "the service failed as a whole; its probes close the breaker when it answers again",
+    Reason.CONCURRENCY_LIMIT: "raise concurrency_limit.max_in_flight in its policy, or call less at once",
+}
+"""What to do about it."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttemptDetail:
     """One attempt of a failed call."""
@@ -110,6 +122,8 @@ class MeshErrorDetail:
     """What to do next."""
     identity: str = ""
     """State of this process's certificate, in words; empty in plaintext."""
+    trace_id: str = ""
+    """Of the trace that is kept of the call, 32 hex digits; empty when none is."""
 
     def __str__(self) -> str:
         parts = [f"{self.service}: {self.reason.value}"]

@@ -5,20 +5,39 @@ https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/outlier
 
 from __future__ import annotations
 
+import enum
 import math
+from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
 from mesh_client.core.model import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from mesh_client.core.policy import OutlierDetection
 
 _SUCCESS = Outcome.SUCCESS
 _FAILURE = Outcome.FAILURE
 _ROUNDING = 1e-9
+
+
+class EjectionReason(enum.Enum):
+    """Why an endpoint was ejected."""
+
+    CONSECUTIVE_FAILURES = "failures in a row"
+    SUCCESS_RATE = "fewer successes than the others"
+
+
+@dataclass(frozen=True, slots=True)
+class Ejection:
+    """One ejection: which endpoint, from when to when, and why."""
+
+    endpoint_id: str
+    at: float
+    until: float
+    reason: EjectionReason
 
 
 class EndpointRecord:
@@ -60,14 +79,21 @@ class OutlierDetector:
 
     What ejected endpoints still answer, to late calls or in panic, is ignored.
 
+    Args:
+        settings: the policy's.
+        on_ejection: told of each ejection.
+
     Attributes:
         ejected: ids of the endpoints that are ejected; replaced when it changes.
     """
 
-    __slots__ = ("_records", "_settings", "_sweep_at", "ejected")
+    __slots__ = ("_on_ejection", "_records", "_settings", "_sweep_at", "ejected")
 
-    def __init__(self, settings: OutlierDetection) -> None:
+    def __init__(
+        self, settings: OutlierDetection, on_ejection: Callable[[Ejection], None] = lambda ejection: None
+    ) -> None:
         self._settings = settings
+        self._on_ejection = on_ejection
         self._records: dict[str, EndpointRecord] = {}
         self._sweep_at = math.inf
         self.ejected: frozenset[str] = frozenset()
@@ -105,7 +131,7 @@ class OutlierDetector:
         record.consecutive += 1
         if record.consecutive < self._settings.consecutive_failures or len(self.ejected) >= self._limit():
             return False
-        self._eject(record, now)
+        self._eject(endpoint_id, record, EjectionReason.CONSECUTIVE_FAILURES, now)
         return self._refresh()
 
     def tick(self, now: float) -> bool:
@@ -131,11 +157,12 @@ class OutlierDetector:
         count = len(self._records)
         return max(1, int(count * self._settings.max_ejected_percent / 100.0 + _ROUNDING)) if count > 1 else 0
 
-    def _eject(self, record: EndpointRecord, now: float) -> None:
+    def _eject(self, endpoint_id: str, record: EndpointRecord, reason: EjectionReason, now: float) -> None:
         record.ejected = True
         record.ejections += 1
         record.until = now + min(self._settings.base_ejection * record.ejections, self._settings.max_ejection)
         record.consecutive = record.successes = record.failures = 0
+        self._on_ejection(Ejection(endpoint_id, now, record.until, reason))
 
     def _refresh(self) -> bool:
         ejected = frozenset(endpoint_id for endpoint_id, record in self._records.items() if record.ejected)
@@ -145,25 +172,25 @@ class OutlierDetector:
 
     def _sweep(self, now: float) -> None:
         settings = self._settings
-        free = [record for record in self._records.values() if not record.ejected]
+        free = [(endpoint_id, record) for endpoint_id, record in self._records.items() if not record.ejected]
         rated = [
-            (record.successes / (record.successes + record.failures), record)
-            for record in free
+            (record.successes / (record.successes + record.failures), endpoint_id, record)
+            for endpoint_id, record in free
             if record.successes + record.failures >= settings.success_rate_min_requests
         ]
-        for record in free:
+        for _, record in free:
             if record.ejections and record.free_since <= now - settings.interval:
                 record.ejections -= 1
             record.successes = record.failures = 0
         if len(rated) < settings.success_rate_min_endpoints:
             return
-        rates = [rate for rate, _ in rated]
+        rates = [rate for rate, _, _ in rated]
         # Rates that are equal but for rounding must not count as below their own mean.
         threshold = fmean(rates) - settings.success_rate_stdev_factor * pstdev(rates) - _ROUNDING
         room = self._limit() - (len(self._records) - len(free))
-        worst = sorted((pair for pair in rated if pair[0] < threshold), key=lambda pair: pair[0])
-        for _, record in worst[:room]:
-            self._eject(record, now)
+        worst = sorted((entry for entry in rated if entry[0] < threshold), key=lambda entry: entry[0])
+        for _, endpoint_id, record in worst[:room]:
+            self._eject(endpoint_id, record, EjectionReason.SUCCESS_RATE, now)
 
 
 def _end(record: EndpointRecord) -> float:

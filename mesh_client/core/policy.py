@@ -43,6 +43,18 @@ def check_method(name: str) -> str:
     return name
 
 
+def check_method_pattern(pattern: str) -> str:
+    """A pattern of methods, without a leading slash.
+
+    Raises:
+        InvalidValueError: it is none.
+    """
+    try:
+        return _method_pattern(pattern)
+    except ValueError:
+        raise InvalidValueError("method", pattern, "package.Service/Method, package.Service/* or *") from None
+
+
 def _status_code(value: object) -> object:
     if isinstance(value, str):
         if value in StatusCode.__members__:

@@ -13,8 +13,9 @@ from random import Random
 
 from mesh_client.core.balancer import Node, Picker, build_picker, next_rebuild
 from mesh_client.core.breaker import BreakerState, ServiceBreaker
-from mesh_client.core.errors import Reason
-from mesh_client.core.model import Endpoint, Health, Outcome
+from mesh_client.core.errors import MeshErrorDetail, Reason
+from mesh_client.core.incidents import Incidents, Transition
+from mesh_client.core.model import Endpoint, Health, Outcome, StatusCode
 from mesh_client.core.outlier import OutlierDetector
 from mesh_client.core.policy import (
     Algorithm,
@@ -28,7 +29,8 @@ from mesh_client.core.policy import (
 from mesh_client.core.rate_limit import ConcurrencyGate
 from mesh_client.core.retry import RetryBudget
 from mesh_client.core.store import EndpointsResource, PolicyResource, Resolution
-from mesh_client.core.tally import Tally, TallyBook
+from mesh_client.core.tally import ANSWERS, Tally, TallyBook
+from mesh_client.core.tap import ServiceTap
 
 NEVER = float("inf")
 _SUCCESS, _FAILURE = Outcome.SUCCESS, Outcome.FAILURE
@@ -68,6 +70,9 @@ class Service:
         on_unreached: told of each attempt that did not reach its endpoint, with the transport's message.
     """
 
+    tap: ServiceTap | None = None
+    """Told of each call while somebody looks at them; set by `tapped`."""
+
     def __init__(
         self,
         name: str,
@@ -97,25 +102,32 @@ class Service:
         self.policy_provisional = False
         self.endpoints_version = ""
         self.picker: Picker = build_picker(self.policy.load_balancer, (), zone=zone, rng=rng, now=now)
+        self.incidents = Incidents()
+        """What is remembered of what went wrong."""
+        self._on_transition = on_transition
         self.budget = RetryBudget(self.policy.retry.budget, now)
-        self.breaker = ServiceBreaker(self.policy.circuit_breaker, now, on_transition)
-        self.outliers = OutlierDetector(self.policy.outlier_detection)
+        self.breaker = ServiceBreaker(self.policy.circuit_breaker, now, self._breaker_changed)
+        self.outliers = OutlierDetector(self.policy.outlier_detection, self.incidents.ejection)
         self.gate = ConcurrencyGate(self.policy.concurrency_limit.max_in_flight)
         self.hash_source: HashSource | None = None
         """Where RING_HASH takes its key from; None while another algorithm balances."""
         self.tallies = TallyBook()
         """What is counted of attempts."""
         self.repeated: dict[str, Tally] = {}
-        """What is counted of calls that took more than one attempt, from the first one's start on; by method."""
+        """What is counted of calls that their first attempt did not end, from its start on; by method."""
+        self.repeated_attempts: dict[str, Tally] = {}
+        """The part of ``tallies`` that belongs to them, taken out as soon as such a call goes on."""
+        self.unattempted: dict[str, Tally] = {}
+        """What is counted of calls that failed without an attempt; by method."""
         self.failed_calls: Counter[tuple[str, str, Reason]] = Counter()
         """Calls that failed for good, by method, status and reason; those that never became an attempt included."""
         self._zone = zone
-        self._on_transition = on_transition
         self._nodes: dict[str, Node] = {}
         self._subset_pickers: dict[frozenset[tuple[str, str]], Picker] = {}
         self._settings: dict[str, MethodSettings] = {}
         self.plain_settings: dict[str, MethodSettings] = {}
-        """Settings of the methods whose calls need neither key, metadata, fault nor split; empty unless active."""
+        """Settings of the methods whose calls need neither key, metadata, fault nor split; empty unless active, and
+        while the service is tapped."""
         self.next_tick = NEVER
         """When `tick` is due."""
         self._slow_start_end: float | None = None
@@ -186,7 +198,7 @@ class Service:
             settings = self._resolve(Route())
         if not needs_metadata:
             self._settings[method] = settings
-            if settings.fault is None and not settings.split and self.hash_source is None:
+            if settings.fault is None and not settings.split and self.hash_source is None and self.tap is None:
                 self.plain_settings[method] = settings
         return settings
 
@@ -235,6 +247,48 @@ class Service:
             self.blamed = tried[0] if alone else None
         breaker.settle(token, outcome, now)
 
+    def call_failed(self, code: StatusCode, detail: MeshErrorDetail, took: float | None, now: float) -> None:
+        """Counts a call that failed for good; ``took`` are its seconds if it never became an attempt, else None."""
+        method = self.tallies.known(detail.method)
+        if took is not None:
+            self.unattempted.setdefault(method, Tally()).failed(code.name, took)
+        key = method, code.name, detail.reason
+        self.failed_calls[key] += 1
+        if code.name not in ANSWERS:
+            self.incidents.failed(key, detail, now)
+
+    def call_goes_on(self, method: str, code: StatusCode, took: float) -> None:
+        """Counts an attempt that failed after so many seconds, and did not end its call."""
+        self.repeated_attempts.setdefault(self.tallies.known(method), Tally()).failed(code.name, took)
+
+    def call_repeated(self, method: str, code: StatusCode, took: float, last_took: float | None) -> None:
+        """Counts a call whose first attempt did not end it: how it ended, and after how many seconds.
+
+        ``last_took`` are the seconds of the attempt that ended it so; None when it ended without another one.
+        """
+        method = self.tallies.known(method)
+        self.repeated.setdefault(method, Tally()).ended(code.name, took)
+        if last_took is not None:
+            self.repeated_attempts.setdefault(method, Tally()).ended(code.name, last_took)
+
+    def tapped(self, tap: ServiceTap | None) -> None:
+        """Calls that begin from now on are told to this tap, or to none."""
+        self.tap = tap
+        self._settings.clear()
+        self.plain_settings.clear()
+
+    def calls_by_method(self) -> dict[str, Tally]:
+        """What is counted of whole calls, however many attempts they took; by method. It only grows, as all counters.
+
+        An attempt counts as the call until it turns out that the call goes on.
+        """
+        calls: dict[str, Tally] = {}
+        parts = [(methods, 1) for _, methods in self.tallies]
+        for methods, sign in (*parts, (self.repeated_attempts, -1), (self.repeated, 1), (self.unattempted, 1)):
+            for method, tally in list(methods.items()):
+                calls.setdefault(method, Tally()).add(tally, sign)
+        return calls
+
     def tally(self, node: Node, method: str) -> Tally:
         """Where attempts of a full method name on a node are counted."""
         tally = node.tallies.get(method)
@@ -248,6 +302,11 @@ class Service:
         else:
             self._schedule(now)
 
+    def _breaker_changed(self, old: BreakerState, new: BreakerState) -> None:
+        self.incidents.transition(Transition(self.breaker.changed_at, old, new))
+        if self._on_transition is not None:
+            self._on_transition(old, new)
+
     def _obey(self, resource: PolicyResource, now: float) -> None:
         old, new = self.policy, resource.policy
         self.policy, self.policy_version = new, resource.version
@@ -258,9 +317,9 @@ class Service:
             self._calls_before, self._retries_before = self.calls, self.retries
             self.budget = RetryBudget(new.retry.budget, now)
         if new.circuit_breaker != old.circuit_breaker:
-            self.breaker = ServiceBreaker(new.circuit_breaker, now, self._on_transition)
+            self.breaker = ServiceBreaker(new.circuit_breaker, now, self._breaker_changed)
         if new.outlier_detection != old.outlier_detection:
-            self.outliers = OutlierDetector(new.outlier_detection)
+            self.outliers = OutlierDetector(new.outlier_detection, self.incidents.ejection)
             self._account_for(self._nodes, now)
         self.gate.limit = new.concurrency_limit.max_in_flight
         hashes = new.load_balancer.algorithm is Algorithm.RING_HASH

@@ -5,6 +5,7 @@ Counters only grow, so that whoever reads them may read as often as they like an
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 
@@ -19,9 +20,23 @@ MAX_METHODS = 200
 which may be a proxy that calls whatever it is asked for."""
 OTHER = "/other"
 
+_METHOD = re.compile(r"/[!-~]{1,255}")
+
 MAX_GONE = 200
 """Endpoints that have left and are still told apart; those that left first count for `GONE` together."""
 GONE = ""
+
+ANSWERS = frozenset(
+    {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"}
+)
+"""Statuses by which a service that is well answers. Success rates count all others but `GIVEN_UP` as failures."""
+GIVEN_UP = "CANCELLED"
+"""The status that says nothing of the service: its caller gave up."""
+
+
+def is_method(name: str) -> bool:
+    """Whether it is a full method name with leading slash, of a length and of characters that can be shown."""
+    return _METHOD.fullmatch(name) is not None
 
 
 class Tally:
@@ -59,13 +74,20 @@ class Tally:
         self.seconds += seconds
         self.buckets[bisect_left(BOUNDS, seconds)] += 1
 
-    def add(self, other: Tally) -> None:
-        """Takes in what another one counted."""
-        self.ok += other.ok
-        for code, count in other.failures.items():
-            self.failures[code] = self.failures.get(code, 0) + count
-        self.seconds += other.seconds
-        self.buckets = [mine + its for mine, its in zip(self.buckets, other.buckets, strict=True)]
+    def ended(self, code: str, seconds: float) -> None:
+        """One more ended with this status, which may be OK."""
+        if code == "OK":
+            self.succeeded(seconds)
+        else:
+            self.failed(code, seconds)
+
+    def add(self, other: Tally, sign: int = 1) -> None:
+        """Takes in what another one counted; with -1 for ``sign`` takes out what it took in before."""
+        self.ok += sign * other.ok
+        for code, count in list(other.failures.items()):
+            self.failures[code] = self.failures.get(code, 0) + sign * count
+        self.seconds += sign * other.seconds
+        self.buckets = [mine + sign * its for mine, its in zip(self.buckets, other.buckets, strict=True)]
 
 
 def percentile(buckets: Collection[int], share: float) -> float | None:
@@ -101,9 +123,9 @@ class TallyBook:
         return self.of(endpoint_id).setdefault(self.known(method), Tally())
 
     def known(self, method: str) -> str:
-        """The method, or `OTHER` when there are too many."""
+        """The method, or `OTHER` when there are too many, or it is no name of a method."""
         if method not in self._methods:
-            if len(self._methods) >= MAX_METHODS:
+            if len(self._methods) >= MAX_METHODS or not is_method(method):
                 return OTHER
             self._methods.add(method)
         return method
@@ -116,5 +138,5 @@ class TallyBook:
                 self.of(GONE).setdefault(method, Tally()).add(tally)
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Tally]]]:
-        """Each endpoint's id with its tallies by method."""
-        return iter(self._endpoints.items())
+        """Each endpoint's id with its tallies by method, as it is now: what is counted meanwhile does no harm."""
+        return iter([(endpoint_id, dict(methods)) for endpoint_id, methods in list(self._endpoints.items())])

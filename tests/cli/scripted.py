@@ -12,12 +12,13 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from mesh.v1 import admin_pb2, authority_pb2, trace_pb2
+from mesh.v1 import admin_pb2, authority_pb2, trace_pb2, traffic_pb2
 
 _SERVICES = (
     (admin_pb2, "AdminService"),
     (authority_pb2, "AuthorityService"),
     (trace_pb2, "TraceQueryService"),
+    (traffic_pb2, "TrafficService"),
 )
 
 
@@ -30,14 +31,14 @@ class Refusal:
 
 
 class ScriptedAdmin:
-    """Answers each method with what is in ``answers`` under its name, else with an empty message.
+    """Answers each method with what is in ``answers`` under its name, or makes of the request, else with nothing.
 
     A method that streams answers with what is in ``streams``, and then as above if there is a refusal.
     """
 
     def __init__(self) -> None:
         self.address = ""
-        self.answers: dict[str, Message | Refusal] = {}
+        self.answers: dict[str, Message | Refusal | Callable[[Message], Message | Refusal]] = {}
         self.streams: dict[str, list[Message]] = {}
         self.requests: list[Message] = []
         self.held = threading.Event()
@@ -60,6 +61,8 @@ class ScriptedAdmin:
             self.requests.append(request)
             assert self.held.wait(10)
             scripted = self.answers.get(method.name, response())
+            if not isinstance(scripted, Message | Refusal):
+                scripted = scripted(request)
             if isinstance(scripted, Refusal):
                 context.abort(scripted.code, scripted.details)
             assert isinstance(scripted, response)

@@ -114,7 +114,10 @@ def state(world: Service, now: float) -> object:
             for each, book in world.tallies
             for method, tally in book.items()
         ],
-        (world.failed_calls, shown_tallies(world.repeated)),
+        (world.failed_calls, shown_tallies(world.repeated), shown_tallies(world.repeated_attempts)),
+        shown_tallies(world.unattempted),
+        {key: (example.at, example.detail.attempts) for key, example in world.incidents.examples.items()},
+        (world.incidents.ejections.after(0), world.incidents.transitions.after(0)),
         [counted(world.outliers.record_of(node.endpoint.id)) for node in world.nodes],
     )
 

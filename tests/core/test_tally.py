@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh_client.core.call import Attempt, AttemptFailure, Call, Pause
+from mesh_client.core.call import Action, Attempt, AttemptFailure, Call, Pause
 from mesh_client.core.errors import Reason
 from mesh_client.core.model import StatusCode
 from mesh_client.core.tally import BOUNDS, GONE, MAX_GONE, MAX_METHODS, OTHER, Tally, TallyBook, percentile
@@ -65,6 +65,8 @@ def test_a_tally_takes_another_in() -> None:
     one.add(other)
     assert (one.ok, one.failures, one.count, sum(one.buckets)) == (1, {"UNAVAILABLE": 2}, 3, 3)
     assert one.seconds == pytest.approx(0.6)
+    one.add(other, -1)
+    assert (one.ok, one.failures, one.count, sum(one.buckets)) == (0, {"UNAVAILABLE": 1}, 1, 1)
 
 
 def test_methods_beyond_the_bound_share_one_tally() -> None:
@@ -73,6 +75,7 @@ def test_methods_beyond_the_bound_share_one_tally() -> None:
         assert book.known(f"/s/M{number}") == f"/s/M{number}"
     assert book.known("/s/OneTooMany") == OTHER
     assert book.known("/s/M3") == "/s/M3"
+    assert [TallyBook().known(name) for name in ("no slash", "/with space", "/" + "x" * 256)] == [OTHER] * 3
     assert book.tally("a", "/s/Another") is book.tally("a", "/s/YetAnother") is book.of("a")[OTHER]
 
 
@@ -139,3 +142,57 @@ def test_a_call_that_is_given_up_counts_as_cancelled() -> None:
     (node,) = world.nodes
     assert world.tally(node, METHOD).failures == {"CANCELLED": 1}
     assert world.tally(node, METHOD).seconds == pytest.approx(0.4)
+
+
+_END = st.sampled_from(["ok", "down", "lost", "cancel"])
+
+
+@given(st.lists(st.lists(_END, min_size=1, max_size=3), max_size=12), st.lists(st.booleans(), max_size=5))
+def test_whole_calls_are_counted_exactly_whatever_their_attempts_came_to(
+    scripts: list[list[str]], refused: list[bool]
+) -> None:
+    world = service("a", "b", "c", outlier_detection={"enabled": False}, circuit_breaker={"enabled": False})
+    ends: Counter[str] = Counter()
+    took = now = 0.0
+    seen = [Tally()]
+
+    def look() -> None:
+        """Whoever looks at any moment sees counters that have grown, and nothing of calls that are not over."""
+        calls = world.calls_by_method().get(METHOD, Tally())
+        assert all(later >= earlier for earlier, later in zip(seen[-1].buckets, calls.buckets, strict=True))
+        assert all(calls.failures.get(code, 0) >= count for code, count in seen[-1].failures.items())
+        assert calls.count == sum(calls.buckets)
+        seen.append(calls)
+
+    for script in scripts:
+        call, begun, end = Call(world, METHOD), now, ""
+        action: Action = call.begin(now)
+        while isinstance(action, Attempt):
+            look()
+            assert seen[-1].count == ends.total()
+            now += 0.5
+            end = script.pop(0) if script else "ok"
+            if end == "ok":
+                call.succeeded(now)
+                break
+            if end == "cancel":
+                call.cancelled(now)
+                break
+            action = call.failed(DOWN if end == "down" else AttemptFailure(StatusCode.DATA_LOSS, received=True), now)
+            if isinstance(action, Pause):
+                now += 0.25
+                if script and script[0] == "cancel" and script.pop(0):
+                    end = "cancel"
+                    call.cancelled(now)
+                    break
+                action = call.resumed(now)
+        ends[{"ok": "OK", "down": "UNAVAILABLE", "lost": "DATA_LOSS"}.get(end, "CANCELLED")] += 1
+        took += now - begun
+    activate(world)
+    for _ in refused:
+        Call(world, METHOD).begin(now)
+        ends["UNAVAILABLE"] += 1
+    look()
+    calls = seen[-1]
+    assert +Counter({"OK": calls.ok, **calls.failures}) == +ends
+    assert calls.seconds == pytest.approx(took)
