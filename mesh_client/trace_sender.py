@@ -159,7 +159,6 @@ class TraceSender:
             try:
                 for body, count in await self._encoded(batch):
                     await self._deliver(body, count)
-                    self.in_hand -= count
             except Exception:  # a defect of ours, or a span's; others may go well
                 log.exception("%d spans are lost", self.in_hand)
             finally:
@@ -214,7 +213,7 @@ class TraceSender:
                 step = self._delivery.failed(StatusCode(error.code().value[0]), self._loop.time())
                 self._failed(address, error, kept=step.keep)
                 if not step.keep:
-                    self._outbox.count(dropped=count)
+                    self._settle(count, dropped=count)
                 await asyncio.sleep(step.wait)
                 if not step.keep:
                     return
@@ -247,12 +246,16 @@ class TraceSender:
     def _answered(self, address: str, answer: ExportTraceServiceResponse, count: int) -> None:
         said = answer.partial_success
         rejected = min(max(said.rejected_spans, 0), count)
-        self._outbox.count(sent=count - rejected, rejected=rejected)
+        self._settle(count, sent=count - rejected, rejected=rejected)
         if not self._reachable:
             self._reachable = True
             log.info("spans are sent to %s again", address)
         if said.error_message:
             self._tell("control plane %s says of spans: %s", address, said.error_message)
+
+    def _settle(self, count: int, **outcome: int) -> None:
+        self.in_hand -= count
+        self._outbox.count(**outcome)
 
     def _failed(self, address: str, error: grpc.aio.AioRpcError, *, kept: bool) -> None:
         details = error.details() or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from control_plane.traces.query import TraceFilter
@@ -30,26 +31,31 @@ class Following:
         self._store = store
         self._wanted = wanted
         self._revision = store.revision
-        self._waiting: dict[str, None] = {}
+        self._waiting: set[str] = set()
+        self._looks: list[tuple[float, str]] = []
+        """A heap of when to look at those that are waited for."""
         self._told: set[str] = set()
 
     def due(self, now: float) -> tuple[Sequence[Trace], float | None]:
         """The traces to tell now, and in how many seconds to look again; None for at the next change of the store."""
-        changed = self._store.changed_since(self._revision)
+        for trace in reversed(self._store.changed_since(self._revision)):
+            if trace.id not in self._waiting and trace.id not in self._told:
+                self._waiting.add(trace.id)
+                heapq.heappush(self._looks, (trace.last_seen + QUIET, trace.id))
         self._revision = self._store.revision
-        self._waiting.update((trace.id, None) for trace in reversed(changed) if trace.id not in self._told)
         told: list[Trace] = []
-        soonest: float | None = None
-        for trace_id in list(self._waiting):
-            trace = self._store.get(trace_id, now)
-            left = 0.0 if trace is None else trace.last_seen - now + (QUIET if trace.complete else QUIET_WITHOUT_ROOT)
-            if left > 0.0:
-                soonest = left if soonest is None else min(soonest, left)
-                continue
-            del self._waiting[trace_id]
-            if trace is not None and self._wanted.matches(trace):
+        while self._looks and self._looks[0][0] <= now:
+            _, trace_id = heapq.heappop(self._looks)
+            found = self._store.get(trace_id, now)
+            if found is not None:
+                again = found.last_seen + (QUIET if found.complete else QUIET_WITHOUT_ROOT)
+                if again > now:
+                    heapq.heappush(self._looks, (again, trace_id))
+                    continue
+            self._waiting.discard(trace_id)
+            if found is not None and self._wanted.matches(found):
                 self._told.add(trace_id)
-                told.append(trace)
+                told.append(found)
         if len(self._told) > len(self._store) + _REMEMBERED:
             self._told = {trace_id for trace_id in self._told if self._store.get(trace_id, now) is not None}
-        return told, soonest
+        return told, self._looks[0][0] - now if self._looks else None

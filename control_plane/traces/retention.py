@@ -57,6 +57,8 @@ class Kept:
 
     def __init__(self) -> None:
         self._reporters: dict[str, dict[Reason, _Traces]] = {}
+        self._costs: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self.cost = 0
 
     def count(self, reason: Reason) -> int:
@@ -65,22 +67,28 @@ class Kept:
 
     def add(self, trace: Trace) -> None:
         """Takes a trace in, as the newest."""
-        if trace.reporter not in self._reporters:
-            self._reporters[trace.reporter] = {reason: _Traces() for reason in Reason}
-        self._of(trace)[trace.id] = trace
+        reporter = trace.reporter
+        if reporter not in self._reporters:
+            self._reporters[reporter] = {reason: _Traces() for reason in Reason}
+            self._costs[reporter] = self._counts[reporter] = 0
+        self._reporters[reporter][trace.reason][trace.id] = trace
+        self._counts[reporter] += 1
         self.grown(trace, trace.cost)
 
     def grown(self, trace: Trace, cost: int) -> None:
         """One of the traces costs more by this."""
-        self._of(trace).cost += cost
+        self._reporters[trace.reporter][trace.reason].cost += cost
+        self._costs[trace.reporter] += cost
         self.cost += cost
 
     def remove(self, trace: Trace) -> None:
         """Gives a trace up."""
-        del self._of(trace)[trace.id]
+        reporter = trace.reporter
         self.grown(trace, -trace.cost)
-        if not any(self._reporters[trace.reporter].values()):
-            del self._reporters[trace.reporter]
+        del self._reporters[reporter][trace.reason][trace.id]
+        self._counts[reporter] -= 1
+        if not self._counts[reporter]:
+            del self._reporters[reporter], self._costs[reporter], self._counts[reporter]
 
     def first_to_go(self, *, by_count: bool) -> Trace:
         """The oldest trace, of whoever has most, of the reason that has more than its share of what they have.
@@ -88,15 +96,12 @@ class Kept:
         Args:
             by_count: there are too many traces; else they take too much memory.
         """
-        measure = len if by_count else _cost
-        totals = {name: sum(map(measure, traces.values())) for name, traces in self._reporters.items()}
+        totals = self._counts if by_count else self._costs
         most = max(totals, key=totals.__getitem__)
         traces = self._reporters[most]
+        measure = len if by_count else _cost
         greedy = (reason for reason, share in SHARES.items() if measure(traces[reason]) > share * totals[most])
         return next(iter(traces[next(greedy, Reason.ORDINARY)].values()))
-
-    def _of(self, trace: Trace) -> _Traces:
-        return self._reporters[trace.reporter][trace.reason]
 
 
 class _Traces(OrderedDict[str, Trace]):

@@ -21,10 +21,11 @@ def test_a_trace_is_told_once_it_seems_to_be_complete() -> None:
     follower = Following(store, TraceFilter())
     assert follower.due(9.0) == ([], None)  # what was there before is not told
     store.add(trace_id(2), span(2, 1), 10.0)
-    assert follower.due(10.0) == ([], QUIET_WITHOUT_ROOT)
+    assert follower.due(10.0) == ([], QUIET)
     store.add(trace_id(2), span(1), 11.0)
     store.add(trace_id(3), span(1), 12.0)
-    assert follower.due(11.5) == ([], QUIET - 0.5)
+    assert follower.due(11.5) == ([], 0.5)
+    assert follower.due(12.0) == ([], 1.0)
     assert told(follower, 13.0) == [2]
     assert follower.due(13.0) == ([], 1.0)
     assert told(follower, 14.0) == [3]
@@ -54,6 +55,7 @@ def test_what_is_not_there_any_more_is_not_told(monkeypatch: pytest.MonkeyPatch)
     follower = Following(store, TraceFilter())
     for number in range(1, 6):
         store.add(trace_id(number), span(1), 0.0)
+        assert told(follower, 0.0) == []
     assert told(follower, 5.0) == [4, 5]
     for number in range(6, 20):
         store.add(trace_id(number), span(1), 10.0)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from mesh_client.core import trace_environment
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.trace_environment import Destination, TracePlan, plan_tracing
 
@@ -115,3 +118,12 @@ def test_sizes_are_those_of_the_batch_processor_s_variables() -> None:
 def test_what_a_variable_cannot_be_is_refused_by_its_name(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=name):
         plan_tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", name: value})
+
+
+def test_every_variable_is_in_the_documentation() -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "tracing.md").read_text(encoding="utf-8")
+    constants = [value for name, value in vars(trace_environment).items() if name.isupper() and name[0] != "_"]
+    values = [each for value in constants for each in (value if isinstance(value, tuple) else [value])]
+    names = [value for value in values if isinstance(value, str)]
+    assert len(names) == 12
+    assert [name for name in names if f"`{name}`" not in documented] == []
