@@ -39,7 +39,7 @@ from mesh_cli.output import (
 )
 from mesh_cli.waterfall import render_waterfall, took
 
-_SHORT = 16
+_SHORT = 12
 """Characters of a trace id that tables show: enough to ask for the trace by. JSON has all."""
 _REASONS = {pb.TRACE_REASON_SLOW: "slow"}
 _MIB = 1024 * 1024
@@ -170,7 +170,8 @@ def render_traces(answer: pb.ListTracesResponse, *, filtered: bool) -> Renderabl
             "JAEGER" if linked else "SERVICES",
             right=["TOOK", "SPANS", "ERRORS"],
         )
-        if linked:  # an address in two lines is of no use
+        shown.columns[0].no_wrap = True  # an id, or an address, in two lines is of no use
+        if linked:
             shown.columns[-1].no_wrap = True
             shown.columns[-1].min_width = max(len(printable(trace.link)) for trace in answer.traces)
         for trace in answer.traces:
@@ -180,7 +181,7 @@ def render_traces(answer: pb.ListTracesResponse, *, filtered: bool) -> Renderabl
                 start_of(trace),
                 Text(took(seconds(trace.duration)), style="yellow" if trace.reason in _REASONS else ""),
                 trace.service,
-                trace.name if trace.complete else f"{trace.name} (not its first span)",
+                trace.name if trace.complete else f"{trace.name} (root missing)",
                 str(trace.spans),
                 Text(str(trace.errors), style="red" if trace.errors else ""),
                 trace.link if linked else ", ".join(trace.services),

@@ -11,9 +11,11 @@ from rich.text import Text
 
 from mesh_cli.output import count, printable, seconds
 
-_BARS = 48
-"""Columns of the bars where there is room; at least a third of it."""
+_BARS, _LEAST_BARS = 48, 16
+"""Columns of the bars where there is room, and where there is little: then names go without their packages."""
 _LINES = {"utf": ("│ ", "├ ", "└ ", "█", "◆"), "ascii": ("| ", "|-", "`-", "=", "*")}
+_TIMES = 25
+"""Columns of the two times, and of what is between columns."""
 _CORRECTED = 0.001
 """Seconds of a clock's correction that are worth a line."""
 
@@ -42,7 +44,12 @@ class _Waterfall:
         self._attributes = attributes
         self._through, self._branch, self._corner, self._block, self._point = _LINES["ascii" if ascii_only else "utf"]
         self._whole = max(seconds(trace.duration), 1e-9)
-        self._bars = max(min(_BARS, width // 3), 8)
+        self._guides = _guides([span.depth for span in trace.spans])
+        names = [2 * len(own) + len(printable(span.name)) for span, (own, _) in self._rows()]
+        others = max((len(span.service) for span in trace.spans), default=0) + _TIMES
+        room = width - others - max(names, default=0)
+        self._bars = max(min(_BARS, room), _LEAST_BARS)
+        self._short = room < _LEAST_BARS
         self._mixed = len({bool(span.workload_id) for span in trace.spans}) > 1
 
     def parts(self) -> Iterator[RenderableType]:
@@ -61,12 +68,11 @@ class _Waterfall:
         end = took(seconds(self._trace.duration))
         scale = f"0{end:>{self._bars - 1}}"
         shown.add_column(scale, no_wrap=True, overflow="crop", min_width=self._bars, max_width=self._bars)
-        guides = _guides([span.depth for span in self._trace.spans])
-        for span, (own, below) in zip(self._trace.spans, guides, strict=True):
+        for span, (own, below) in self._rows():
             failed = span.status == pb.SPAN_STATUS_ERROR
             style = "red" if failed else ""
             name = Text(self._draw(own), style="dim")
-            name.append(printable(span.name) or "-", style=f"not dim {style}")
+            name.append(self._name(span) or "-", style=f"not dim {style}")
             claimed = "?" if self._mixed and not span.workload_id else ""
             shown.add_row(
                 Text(printable(span.service) + claimed),
@@ -80,6 +86,13 @@ class _Waterfall:
                 line.append_text(text)
                 shown.add_row(Text(), line, Text(), Text(), mark)
         return shown
+
+    def _rows(self) -> Iterator[tuple[pb.TraceSpan, tuple[list[str], list[str]]]]:
+        return zip(self._trace.spans, self._guides, strict=True)
+
+    def _name(self, span: pb.TraceSpan) -> str:
+        package, slash, method = span.name.rpartition("/")
+        return printable(f"{package.rpartition('.')[2]}{slash}{method}" if self._short else span.name)
 
     def _details(self, span: pb.TraceSpan, failed: bool) -> Iterator[tuple[Text, Text]]:
         if failed:

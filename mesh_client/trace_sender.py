@@ -82,7 +82,7 @@ class TraceSender:
         self._flushing = 0
         self._stopped = False
         self._reachable = True
-        self._told_at = -_TELL_EVERY
+        self._told: dict[str, float] = {}
         self.wants: float = _NOTHING
         """It is to be woken once so many spans wait."""
         self.in_hand = 0
@@ -268,8 +268,8 @@ class TraceSender:
         self._settled.set()
 
     def _tell(self, message: str, *arguments: object) -> None:
-        """Once a minute at most: what goes on for long must not fill the log."""
+        """Each message once a minute at most: what goes on for long must not fill the log."""
         now = self._loop.time()
-        if now >= self._told_at + _TELL_EVERY:
-            self._told_at = now
+        if now >= self._told.get(message, -math.inf) + _TELL_EVERY:
+            self._told[message] = now
             log.warning(message, *arguments)
