@@ -16,7 +16,7 @@ from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_POLICY
 from mesh_cli.client import CHANNEL_OPTIONS
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.system import CUSTOMERS, EDGE
-from mesh_client.core.policy import Algorithm
+from mesh_client.core.policy import Algorithm, ServicePolicy
 
 Policy = dict[str, object]
 
@@ -143,13 +143,13 @@ class Operator:
             TimeoutError: somebody does not obey it.
         """
         service = str(policy["service"])
-        before = await self._published(service)
-        answer = await self._stub.ApplyPolicy(
+        await self._stub.ApplyPolicy(
             admin_pb2.ApplyPolicyRequest(document=json.dumps(policy)), timeout=_TIMEOUT, wait_for_ready=True
         )
+        version = ServicePolicy.parse(policy).version
 
         async def published() -> bool:
-            return not answer.changed or await self._published(service) != before
+            return await self._published(service) == version
 
         await _until(published)
         await _until(partial(self._obeyed, service))

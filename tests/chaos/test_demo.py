@@ -150,10 +150,11 @@ def test_every_promise_is_kept_and_nothing_is_left(tmp_path: Path, registry: str
     with running("demo", "--quick", "--json", str(figures), *["--consul"] * (registry == "consul")) as demo:
         code = demo.end(timeout=110)
         assert demo.processes() == {}
-        assert list(demo.temporary.iterdir()) == []
+        left = list(demo.temporary.iterdir())
     promises = {row["id"]: row for row in json.loads(figures.read_text())}
     broken = {id: row for id, row in promises.items() if not row["ok"]}
     assert (code, broken) == (0, {}), demo.output
+    assert left == []
     assert promises.keys() == PROMISES
     assert all(row.keys() == {"id", "promise", "value", "unit", "goal", "ok", "note"} for row in promises.values())
 

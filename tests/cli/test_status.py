@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from mesh.v1 import admin_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2
 
 from mesh_cli.client import UnreachableError
+from mesh_cli.status import gateway_result
 from mesh_cli.watch import show
 from tests.cli import samples
 from tests.cli.conftest import Run
@@ -101,3 +102,8 @@ def test_watching_ends_cleanly_on_ctrl_c(admin: ScriptedAdmin) -> None:
             process.kill()
     assert (process.returncode, errors) == (0, "")
     assert [json.loads(line)["control_plane"] for line in lines] == ["control-plane-1f0c"] * 2
+
+
+def test_a_gateway_that_stands_by_is_behind_nothing() -> None:
+    standby = edge_service_pb2.EdgeReport(outcome=edge_service_pb2.EDGE_OUTCOME_STANDBY, policy_version="old")
+    assert gateway_result(admin_pb2.EdgeGatewayStatus(report=standby), "new").plain == "standby"
