@@ -99,6 +99,19 @@ class Broker:
                 await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT)
 
 
+def check_user(credentials: Credentials, name: str) -> None:
+    """Sees to it that a service is at the broker who it is in the mesh.
+
+    Raises:
+        ConfigError: the credentials are somebody else's.
+    """
+    if credentials.user != name:
+        raise ConfigError(
+            f"the credentials for the broker are {credentials.user!r}'s, and this is {name!r}: "
+            "each service has a user of its own name"
+        )
+
+
 async def declare_exchange(connection: AbstractConnection) -> None:
     """Sees to it that there is the exchange for all events.
 

@@ -26,6 +26,7 @@ from mesh_client.events.broker import (
     FAILURES,
     Backoff,
     Broker,
+    check_user,
     declare_exchange,
     declare_queue,
     explain,
@@ -44,7 +45,7 @@ from mesh_client.events.delivery import (
 from mesh_client.events.event import Event, Handler
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.publisher import check_publisher, proven_user
-from mesh_client.events.relay import check_user, end
+from mesh_client.events.relay import end
 from mesh_client.events.schema import decode
 from mesh_client.events.state import GroupCounters, GroupState
 from mesh_client.events.tracing import EventTracing, failed
@@ -246,8 +247,11 @@ class GroupConsumer:
         self.counters.delivered += 1
         self.counters.redelivered += deliveries > 0
         self._taken[delivery] = _Taken(message, session, envelope, problem)
-        self._lanes.arrived(delivery)
-        self._go_on()
+        loop = asyncio.get_running_loop()
+        if wait := self._lanes.arrived(delivery, loop.time()):
+            loop.call_later(wait, self._go_on)
+        else:
+            self._go_on()
 
     def _go_on(self) -> None:
         """Does what the lanes say now."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import logging
 import math
 import time
@@ -15,24 +14,20 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import aio_pika
-import aiormq
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
-from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.envelope import CONTENT_TYPE
 from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
 from mesh_client.core.events.outbox import OutboxRelay
-from mesh_client.core.events.topology import EXCHANGE, routing_key
-from mesh_client.events.broker import FAILURES, Backoff, Broker, declare_exchange, explain
+from mesh_client.core.events.topology import EXCHANGE
+from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain
 from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
 from mesh_client.events.state import OutboxState, PublishCounters
-from mesh_client.events.wire import Outgoing, Wire
+from mesh_client.events.wire import Wire, outgoing
 from mesh_client.events.writer import OutboxWriter
 
 if TYPE_CHECKING:
-    from mesh_client.events.settings import Credentials
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -350,10 +345,10 @@ class Outbox:
 
     async def _send(self, wire: Wire, rows: Sequence[StoredEvent], user: str, broken: asyncio.Future[None]) -> None:
         now = asyncio.get_running_loop().time()
-        outgoing = [_outgoing(row.event, user, self._publisher) for row in rows]
+        messages = [outgoing(row.event, user, self._publisher) for row in rows]
         self.counters.sent += len(rows)
         self._sent_at.update((row.number, now) for row in rows)
-        for row, confirmation in zip(rows, await wire.publish(outgoing), strict=True):
+        for row, confirmation in zip(rows, await wire.publish(messages), strict=True):
             confirmation.add_done_callback(partial(self._sent, wire, row, broken))
 
     def _sent(self, wire: Wire, row: StoredEvent, broken: asyncio.Future[None], result: asyncio.Future[Any]) -> None:
@@ -411,19 +406,6 @@ class Outbox:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
 
-def check_user(credentials: Credentials, name: str) -> None:
-    """Sees to it that a service is at the broker who it is in the mesh.
-
-    Raises:
-        ConfigError: the credentials are somebody else's.
-    """
-    if credentials.user != name:
-        raise ConfigError(
-            f"the credentials for the broker are {credentials.user!r}'s, and this is {name!r}: "
-            "each service has a user of its own name"
-        )
-
-
 def end(broken: asyncio.Future[None]) -> None:
     """Nobody waits any more for the end of a connection."""
     if not broken.cancel() and not broken.cancelled():
@@ -444,19 +426,3 @@ async def _blocked(connection: AbstractConnection) -> bool:
     except TimeoutError:
         return True
     return False
-
-
-def _outgoing(event: PreparedEvent, user: str, publisher: str) -> Outgoing:
-    envelope = event.envelope
-    headers: dict[str, aio_pika.abc.FieldValue] = {**event.headers, **envelope.headers()}
-    properties = aiormq.spec.Basic.Properties(
-        content_type=CONTENT_TYPE,
-        headers=headers,
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        message_id=envelope.id,
-        timestamp=dt.datetime.fromtimestamp(envelope.time, dt.UTC),
-        message_type=envelope.type,
-        user_id=user,
-        app_id=publisher,
-    )
-    return Outgoing(routing_key(publisher, envelope.type), properties, event.body, event.mandatory)

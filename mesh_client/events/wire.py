@@ -8,6 +8,7 @@ else may publish on that channel. The tests hold it to the versions that pyproje
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +18,13 @@ from aiormq.abc import ChannelFrame
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
+from mesh_client.core.events.envelope import CONTENT_TYPE
+from mesh_client.core.events.topology import routing_key
+from mesh_client.events.outbox import PreparedEvent
+
 _FRAME_OVERHEAD = 8
+PERSISTENT = 2
+"""Delivery mode of what brokers keep over restarts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +83,26 @@ class Wire:
     def forget(self, message_id: str) -> None:
         """The message's future is done."""
         self._channel.message_id_delivery_tag.pop(message_id, None)
+
+
+def outgoing(event: PreparedEvent, user: str, publisher: str) -> Outgoing:
+    """An event as a message.
+
+    Args:
+        event: from the outbox.
+        user: of the connection, whom the broker lets others be told of.
+        publisher: as routing keys begin.
+    """
+    envelope = event.envelope
+    headers: dict[str, Any] = {**event.headers, **envelope.headers()}
+    properties = aiormq.spec.Basic.Properties(
+        content_type=CONTENT_TYPE,
+        headers=headers,
+        delivery_mode=PERSISTENT,
+        message_id=envelope.id,
+        timestamp=dt.datetime.fromtimestamp(envelope.time, dt.UTC),
+        message_type=envelope.type,
+        user_id=user,
+        app_id=publisher,
+    )
+    return Outgoing(routing_key(publisher, envelope.type), properties, event.body, event.mandatory)

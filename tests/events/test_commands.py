@@ -25,6 +25,7 @@ async def mesh(services: Services, *arguments: str, user: str = OPERATOR) -> Res
         "MESH_BROKER": services.broker.url_of(services.vhost),
         "MESH_BROKER_CREDENTIALS": str(services.broker.credentials(user)),
         "MESH_INSECURE": "1",
+        "COLUMNS": "240",
     }
     return await asyncio.to_thread(lambda: CliRunner().invoke(app, ["events", *arguments], env=environment))
 
@@ -106,7 +107,7 @@ async def test_the_status_shows_what_waits_in_an_outbox(services: Services) -> N
     file = str(services.directory / "orders.sqlite")
     shown = await as_json(services, "status", "orders", "--outbox", file)
     assert (shown["outbox"]["events"], shown["outbox"]["refused"], shown["queues"]) == (1, 0, [])
-    result = CliRunner().invoke(app, ["events", "status", "orders", "--outbox", file])
+    result = CliRunner().invoke(app, ["events", "status", "orders", "--outbox", file], env={"COLUMNS": "240"})
     assert result.exit_code == 0
     assert f"outbox {file}" in result.stdout
     (services.directory / "other.sqlite").touch()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SUSPECT_AFTER = 2
 """Deliveries without acknowledgement after which an event may be what kills the processes that handle it."""
 
+SUSPECT_QUIET = 0.25
+"""Seconds after the last suspect arrived until one is handled: to begin with the last, all of them must be there."""
+
 RETURN_PATIENCE = 600.0
 """Seconds beyond its delay for which an event is waited for that was sent to a retry queue. Somebody may have deleted
 it there, and those behind it must not wait for ever."""
@@ -93,6 +96,7 @@ class Lanes:
         self._lanes: dict[str, _Lane] = {}
         self._ready: OrderedDict[str, None] = OrderedDict()
         """Lanes with something at the head that may go on, in the order in which they became so."""
+        self._quiet_from = 0.0
         self._suspects: dict[str, None] = {}
         """Of those the ones whose head is suspected."""
         self._running = 0
@@ -108,12 +112,16 @@ class Lanes:
         """Deliveries that no handler was called for yet."""
         return sum(len(lane.waiting) for lane in self._lanes.values())
 
-    def arrived(self, delivery: Delivery) -> None:
-        """The broker delivered an event."""
+    def arrived(self, delivery: Delivery, now: float) -> float:
+        """The broker delivered an event. Returns how long it may take, seconds, until `next` has something to do."""
         name = self._name(delivery)
         lane = self._lanes.setdefault(name, _Lane())
         lane.waiting.append(delivery)
         self._offer(name, lane)
+        if delivery.deliveries < SUSPECT_AFTER:
+            return 0.0
+        self._quiet_from = now + SUSPECT_QUIET
+        return SUSPECT_QUIET
 
     def next(self, now: float) -> Iterator[Run | Defer]:
         """What to do now, in this order."""
@@ -124,7 +132,7 @@ class Lanes:
                     return
                 name = deferring
             elif self._suspects:
-                if self._running:
+                if self._running or now < self._quiet_from:
                     return
                 name = self._suspect()
             else:
