@@ -195,8 +195,9 @@ async def test_a_system_of_which_one_instance_cannot_start_is_stopped_whole(tmp_
 
 def test_killing_the_demo_itself_leaves_no_orphan() -> None:
     with running("demo", "--quick") as demo:
-        demo.read_until("policy of orders", timeout=30)
-        assert len(demo.processes()) == 12  # itself, a control plane, eight instances, a gateway and its Envoy
+        demo.read_until("policy of orders", timeout=60)
+        # Itself, a control plane, ten instances, a gateway and its Envoy, and RabbitMQ, which is several.
+        assert len(demo.processes()) > 14
         demo.signal(signal.SIGKILL)
         demo.wait_gone()
 

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 READY_TIMEOUT = 60.0
 ADMIN = "admin"
 """A user with all rights in every virtual host."""
-_GUARD = REPOSITORY / "mesh_cli" / "demo" / "guard.py"
+_GUARD = REPOSITORY / "gateway" / "guard.py"
 
 
 class RabbitMQ:
