@@ -53,6 +53,11 @@ PROMISES = {
     "control_plane.back",
     "control_plane.changes",
     "control_plane.forgotten",
+    "events.failed",
+    "events.lost",
+    "events.order",
+    "events.twice",
+    "events.drained",
     "books.stock",
     "books.payments",
     "shutdown.exits",
@@ -143,12 +148,12 @@ def running(*arguments: str) -> Iterator[Command]:
         command.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("registry", ["embedded", "consul"])
 def test_every_promise_is_kept_and_nothing_is_left(tmp_path: Path, registry: str) -> None:
     figures = tmp_path / "promises.json"
     with running("demo", "--quick", "--json", str(figures), *["--consul"] * (registry == "consul")) as demo:
-        code = demo.end(timeout=110)
+        code = demo.end(timeout=140)
         assert demo.processes() == {}
         left = list(demo.temporary.iterdir())
     promises = {row["id"]: row for row in json.loads(figures.read_text())}
