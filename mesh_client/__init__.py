@@ -12,7 +12,8 @@ from mesh_client.core.caller import Caller
 from mesh_client.errors import IdentityError, MeshError, MeshErrorDetail, MeshRpcError, Reason
 from mesh_client.grpc_log import adopt_grpc_log
 from mesh_client.identity import IdentityState
-from mesh_client.mesh import Mesh, MeshState, connect
+from mesh_client.mesh import Mesh, connect
+from mesh_client.mesh_state import MeshState
 from mesh_client.server import server
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.target import hash_key

@@ -7,7 +7,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -18,19 +17,17 @@ from mesh.v1 import discovery_pb2, endpoint_pb2
 
 from mesh_client.addresses import parse_control_planes
 from mesh_client.channel import MeshChannel
-from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.metric import MetricSet
-from mesh_client.core.model import Health, Locality, check_service_name
+from mesh_client.core.model import Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.process_metrics import add_process, add_services
-from mesh_client.core.service import Service
 from mesh_client.core.store import EndpointsResource, Resolution
 from mesh_client.discovery import Applied
 from mesh_client.disk_cache import DiskCache, default_directory
-from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
+from mesh_client.mesh_state import MeshState, service_state
 from mesh_client.metrics_server import SHARED, Leave, MetricsServer
 from mesh_client.observed import CLIENTS
 from mesh_client.resolver import Resolver
@@ -45,51 +42,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
 USER_AGENT = "grpc-mesh-python/0.1.0"
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointState:
-    """One endpoint as this client sees it."""
-
-    id: str
-    target: str
-    health: Health
-    zone: str
-    outstanding: int
-    """Calls in flight."""
-    ejected: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceState:
-    """One service as this client sees it."""
-
-    service: str
-    resolution: Resolution
-    policy_version: str
-    endpoints_version: str
-    endpoints: tuple[EndpointState, ...]
-    breaker: BreakerState
-    calls: int
-    """Calls since the start that the concurrency limit and the breaker let through."""
-    retries: int
-    """Retries since the start that the budget granted."""
-
-
-@dataclass(frozen=True, slots=True)
-class MeshState:
-    """What this client knows and whom it hears it from."""
-
-    node_id: str
-    control_plane: str
-    """State of the discovery stream, in words."""
-    in_sync: bool
-    """Whether a control plane has confirmed, on the stream that is open, what is held."""
-    age: float | None
-    """Seconds since the last confirmation; 0 while in sync, None if there was none."""
-    services: tuple[ServiceState, ...]
-    identity: IdentityState | None = None
-    """Who this process is in the mesh; None in plaintext, where nobody is anybody."""
 
 
 class Mesh:
@@ -228,7 +180,7 @@ class Mesh:
             discovery.detail,
             self._resolver.in_sync,
             discovery.age(self._clock()),
-            tuple(_service_state(target.service, self._clock()) for target in self._resolver.targets),
+            tuple(service_state(target.service, self._clock()) for target in self._resolver.targets),
             None if identity is None else identity.state(time.time()),
         )
 
@@ -433,26 +385,3 @@ async def _nothing() -> None:
 
 def _env(name: str, default: str) -> str:
     return os.environ.get(f"MESH_{name}") or default
-
-
-def _service_state(service: Service, now: float) -> ServiceState:
-    return ServiceState(
-        service.name,
-        service.resolution,
-        service.policy_version,
-        service.endpoints_version,
-        tuple(
-            EndpointState(
-                node.endpoint.id,
-                node.endpoint.target,
-                node.endpoint.health,
-                node.endpoint.locality.zone,
-                node.load.outstanding,
-                node.ejected,
-            )
-            for node in service.nodes
-        ),
-        service.breaker.state(now),
-        service.calls,
-        service.retries,
-    )

@@ -15,7 +15,8 @@ from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise
 from mesh_cli.demo.system import System
 from mesh_client.core.breaker import BreakerState
-from mesh_client.mesh import Mesh, MeshState, ServiceState
+from mesh_client.mesh import Mesh
+from mesh_client.mesh_state import MeshState, ServiceState
 
 _LOOK_EVERY = 0.02
 """Seconds. Ejections and breakers change with calls and time, which the mesh client tells nobody of."""

@@ -17,7 +17,8 @@ from mesh.v1 import admin_pb2, admin_pb2_grpc, endpoint_pb2, registry_pb2, regis
 import mesh_client
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
-from mesh_client.mesh import Mesh, ServiceState
+from mesh_client.mesh import Mesh
+from mesh_client.mesh_state import ServiceState
 
 PATIENCE = 10.0
 """Seconds that a condition may take to come true."""

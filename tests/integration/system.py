@@ -34,7 +34,8 @@ from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from mesh_cli.demo.supervisor import Process, Supervisor
 from mesh_client.core.model import Health
-from mesh_client.mesh import Mesh, ServiceState
+from mesh_client.mesh import Mesh
+from mesh_client.mesh_state import ServiceState
 from mesh_client.transport import open_channel
 from tests.integration.consul_cluster import REPOSITORY, ConsulCluster
 from tests.ports import held_address
