@@ -7,7 +7,7 @@ says so by another epoch. What a report says is checked as a whole before any of
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -29,10 +29,10 @@ from control_plane.telemetry.window import (
     EndpointKey,
     FailureExample,
     FailureKey,
-    Key,
     Limits,
     MethodKey,
     ReceivedKey,
+    ReportedKey,
     Window,
 )
 from mesh_client.core.errors import InvalidValueError, MeshError
@@ -117,8 +117,10 @@ class Reporter:
         self.process = ProcessState()
         self.called: dict[str, CalledState] = {}
         self.served: dict[str, ServedInstance] = {}
-        self.known: dict[Key, Counters] = {}
+        self.known: dict[ReportedKey, Counters] = {}
         """The last value of each counter."""
+        self.calls: Counter[str] = Counter()
+        """Calls since the epoch, by service called."""
 
     @property
     def service(self) -> str:
@@ -129,15 +131,6 @@ class Reporter:
     def connected(self) -> bool:
         """Whether it reports now."""
         return self.gone_at is None
-
-    def calls(self) -> dict[str, int]:
-        """Calls since the epoch, by service called."""
-        found: dict[str, int] = {}
-        for key, counters in self.known.items():
-            if isinstance(key, MethodKey):
-                count = sum(counters.get(code, 0) for code in CODES.values())
-                found[key.service] = found.get(key.service, 0) + count
-        return found
 
 
 class Session:
@@ -247,7 +240,7 @@ class Recorder:
             raise SupersededError("this process has opened another stream, where it reports now")
         covers = report.covers if session.heard else session.interval
         interval = min(max(covers, 0.0), MAX_UPTIME)
-        grown: dict[Key, tuple[Counters, Counters]] = {}
+        grown: dict[ReportedKey, tuple[Counters, Counters]] = {}
         for key, counters in _counters(reporter.service, report):
             if key in grown:
                 raise InvalidValueError("report", key, "each counter once")
@@ -264,19 +257,21 @@ class Recorder:
             self.taken += 1
 
     def _grow(
-        self, reporter: Reporter, key: Key, counters: Counters, news: Counters, now: float, interval: float
+        self, reporter: Reporter, key: ReportedKey, counters: Counters, news: Counters, now: float, interval: float
     ) -> None:
         if key not in reporter.known:
             if self._series >= self._limits.series or len(reporter.known) >= self._limits.series_of_one:
                 self.ignored += 1
                 return
             self._series += 1
+        if isinstance(key, MethodKey):
+            reporter.calls[key.service] += _calls(counters) - _calls(reporter.known.get(key, {}))
         reporter.known[key] = counters
         if not news:
             return
         window = self._window
         if isinstance(key, MethodKey):
-            window.methods.add(key, news, now, interval)
+            window.add_calls(key, news, now, interval)
         elif isinstance(key, EndpointKey):
             window.endpoints.add(key, news, now, interval)
         elif isinstance(key, FailureKey):
@@ -318,7 +313,7 @@ _COUNTS = frozenset({*CODES.values(), ATTEMPTS, UNAUTHORIZED, RATE_LIMITED, SHED
 """Counters of calls and attempts."""
 
 
-def _counters(caller: str, report: LoadReport) -> Iterator[tuple[Key, Counters]]:
+def _counters(caller: str, report: LoadReport) -> Iterator[tuple[ReportedKey, Counters]]:
     """What a report says, by name."""
     for called in report.called:
         for method in called.methods:
@@ -343,6 +338,10 @@ def _counters(caller: str, report: LoadReport) -> Iterator[tuple[Key, Counters]]
                 SHED: served.shed,
             },
         )
+
+
+def _calls(counters: Counters) -> int:
+    return sum(counters.get(code, 0) for code in CODES.values())
 
 
 def _totals(totals: Totals) -> Counters:

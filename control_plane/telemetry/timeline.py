@@ -113,6 +113,9 @@ def spread(counters: Mapping[int, int], now: float, interval: float) -> Iterator
     """
     last = step_of(now)
     first = max(step_of(now - interval), last - STEPS + 1)
+    if first == last and now - interval >= last * STEP:
+        yield last, dict(counters)
+        return
     begin, length = now - interval, max(interval, _LEAST)
     for step in range(first, last + 1):
         # The part up to the end of a step, in millionths, so that whole numbers decide and none is lost.

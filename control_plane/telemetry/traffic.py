@@ -146,7 +146,7 @@ class Traffic:
 
         Those whose last call was before ``span``, but within the window, are there too, without calls.
         """
-        sums = self._window.methods.grouped(
+        sums = self._window.edges.grouped(
             self._first(now, span),
             lambda key: (key.caller, key.service) if service in ("", key.caller, key.service) else None,
         )
@@ -154,7 +154,7 @@ class Traffic:
         states: dict[tuple[str, str], list[CalledState]] = {}
         totals: Counter[tuple[str, str]] = Counter()
         for reporter in self._recorder.reporters:
-            totals.update({(reporter.service, called): count for called, count in reporter.calls().items()})
+            totals.update({(reporter.service, called): count for called, count in reporter.calls.items()})
             if reporter.connected:
                 for state in reporter.called.values():
                     states.setdefault((reporter.service, state.service), []).append(state)
@@ -165,7 +165,7 @@ class Traffic:
 
     def calls_to(self, service: str, now: float, span: float = 60.0) -> Stats:
         """How the calls to a service went, all callers and methods together."""
-        sums = self._window.methods.grouped(
+        sums = self._window.edges.grouped(
             self._first(now, span), lambda key: service if key.service == service else None
         )
         return Stats.of(sums.get(service, {}), self._seconds(now, span)[None])
@@ -220,9 +220,9 @@ class Traffic:
         last = step_of(now)
         first = max(last - STEPS + 1, step_of(self._since))
         by_step: dict[int, Counters] = {}
-        for key in self._window.methods.keys():  # noqa: SIM118 - it is no dictionary
+        for key in self._window.edges.keys():  # noqa: SIM118 - it is no dictionary
             if caller in (None, key.caller) and service in (None, key.service):
-                for step, counters in self._window.methods.steps(key, first):
+                for step, counters in self._window.edges.steps(key, first):
                     add_up(by_step.setdefault(step, {}), [counters])
         return [
             Moment(

@@ -29,6 +29,17 @@ class MethodKey(NamedTuple):
         return MethodKey(self.caller, self.service, OTHER), MethodKey(self.caller, OTHER, OTHER)
 
 
+class EdgeKey(NamedTuple):
+    """Whole calls of one service to another, all methods together."""
+
+    caller: str
+    service: str
+
+    def folded(self) -> tuple[EdgeKey, ...]:
+        """As for `MethodKey`; there are never more of these than of those."""
+        return (EdgeKey(self.caller, OTHER),)
+
+
 class EndpointKey(NamedTuple):
     """Attempts of one service on an endpoint of another."""
 
@@ -68,8 +79,10 @@ class ReceivedKey(NamedTuple):
         return self._replace(caller=OTHER, method=OTHER), ReceivedKey(self.service, OTHER, OTHER, OTHER)
 
 
-Key = MethodKey | EndpointKey | FailureKey | ReceivedKey
-"""Names of what is counted. The first one of each is the service of who reports it."""
+ReportedKey = MethodKey | EndpointKey | FailureKey | ReceivedKey
+"""Names of what is reported. The first one of each is the service of who reports it."""
+Key = ReportedKey | EdgeKey
+"""Names of what is counted."""
 
 K = TypeVar("K", bound=Key)
 G = TypeVar("G", bound=Hashable)
@@ -80,7 +93,7 @@ class Limits:
     """How much is kept at most.
 
     Attributes:
-        keys: names in all, of some 15 KiB each when they are busy all of the time.
+        keys: names in all, of some 22 KiB each when they are busy all of the time.
         keys_of_one: names that the processes of one service bring.
         series: cumulative counters of all processes, of some 1 KiB each.
         series_of_one: those of one process.
@@ -199,6 +212,7 @@ class Window:
 
     Attributes:
         methods: whole calls, by caller, service and method.
+        edges: the same by caller and service: questions about all calls are frequent, and would take long otherwise.
         endpoints: attempts, by caller, service and endpoint.
         failures: failed calls, by caller, service, method, status and reason.
         received: calls as servers received them, by service, instance, caller and method.
@@ -208,10 +222,16 @@ class Window:
     def __init__(self, limits: Limits | None = None) -> None:
         budget = Budget(limits or Limits())
         self.methods: Keyed[MethodKey] = Keyed(budget)
+        self.edges: Keyed[EdgeKey] = Keyed(Budget(limits or Limits()))
         self.endpoints: Keyed[EndpointKey] = Keyed(budget)
         self.failures: Keyed[FailureKey] = Keyed(budget)
         self.received: Keyed[ReceivedKey] = Keyed(budget)
         self.examples: dict[FailureKey, FailureExample] = {}
+
+    def add_calls(self, key: MethodKey, counters: Mapping[int, int], now: float, interval: float) -> None:
+        """Whole calls; as `Keyed.add`."""
+        counted = self.methods.add(key, counters, now, interval)
+        self.edges.add(EdgeKey(counted.caller, counted.service), counters, now, interval)
 
     def exemplify(self, key: FailureKey, example: FailureExample) -> None:
         """Keeps an example, unless there is a later one, or nothing is kept of its kind."""
@@ -223,6 +243,7 @@ class Window:
         """Forgets what is older than the window."""
         first = step_of(now) - STEPS + 1
         self.methods.expire(first)
+        self.edges.expire(first)
         self.endpoints.expire(first)
         self.received.expire(first)
         for key in self.failures.expire(first):

@@ -78,7 +78,7 @@ def test_what_is_above_the_last_value_is_new() -> None:
         world.report(process, session, now)
     assert world.calls() == {EDGE: 7}
     (reporter,) = world.recorder.reporters
-    assert reporter.calls() == {"orders": 7}
+    assert reporter.calls == {"orders": 7}
     assert world.recorder.taken == 3
 
 
@@ -105,7 +105,7 @@ def test_a_recorder_that_was_restarted_knows_the_total_and_spreads_it_over_the_l
     world = World()
     world.report(process, world.open(process, 100.0), 100.0)
     (reporter,) = world.recorder.reporters
-    assert reporter.calls() == {"orders": 1000}
+    assert reporter.calls == {"orders": 1000}
     assert world.steps(EDGE) == dict.fromkeys(range(10), 100)
 
 
@@ -118,7 +118,18 @@ def test_a_process_that_was_restarted_counts_from_nothing() -> None:
     after.calls(3)
     world.report(after, world.open(after, 21.0), 21.0)
     assert world.calls() == {EDGE: 8}
-    assert [each.calls() for each in world.recorder.reporters] == [{"orders": 5}, {"orders": 3}]
+    assert [each.calls for each in world.recorder.reporters] == [{"orders": 5}, {"orders": 3}]
+
+
+def test_a_report_in_parts_covers_the_same_time_in_each() -> None:
+    world, process = World(), Process()
+    session = world.open(process, 10.0)
+    world.recorder.take(session, called(6), 10.0, more=True)
+    world.recorder.take(session, called(6, method="/s/M"), 10.0)
+    assert world.recorder.taken == 1
+    other = MethodKey("checkout", "orders", "/s/M")
+    assert world.calls() == {EDGE: 6, other: 6}
+    assert world.steps(EDGE) == world.steps(other)
 
 
 def test_an_older_stream_of_a_process_does_not_count_any_more() -> None:
@@ -403,11 +414,14 @@ def test_the_window_adds_up_to_what_was_reported(events: list[tuple[str, int, in
         return sum(n for counters in sums.values() for counter, n in counters.items() if counter in codes)
 
     assert calls_in(world.window.methods.grouped(0, lambda key: key)) == made["calls"]
+    assert world.window.edges.grouped(0, lambda key: key) == world.window.methods.grouped(0, lambda key: key[:2])
+    assert len(world.window.edges) <= len(world.window.methods)
     assert calls_in(world.window.received.grouped(0, lambda key: key)) == made["received"]
-    assert sum(sum(each.calls().values()) for each in world.recorder.reporters) == made["calls"]
+    assert sum(sum(each.calls.values()) for each in world.recorder.reporters) == made["calls"]
     assert len(world.window.methods) <= max(world.limits.keys, 0) + 2 * 2
     world.recorder.expire(now + 2 * WINDOW)
-    assert [len(each) for each in (world.window.methods, world.window.endpoints, world.window.received)] == [0, 0, 0]
+    window = world.window
+    assert [len(each) for each in (window.methods, window.edges, window.endpoints, window.received)] == [0, 0, 0, 0]
     assert world.window.methods.add(MethodKey("web", "orders", PLACE), {OK: 1}, now, 1.0) is not None
 
 

@@ -56,6 +56,13 @@ def test_of_calls_that_wait_for_a_slow_operator_the_oldest_go() -> None:
     assert (len(shown), shown[0].at, dropped) == (MAX_HELD, 2.0, 2)
 
 
+def test_what_a_process_left_out_is_counted_for_who_looks_at_its_calls() -> None:
+    taps = Taps()
+    everybody, web, jobs = (taps.open("orders", 0.0, caller=caller) for caller in (None, "web", "jobs"))
+    taps.shown("web", "web-1", [], dropped=3)
+    assert [each.take() for each in (everybody, web, jobs)] == [([], 3), ([], 3), ([], 0)]
+
+
 def test_taps_are_bounded() -> None:
     taps = Taps()
     last, *_ = [taps.open("orders", 0.0) for _ in range(MAX_TAPS)]

@@ -61,7 +61,7 @@ def totals(plane: ControlPlane) -> dict[str, int]:
     """Calls to echo by the service that made them, since their processes began to count."""
     found: dict[str, int] = {}
     for reporter in plane.telemetry.recorder.reporters:
-        found[reporter.service] = found.get(reporter.service, 0) + reporter.calls().get("echo", 0)
+        found[reporter.service] = found.get(reporter.service, 0) + reporter.calls.get("echo", 0)
     return {service: count for service, count in found.items() if count}
 
 
