@@ -128,6 +128,8 @@ class System:
             hold_broker_ports(self._ports, _held_port),
             ("orders", *EVENT_SERVICES, CUSTOMERS),
         )
+        # It takes longest to start.
+        broker = None if self.broker is None else asyncio.create_task(self.broker.set_up(self._supervisor))
         try:
             if self._consul:
                 binary = find_consul(ROOT)
@@ -141,7 +143,7 @@ class System:
                     for service in self.services
                     for number in range(1, self.layout.counts[service] + 1)
                 ),
-                *([] if self.broker is None else [self.broker.set_up(self._supervisor)]),
+                *([] if broker is None else [broker]),
                 return_exceptions=True,
             )
             for result in started:
@@ -149,6 +151,9 @@ class System:
                     raise result
             await self._subscribed()
         except BaseException:
+            if broker is not None:
+                broker.cancel()
+                await asyncio.wait({broker})
             await self._supervisor.kill_all()
             self._ports.close()
             raise
