@@ -92,6 +92,8 @@ class Customers:
         due = time.monotonic()
         while True:
             await self._open.wait()
+            if not self._open.is_set():  # closed again before this task had its turn
+                continue
             if len(self._in_flight) < MAX_IN_FLIGHT:
                 task = asyncio.create_task(self._one(self._rest if next(self._turn) % 2 else None))
                 self._in_flight.add(task)
