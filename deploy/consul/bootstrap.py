@@ -40,6 +40,10 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+_LEGACY = "ACL system is currently in legacy mode"
+"""In what servers answer for a moment at their start."""
+
+
 class BootstrapError(Exception):
     """It cannot go on. The message says why and what to do; it holds no secret."""
 
@@ -59,7 +63,23 @@ class Server:
     url: str
 
     def ask(self, method: str, path: str, token: str = "", body: object = None) -> Any:
-        """The decoded answer.
+        """The decoded answer. A server that has just begun to know ACLs, and refuses for that alone, is asked again.
+
+        Raises:
+            UnavailableError: there is none, or it is an error that may pass.
+            RefusedError: a 4xx.
+        """
+        until = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                return self._ask_once(method, path, token, body)
+            except UnavailableError as error:
+                if _LEGACY not in str(error) or time.monotonic() >= until:
+                    raise
+            time.sleep(0.2)
+
+    def _ask_once(self, method: str, path: str, token: str, body: object) -> Any:
+        """One request.
 
         Raises:
             UnavailableError: there is none, or it is an error that may pass.
