@@ -10,7 +10,10 @@ from tests.gateway.compiling import NASTY, SHOP, compile_files, compile_text, na
 
 def test_services_methods_and_comments_are_found() -> None:
     api = shop()
-    assert list(api.services) == ["shop.v1.InventoryService", "shop.v1.OrderService", "shop.v1.PaymentService"]
+    assert list(api.services) == [
+        *("shop.v1.InventoryService", "shop.v1.NotificationService", "shop.v1.OrderService"),
+        *("shop.v1.PaymentService", "shop.v1.ShippingService"),
+    ]
     assert [method.name for method in api.services["shop.v1.OrderService"]] == [
         *("PlaceOrder", "GetOrder", "ListOrders", "UpdateOrder", "CancelOrder")
     ]

@@ -187,7 +187,9 @@ async def test_a_policy_that_is_bad_in_the_store_of_a_control_plane_that_restart
 
         await plane.kill()
         with closing(sqlite3.connect(system.directory / "control-plane" / "registry.sqlite")) as database, database:
-            changed = database.execute("UPDATE policies SET document = 'retry: [' WHERE service = 'orders'")
+            changed = database.execute(
+                "UPDATE documents SET document = 'retry: [' WHERE kind = 'policies' AND name = 'orders'"
+            )
             assert changed.rowcount == 1
         await plane.start()
         status = await status_in_which(plane.address, lambda status: len(status.policy_problems) > 0)
