@@ -28,6 +28,7 @@ from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity import IdentityState
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
+from mesh_client.logs import name_logs
 from mesh_client.resolver import Resolver
 from mesh_client.transport import Transport
 from mesh_client.transport_choice import make_transport
@@ -256,6 +257,7 @@ def connect(
         insecure=insecure,
     )
     transport = make_transport(settings)
+    name_logs(service)
     return make_mesh(
         addresses,
         service,

@@ -19,6 +19,7 @@ from mesh_client.addresses import HostPort, Registry, parse_control_planes, pars
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
 from mesh_client.identity.settings import identity_settings
+from mesh_client.logs import name_logs
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
 from mesh_client.server_settings import ServerSettings
 from mesh_client.transport import SERVER_OPTIONS, Transport, merge_options
@@ -177,6 +178,7 @@ def server(
         options=merge_options([*SERVER_OPTIONS, *ages], options),
         compression=compression,
     )
+    name_logs(service, settings.endpoint.id)
     from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
 
     if tracer_provider is None and mesh is not None:
