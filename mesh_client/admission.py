@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from random import Random
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 import grpc.aio
@@ -25,16 +25,14 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
 from mesh_client.core.retry import PUSHBACK_KEY
 from mesh_client.guard import Guard, Refusal
+from mesh_client.handlers import SyncContext, WrappingHandler, parts, status_name, wrap_methods
 
 if TYPE_CHECKING:
+    from mesh_client.handlers import Handler
     from mesh_client.tracing import ServedCall, Tracing
-
-    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
-
-_MAX_WRAPPED_METHODS = 1000
 
 
 class CallContext(Protocol):
@@ -94,11 +92,11 @@ class Admission:
 
     def wrap_generic(self, handler: grpc.GenericRpcHandler) -> grpc.GenericRpcHandler:
         """A handler that admits the calls of every method that ``handler`` finds."""
-        return _AdmittingGenericHandler(self, handler)
+        return WrappingHandler(self.wrap, handler)
 
     def wrap_methods(self, service_name: str, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         """Handlers by method name, each admitting its calls."""
-        return {name: self.wrap(f"/{service_name}/{name}", handler) for name, handler in handlers.items()}
+        return wrap_methods(self.wrap, service_name, handlers)
 
     def wrap(self, method: str, handler: Handler) -> Handler:
         """One handler that admits its calls. It stays what it was: coroutine, generator or plain function.
@@ -107,7 +105,7 @@ class Admission:
             method: full name with leading slash.
             handler: the handler.
         """
-        make, behavior = _kind(handler)
+        make, behavior = parts(handler)
         wrapped: Callable[..., Any]
         if inspect.isasyncgenfunction(behavior):
             wrapped = self._wrap_generator(method, behavior)
@@ -204,7 +202,7 @@ class Admission:
         Gives the context that the handler is to have.
         """
         inbound.set(call)
-        shown = context if call.trace is None else _SyncContext(context)
+        shown = context if call.trace is None else SyncContext(context)
         try:
             yield shown
         except GeneratorExit:  # nobody reads its responses any more
@@ -303,83 +301,6 @@ class Admission:
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
-
-
-class _SyncContext:
-    """A servicer context of a plain handler that can be asked for the status set on it, as asynchronous ones can."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        self._code: Any = None
-        self._details: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
-
-    def code(self) -> Any:
-        return self._code
-
-    def details(self) -> Any:
-        return self._details
-
-    def set_code(self, code: Any) -> None:
-        self._code = code
-        self._context.set_code(code)
-
-    def set_details(self, details: Any) -> None:
-        self._details = details
-        self._context.set_details(details)
-
-    def abort(self, code: Any, details: Any = "", trailing_metadata: Any = ()) -> None:
-        self._code, self._details = code, details
-        self._context.abort(code, details, trailing_metadata)
-
-
-class _AdmittingGenericHandler(grpc.GenericRpcHandler):
-    """Wraps what another generic handler finds. What it finds again for a method is not wrapped again."""
-
-    def __init__(self, admission: Admission, handler: grpc.GenericRpcHandler) -> None:
-        self._admission = admission
-        self._handler = handler
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
-        found = self._handler.service(handler_call_details)
-        if found is None:
-            return None
-        method = handler_call_details.method
-        known = self._wrapped.get(method)
-        if known is not None and known[0] is found:
-            return known[1]
-        if len(self._wrapped) >= _MAX_WRAPPED_METHODS:  # a proxy that serves whatever method it is asked for
-            self._wrapped.clear()
-        wrapped = self._admission.wrap(method, found)
-        self._wrapped[method] = (found, wrapped)
-        return wrapped
-
-
-def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]:
-    """How to make a handler of the same kind of RPC, and the function in this one."""
-    make: Callable[..., Handler]
-    if handler.request_streaming and handler.response_streaming:
-        make, behavior = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-    elif handler.request_streaming:
-        make, behavior = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-    elif handler.response_streaming:
-        make, behavior = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-    else:
-        make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-    return make, cast("Callable[..., Any]", behavior)
-
-
-_CODES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusCode}
-
-
-def status_name(code: Any, unset: str) -> str:
-    """The name of a status that a servicer context holds, which is a number, a `grpc.StatusCode` or None."""
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return _CODES.get(code, unset)
 
 
 def _details(context: Any) -> str | None:

@@ -182,6 +182,10 @@ class Logs:
     def _entry(self, record: logging.LogRecord) -> LogEntry:
         trace_id, span_id = self._span_ids()
         extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if not trace_id and isinstance(known := extra.get("trace_id"), str):
+            trace_id = known  # of a call whose span has ended, or that has none
+        if trace_id == extra.get("trace_id"):
+            del extra["trace_id"]
         return LogEntry(
             record.created,
             record.levelno,
