@@ -21,6 +21,8 @@ from mesh.v1 import (
     certificate_pb2,
     discovery_pb2,
     edge_service_pb2,
+    operations_pb2,
+    operations_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
 )
@@ -33,6 +35,8 @@ from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
+from control_plane.operations.own_log import OwnLog
+from control_plane.operations.servicer import OperationsServicer
 from control_plane.options import EMBEDDED, ControlPlaneOptions
 from control_plane.policies import PolicyBook
 from control_plane.ports import enrolment_server, mesh_server
@@ -103,10 +107,16 @@ class ControlPlane:
         options: what the operator chose.
         source: in place of the registry that the options name, for tests.
         policies: in place of that registry's policy store, for tests.
+        log: of this process, for operators; None for one that they cannot ask.
     """
 
     def __init__(
-        self, options: ControlPlaneOptions, *, source: Source | None = None, policies: PolicyStore | None = None
+        self,
+        options: ControlPlaneOptions,
+        *,
+        source: Source | None = None,
+        policies: PolicyStore | None = None,
+        log: OwnLog | None = None,
     ) -> None:
         self._options = options
         self._registry = _open_registry(options)
@@ -126,6 +136,7 @@ class ControlPlane:
         self._edges = EdgeHub(self.access)
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
+        self._operations = OperationsServicer(options.control_plane_id, self.access, options.max_streams, log)
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -195,8 +206,12 @@ class ControlPlane:
             access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
+        operations_pb2_grpc.add_OperationsServiceServicer_to_server(self._operations, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = [each.DESCRIPTOR for each in (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, health_pb2)]
+        files = [
+            each.DESCRIPTOR
+            for each in (admin_pb2, discovery_pb2, edge_service_pb2, operations_pb2, registry_pb2, health_pb2)
+        ]
         files += self.traces.add_mesh_services(server)
         if authority is not None:
             authority.add_mesh_services(server, self.access)
@@ -234,6 +249,7 @@ class ControlPlane:
         self._hub.close()
         self._edges.close()
         self.traces.close()
+        await self._operations.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -330,8 +346,12 @@ class ControlPlane:
             await self._registry.database.close()
 
 
-async def serve(options: ControlPlaneOptions) -> None:
+async def serve(options: ControlPlaneOptions, log: OwnLog | None = None) -> None:
     """Runs a control plane until SIGTERM or SIGINT; says on standard output when it listens.
+
+    Args:
+        options: what the operator chose.
+        log: of this process, for operators.
 
     Raises:
         ConfigError: it cannot start as asked.
@@ -339,7 +359,7 @@ async def serve(options: ControlPlaneOptions) -> None:
     # A collection of everything that thousands of streams hold takes longer than sending a change to them, and what a
     # stream leaves behind is freed without one.
     gc.set_threshold(100_000, 50, 100)
-    plane = ControlPlane(options)
+    plane = ControlPlane(options, log=log)
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,6 +14,7 @@ from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN
+from mesh_client.log_service import LogService
 from mesh_client.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, configure_logs
 
 _LONGEST = 7 * 86_400.0
@@ -272,7 +273,7 @@ def control_plane(
     give_back = adopt_grpc_log()  # who was refused in a TLS handshake belongs into the log
     logs = configure_logs(service=CONTROL_PLANE, instance=options.control_plane_id, level=log_level, form=log_format)
     try:
-        asyncio.run(serve(options))
+        asyncio.run(serve(options, LogService(logs)))
     finally:
         logs.close()
         give_back()

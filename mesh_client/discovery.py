@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from random import Random
+from typing import Any
 
 import grpc
 from grpc.aio import AioRpcError
@@ -53,6 +54,7 @@ class Discovery:
         applied: awaited before endpoints are acknowledged, for a store that holds what is applied elsewhere. It may
             take as long as it does: meanwhile the control plane joins further changes into one, and drains wait, until
             their deadline, for this client. Cancelled when the stream ends.
+        beside: what else goes on on the connection while it lasts; cancelled at its end. Must not raise.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Discovery:
         *,
         transport: Transport,
         applied: Applied | None = None,
+        beside: Callable[[grpc.aio.Channel], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
+        self._beside = beside
         self._addresses = tuple(addresses)
         self._node = node
         self._store = store
@@ -134,6 +138,7 @@ class Discovery:
         """Follows one stream to its end; whether it brought a response."""
         answered = False
         channel = self._transport.open_channel(address, CONTROL_PLANE, STREAM_OPTIONS)
+        beside: asyncio.Task[None] | None = None
         try:
             async for update in self._updates(channel):
                 if not answered:
@@ -141,6 +146,8 @@ class Discovery:
                     self.failures = 0
                     self.detail = f"{address} connected"
                     log.info("discovery stream to %s is open", address)
+                    if self._beside is not None:
+                        beside = asyncio.create_task(self._beside(channel))
                 acknowledge, changed = self._store.apply(update_from_proto(update))
                 for service, reason in acknowledge.rejected.items():
                     log.warning("rejected what %s sent for %s: %s", address, service, reason)
@@ -166,6 +173,9 @@ class Discovery:
             self._lost(address, f"{type(error).__name__}: {error}", answered)
         finally:
             self._close_stream()
+            if beside is not None:
+                beside.cancel()
+                await asyncio.gather(beside, return_exceptions=True)
             await channel.close()
         return answered
 

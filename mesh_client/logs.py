@@ -17,7 +17,7 @@ from typing import Literal, Protocol, TextIO
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.log_entry import LogEntry, check_level, plain_fields, to_json, to_text
 from mesh_client.core.log_levels import LevelOverrides, Restore, check_duration, check_logger
-from mesh_client.core.log_ring import LogFilter, LogRing
+from mesh_client.core.log_ring import Kept, LogFilter, LogRing
 from mesh_client.core.scrub import scrub
 
 LEVEL_VARIABLE = "MESH_LOG_LEVEL"
@@ -27,8 +27,10 @@ SERVICE_VARIABLE = "MESH_SERVICE"
 Format = Literal["json", "text"]
 FORMATS: tuple[Format, ...] = ("json", "text")
 
-Sink = Callable[[LogEntry], None]
+Sink = Callable[[Kept], None]
 """Takes an event that is being followed. Called in the thread that logged it; never blocks, never logs."""
+
+ALL = LogFilter()
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -93,16 +95,26 @@ class Logs:
         self.service = self.service or service
         self.instance = self.instance or instance
 
-    def last(self, count: int, wanted: LogFilter) -> list[LogEntry]:
-        """The newest events that are wanted, at most ``count``, oldest first."""
+    def last(self, count: int, wanted: LogFilter, after: int = 0) -> list[Kept]:
+        """The newest events that are wanted, at most ``count``, oldest first; none up to sequence ``after``."""
         with self._locked():
-            return self._ring.last(count, wanted)
+            return self._ring.last(count, wanted, after)
 
-    def follow(self, sink: Sink) -> Callable[[], None]:
-        """Has ``sink`` called with every further event; the returned function ends that."""
+    def follow(self, sink: Sink, last: int = 0, wanted: LogFilter = ALL, after: int = 0) -> Callable[[], None]:
+        """Has ``sink`` called with the newest events as `last` gives them, and then with every further one.
+
+        None is missing in between, and none comes twice. The returned function ends it.
+        """
         key = object()
+
+        def chosen(kept: Kept) -> None:
+            if wanted.matches(kept.entry):
+                sink(kept)
+
         with self._locked():
-            self._sinks = {**self._sinks, key: sink}
+            for kept in self._ring.last(last, wanted, after):
+                sink(kept)
+            self._sinks = {**self._sinks, key: chosen}
 
         def end() -> None:
             with self._locked():

@@ -17,6 +17,8 @@ import grpc.aio
 from mesh.v1 import discovery_pb2, endpoint_pb2
 
 from mesh_client.addresses import parse_control_planes
+from mesh_client.attendance import Attendance
+from mesh_client.attendance import wanted as attendance_wanted
 from mesh_client.channel import MeshChannel
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.model import Health, Locality, check_service_name
@@ -144,6 +146,11 @@ class Mesh:
             InvalidValueError: the name is not a DNS label.
         """
         return self._resolver.watch_endpoints(service, callback)
+
+    def known_as(self, instance_id: str) -> None:
+        """Operators call this process by the id of an endpoint that it serves, too. A server of it says so."""
+        if self._resolver.attendance is not None:
+            self._resolver.attendance.known_as(instance_id)
 
     def state(self) -> MeshState:
         """What this client knows now."""
@@ -296,16 +303,18 @@ def make_mesh(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
+    rng = rng or Random()
     resolver = Resolver(
         addresses,
         node,
         locality,
         cache,
-        rng or Random(),
+        rng,
         clock,
         transport,
         applied=applied,
         tracer_provider=tracer_provider,
+        attendance=Attendance(service, node_id, rng) if attendance_wanted() else None,
     )
     return Mesh(resolver, node_id, service, clock)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.v1 import discovery_pb2
 
+from mesh_client.attendance import Attendance
 from mesh_client.context import CALLER_METADATA_KEY
 from mesh_client.core.balancer import Node
 from mesh_client.core.breaker import BreakerState
@@ -58,6 +59,7 @@ class Resolver:
         transport: opens every channel; started and stopped with this.
         applied: awaited before endpoints are acknowledged, if they are for something that has to be told of them.
         tracer_provider: makes spans; by default the process's.
+        attendance: keeps the process at hand for operators; None for not at all.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Resolver:
         *,
         applied: Applied | None = None,
         tracer_provider: TracerProvider | None = None,
+        attendance: Attendance | None = None,
     ) -> None:
         self.transport = transport
         self.addresses = tuple(addresses)
+        self.attendance = attendance
         self._tracer_provider = tracer_provider
         self._clock = clock
         self._node = node
@@ -105,6 +109,7 @@ class Resolver:
             self._stream_changed,
             transport=transport,
             applied=applied,
+            beside=None if attendance is None else attendance.attend,
         )
 
     @property
@@ -161,6 +166,8 @@ class Resolver:
             await target.close()
         if self._sender is not None:
             await self._sender.stop()  # last: the spans of calls that were cancelled are among those that it sends
+        if self.attendance is not None:
+            self.attendance.close()
         self._unsubscribe()
         await self.transport.stop()
 

@@ -17,6 +17,7 @@ Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 """The levels of Python's `logging` by their names here."""
 
+MAX_LOGGER = 200
 MAX_MESSAGE = 8 * 1024
 MAX_EXCEPTION = 16 * 1024
 MAX_FIELDS = 8 * 1024
@@ -77,6 +78,11 @@ def level_name(level: int) -> str:
     return next((name for name, number in reversed(LEVELS.items()) if level >= number), "debug")
 
 
+def level_step(level: int) -> int:
+    """A level from 1, debug, to 5, critical; of one in between, that of the next lower one."""
+    return min(max(level // 10, 1), len(LEVELS))
+
+
 def plain(value: object) -> Json:
     """The value as JSON has it, without secrets, and bounded in depth and number; what JSON does not know as text."""
     return _plain(value, _MAX_DEPTH)
@@ -91,14 +97,15 @@ def plain_fields(extra: Mapping[str, object]) -> dict[str, Json]:
 
 
 def clipped(entry: LogEntry) -> LogEntry:
-    """The event with what is too long cut, for keeping and sending."""
+    """The event with what is too long cut, in text that UTF-8 can hold: for keeping and sending."""
     fields = entry.fields
     if len(json.dumps(fields)) > MAX_FIELDS:
         fields = {"cut": ", ".join(islice(fields, 20))[:MAX_MESSAGE]}
-    message, exception = _cut(entry.message, MAX_MESSAGE), _cut(entry.exception, MAX_EXCEPTION)
-    if fields is entry.fields and message is entry.message and exception is entry.exception:
+    logger, message = _cut(entry.logger, MAX_LOGGER), _cut(entry.message, MAX_MESSAGE)
+    exception = _cut(entry.exception, MAX_EXCEPTION)
+    if fields is entry.fields and (logger, message, exception) == (entry.logger, entry.message, entry.exception):
         return entry
-    return replace(entry, message=message, exception=exception, fields=fields)
+    return replace(entry, logger=logger, message=message, exception=exception, fields=fields)
 
 
 def to_object(entry: LogEntry, service: str, instance: str) -> dict[str, Json]:
@@ -165,7 +172,10 @@ def _text(value: object) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most} more characters)"
+    if len(text) > most:
+        text = f"{text[:most]}... ({len(text) - most} more characters)"
+    # Python's strings may hold halves of surrogate pairs.
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def _visible(text: str) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mesh_client.core.log_entry import LogEntry, clipped
+
+MAX_KEPT = 1_000
+"""Events that a process keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,14 @@ class LogFilter:
         return not self.logger or entry.logger == self.logger or entry.logger.startswith(f"{self.logger}.")
 
 
+class Kept(NamedTuple):
+    """An event as it is kept."""
+
+    sequence: int
+    """Counts the events of the process, from 1."""
+    entry: LogEntry
+
+
 @dataclass(slots=True)
 class LogRing:
     """Keeps the newest events; the oldest go when there are too many, or they are too large together.
@@ -37,29 +49,31 @@ class LogRing:
         forgotten: events that had to go.
     """
 
-    max_entries: int = 1_000
+    max_entries: int = MAX_KEPT
     max_size: int = 1024 * 1024
     forgotten: int = 0
-    _entries: deque[LogEntry] = field(default_factory=deque)
+    _kept: deque[Kept] = field(default_factory=deque)
     _size: int = 0
+    _sequence: int = 0
 
-    def append(self, entry: LogEntry) -> LogEntry:
+    def append(self, entry: LogEntry) -> Kept:
         """Takes one event in, and returns it as it is kept: what is too long is cut."""
-        kept = clipped(entry)
-        self._entries.append(kept)
-        self._size += kept.size
-        while len(self._entries) > self.max_entries or self._size > self.max_size:
-            self._size -= self._entries.popleft().size
+        self._sequence += 1
+        kept = Kept(self._sequence, clipped(entry))
+        self._kept.append(kept)
+        self._size += kept.entry.size
+        while len(self._kept) > self.max_entries or self._size > self.max_size:
+            self._size -= self._kept.popleft().entry.size
             self.forgotten += 1
         return kept
 
-    def last(self, count: int, wanted: LogFilter) -> list[LogEntry]:
-        """The newest ``count`` events that are wanted, oldest first."""
-        found: list[LogEntry] = []
-        for entry in reversed(self._entries):
-            if len(found) >= count:
+    def last(self, count: int, wanted: LogFilter, after: int = 0) -> list[Kept]:
+        """The newest ``count`` events that are wanted, oldest first; none up to the sequence number ``after``."""
+        found: list[Kept] = []
+        for kept in reversed(self._kept):
+            if len(found) >= count or kept.sequence <= after:
                 break
-            if wanted.matches(entry):
-                found.append(entry)
+            if wanted.matches(kept.entry):
+                found.append(kept)
         found.reverse()
         return found

@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 
 from mesh_client.core.errors import ConfigError, InvalidValueError
-from mesh_client.core.log_entry import LogEntry
-from mesh_client.core.log_ring import LogFilter
-from mesh_client.logs import Logs, configure_logs, current_logs, name_logs
+from mesh_client.core.log_ring import Kept, LogFilter
+from mesh_client.logs import ALL, Logs, configure_logs, current_logs, name_logs
 
-ALL = LogFilter()
 log = logging.getLogger("shop.orders")
 
 Configure = Callable[..., Logs]
@@ -164,20 +162,24 @@ def test_without_output_it_still_remembers(configure: Configure, written: io.Str
     logs = configure(output=False)
     log.info("kept")
     assert written.getvalue() == ""
-    assert [entry.message for entry in logs.last(10, ALL)] == ["kept"]
+    assert [kept.entry.message for kept in logs.last(10, ALL)] == ["kept"]
 
 
 def test_events_are_remembered_and_can_be_followed_from_any_thread(configure: Configure) -> None:
     logs = configure()
-    seen: list[LogEntry] = []
-    end = logs.follow(seen.append)
+    seen: list[Kept] = []
+    log.warning("of the past")
+    end = logs.follow(seen.append, last=10, wanted=LogFilter(logger="shop"))
+    logging.getLogger("other").info("not wanted")
     thread = threading.Thread(target=lambda: log.info("from a thread"))
     thread.start()
     thread.join()
     end()
     log.info("unseen")
-    assert [entry.message for entry in seen] == ["from a thread"]
-    assert [entry.message for entry in logs.last(10, ALL)] == ["from a thread", "unseen"]
+    assert [kept.entry.message for kept in seen] == ["of the past", "from a thread"]
+    assert [kept.sequence for kept in seen] == [1, 3]
+    assert [kept.entry.message for kept in logs.last(2, ALL)] == ["from a thread", "unseen"]
+    assert [kept.entry.message for kept in logs.last(9, ALL, after=3)] == ["unseen"]
 
 
 def test_a_level_is_another_for_a_while(configure: Configure, written: io.StringIO) -> None:

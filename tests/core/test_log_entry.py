@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh_client.core.errors import InvalidValueError
@@ -16,6 +16,7 @@ from mesh_client.core.log_entry import (
     check_level,
     clipped,
     level_name,
+    level_step,
     plain,
     plain_fields,
     to_json,
@@ -26,7 +27,8 @@ from mesh_client.core.scrub import REMOVED
 
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers(), inner, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -49,7 +51,8 @@ def test_the_line_has_the_fields_in_their_order_and_leaves_empty_ones_out() -> N
     ]
 
 
-@given(st.text(), st.dictionaries(st.text(), ANYTHING))
+@settings(max_examples=50)
+@given(st.text(), st.dictionaries(st.text(), ANYTHING, max_size=3))
 def test_whatever_is_logged_is_one_line_of_ascii_json(message: str, extra: dict[str, Any]) -> None:
     line = to_json(entry(message=message, fields=plain_fields(extra)), "orders", "orders-1")
     assert line.isascii()
@@ -111,6 +114,7 @@ def test_depth_and_number_are_bounded() -> None:
 
 
 def test_what_is_kept_is_cut() -> None:
+    assert clipped(entry(message="half \ud800")).message == "half \\ud800"
     small = entry(fields={"a": 1}, exception="x")
     assert clipped(small) is small
     large = clipped(entry(message="m" * 100_000, exception="e" * 100_000, fields={"a": "f" * 100_000, "b": 1}))
@@ -132,3 +136,8 @@ def test_levels_are_known_by_name() -> None:
     assert check_level("WARNING") == 30
     with pytest.raises(InvalidValueError, match="debug, info"):
         check_level("loud")
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, 1), (10, 1), (25, 2), (30, 3), (50, 5), (99, 5)])
+def test_levels_are_steps_from_debug_to_critical(number: int, step: int) -> None:
+    assert level_step(number) == step
