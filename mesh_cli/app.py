@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mesh_cli import ca, control_plane, edge, gateway, operator, policy, removals, token
+from mesh_cli import ca, control_plane, edge, gateway, logs, operator, policy, removals, token
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
 from mesh_cli.status import status
@@ -51,6 +51,7 @@ app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")
 app.add_typer(removals.app, name="removals")
+app.add_typer(logs.app, name="logs")
 app.add_typer(token.app, name="token")
 app.add_typer(operator.app, name="operator")
 app.add_typer(ca.app, name="ca")

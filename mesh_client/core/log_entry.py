@@ -132,11 +132,21 @@ def to_json(entry: LogEntry, service: str, instance: str) -> str:
 def to_text(entry: LogEntry, service: str, instance: str) -> str:
     """The event for people: one line, and the traceback below it. Nothing in it can command a terminal."""
     made = to_object(entry, service, instance)
-    made.pop("exception", None)
-    head = f"{made.pop('time')} {made.pop('level'):<8} {made.pop('logger')}: {made.pop('message')}"
-    pairs = " ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in made.items())
-    lines = [f"{head}  {pairs}" if pairs else head, *entry.exception.splitlines()]
-    return "\n".join(_visible(line) for line in lines)
+    for name in ("time", "level", "logger", "message", "exception"):
+        made.pop(name, None)
+    head = f"{timestamp(entry.time)} {level_name(entry.level):<8} {entry.logger}: {entry.message}"
+    return visible(f"{head}{pairs(made)}", entry.exception)
+
+
+def pairs(fields: Mapping[str, Json]) -> str:
+    """Fields as they stand behind a message; nothing for none."""
+    shown = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fields.items())
+    return "".join(f"{' ' * (2 if number == 0 else 1)}{pair}" for number, pair in enumerate(shown))
+
+
+def visible(line: str, exception: str) -> str:
+    """One line, and those of a traceback below it, without what could command a terminal."""
+    return "\n".join(_visible(each) for each in (line, *exception.splitlines()))
 
 
 def timestamp(seconds: float) -> str:
