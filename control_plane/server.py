@@ -35,6 +35,7 @@ from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
+from control_plane.operations.drains import OperatorDrains
 from control_plane.operations.own_log import OwnLog
 from control_plane.operations.servicer import OperationsServicer
 from control_plane.options import EMBEDDED, ControlPlaneOptions
@@ -136,7 +137,10 @@ class ControlPlane:
         self._edges = EdgeHub(self.access)
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
-        self._operations = OperationsServicer(options.control_plane_id, self.access, options.max_streams, log)
+        self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
+        self._operations = OperationsServicer(
+            options.control_plane_id, self.access, options.max_streams, log, self._drains
+        )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -175,6 +179,7 @@ class ControlPlane:
             if self.authority is not None:
                 await self.authority.open()
                 self.authority.on_change(self.access.cut_revoked)
+            self._drains.restore()
             await self._listen()
         except BaseException:
             await self._close_stores()
@@ -183,6 +188,7 @@ class ControlPlane:
             asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
             asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
             asyncio.create_task(self._run(self._edge_policies.run(self._emit_edge)), name=self._edge_policies.name),
+            asyncio.create_task(self._run(self._drains.run()), name="drains by operators"),
         ]
         _log.info("control plane %s listens on %s", self._options.control_plane_id, self.address)
         if self.authority is not None:
@@ -258,6 +264,7 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drains.save()
         await self._close_stores()
         self._done.set()
 
@@ -293,6 +300,7 @@ class ControlPlane:
             return
         if changed:
             self._publisher.notify()
+            self._drains.changed()
         if isinstance(event, SourceConnected) and event.source in self._unread:
             self._read(event.source)
 

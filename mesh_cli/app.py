@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mesh_cli import ca, control_plane, edge, gateway, logs, operator, policy, removals, token
+from mesh_cli.drain import drain
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
 from mesh_cli.status import status
@@ -48,6 +49,7 @@ app.command(
 app.command(epilog="Example: mesh status --watch")(status)
 app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
 app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
+app.command(epilog="Example: mesh drain orders orders-1")(drain)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")
 app.add_typer(removals.app, name="removals")

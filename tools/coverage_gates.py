@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 PURE = (
     "mesh_client/core/*.py",
     "control_plane/catalog.py",
+    "control_plane/catalog_service.py",
     "control_plane/documents.py",
     "control_plane/events.py",
     "control_plane/identity/bundle.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 
 import grpc
 import grpc.aio
@@ -13,16 +13,23 @@ from mesh.v1 import operations_pb2 as pb
 from mesh.v1 import operations_pb2_grpc
 
 from control_plane.access import Access, caller
+from control_plane.access import Context as AnyContext
 from control_plane.operations.attendance import Attendances, Context, Stream
+from control_plane.operations.drains import DrainRefusedError, OperatorDrains, UnknownEndpointError
 from control_plane.operations.own_log import OwnLog, OwnProcess
 from control_plane.operations.roster import CONTROL_PLANE, means
 from control_plane.operations.tails import Tails, TooManyTailsError
+from control_plane.registry import DEFAULT_DRAIN_TIMEOUT, MAX_DRAIN_TIMEOUT
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.log_levels import DEFAULT_DURATION, check_duration, check_logger
+from mesh_client.core.model import check_service_name
 
 _TailContext = grpc.aio.ServicerContext[pb.TailLogsRequest, pb.TailLogsResponse]
 _LevelContext = grpc.aio.ServicerContext[pb.SetLogLevelRequest, pb.SetLogLevelResponse]
 _ListContext = grpc.aio.ServicerContext[pb.ListProcessesRequest, pb.ListProcessesResponse]
+
+_DrainContext = grpc.aio.ServicerContext[pb.DrainEndpointsRequest, pb.DrainEndpointsResponse]
+_UndrainContext = grpc.aio.ServicerContext[pb.UndrainEndpointsRequest, pb.UndrainEndpointsResponse]
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +44,13 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         access: who may attend as what.
         max_streams: processes that may attend.
         log: the control plane's own log; None for one that cannot be asked.
+        drains: takes endpoints out of what clients get.
     """
 
-    def __init__(self, control_plane: str, access: Access, max_streams: int, log: OwnLog | None) -> None:
+    def __init__(
+        self, control_plane: str, access: Access, max_streams: int, log: OwnLog | None, drains: OperatorDrains
+    ) -> None:
+        self._drains = drains
         self._attendances = Attendances(access, max_streams)
         self._own = None if log is None else OwnProcess(log, control_plane)
         self._tails = Tails(self._processes)
@@ -76,7 +87,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         change = pb.ChangeLogLevel(logger=request.logger, level=request.level)
         change.duration.FromNanoseconds(round(seconds * 1e9))
         meant = self._find(request.service, request.instance)
-        who, level = caller(context) or "somebody", pb.LogLevel.Name(request.level)
+        who, level = _who(context), pb.LogLevel.Name(request.level)
         _log.info("%s sets levels of %d processes of %s to %s", who, len(meant), request.service, level)
         errors = await asyncio.gather(*(process.change_level(change) for process in meant))
         return pb.SetLogLevelResponse(
@@ -90,7 +101,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         """Records, until there are no more or the operator leaves."""
         try:
             check_logger(request.logger)
-            _log.info("%s reads the log of %s", caller(context) or "somebody", request.service)
+            _log.info("%s reads the log of %s", _who(context), request.service)
             with self._tails.reading(request) as tail:
                 async with aclosing(tail.responses()) as responses:
                     async for response in responses:
@@ -99,6 +110,33 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except TooManyTailsError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+
+    async def DrainEndpoints(
+        self, request: pb.DrainEndpointsRequest, context: _DrainContext
+    ) -> pb.DrainEndpointsResponse:
+        """Takes endpoints out of what clients get."""
+        async with _refusing(context):
+            service = check_service_name(request.service)
+            timeout = DEFAULT_DRAIN_TIMEOUT
+            if request.HasField("timeout"):
+                timeout = request.timeout.seconds + request.timeout.nanos / 1e9
+            if not 0.0 <= timeout <= MAX_DRAIN_TIMEOUT:
+                raise InvalidValueError("timeout", timeout, f"0 to {MAX_DRAIN_TIMEOUT:.0f} seconds")
+            who = _who(context)
+            named = ", ".join(request.endpoint_ids) or "all endpoints"
+            _log.warning("%s drains %s of %s%s", who, named, service, " by force" if request.force else "")
+            endpoints = await self._drains.drain(service, request.endpoint_ids, timeout, who, force=request.force)
+        return pb.DrainEndpointsResponse(endpoints=endpoints)
+
+    async def UndrainEndpoints(
+        self, request: pb.UndrainEndpointsRequest, context: _UndrainContext
+    ) -> pb.UndrainEndpointsResponse:
+        """Gives them to clients again."""
+        async with _refusing(context):
+            service = check_service_name(request.service)
+            back = await self._drains.undrain(service, request.endpoint_ids)
+        _log.warning("%s takes back the drain of %s of %s", _who(context), ", ".join(back) or "nothing", service)
+        return pb.UndrainEndpointsResponse(endpoint_ids=back)
 
     async def close(self) -> None:
         """Ends every stream, so that processes go to another control plane at once."""
@@ -114,3 +152,22 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
 
     def _find(self, service: str, instance: str) -> list[OwnProcess | Stream]:
         return [process for process in self._processes() if means(process, service, instance)]
+
+
+def _who(context: AnyContext) -> str:
+    """Who asks, as records have it."""
+    who = caller(context)
+    return "somebody" if who is None else who.spiffe_id
+
+
+@asynccontextmanager
+async def _refusing(context: AnyContext) -> AsyncIterator[None]:
+    """Ends the call with the status code of the error that comes out of the block."""
+    try:
+        yield
+    except InvalidValueError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except UnknownEndpointError as error:
+        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+    except DrainRefusedError as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -15,6 +15,7 @@ COMMANDS = [
     ("status",),
     ("endpoints",),
     ("trace",),
+    ("drain",),
     ("demo",),
     ("up",),
     ("policy",),
