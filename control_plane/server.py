@@ -35,6 +35,7 @@ from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
+from control_plane.operations.diagnosis import AskConsul, Diagnosis
 from control_plane.operations.drains import OperatorDrains
 from control_plane.operations.own_log import OwnLog
 from control_plane.operations.servicer import OperationsServicer
@@ -66,6 +67,8 @@ class _Registry:
     edge_policies: PolicyStore
     leases: EmbeddedSource | None = None
     database: Database | None = None
+    ask_consul: AskConsul | None = None
+    """Whether Consul is as it must be."""
 
 
 def _open_registry(options: ControlPlaneOptions) -> _Registry:
@@ -81,6 +84,7 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
         return _Registry(leases, policies, edge_policies, leases, database)
     # These bring in the HTTP client, which the embedded registry does without.
     from control_plane.sources.consul import ConsulSource
+    from control_plane.sources.consul_diagnosis import diagnose
     from control_plane.sources.consul_http import ConsulToken, parse_registry
     from control_plane.sources.consul_policies import ConsulPolicyStore
 
@@ -91,6 +95,7 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
         ConsulSource(addresses, token),
         ConsulPolicyStore(addresses, token),
         ConsulPolicyStore(addresses, token, EdgePolicy),
+        ask_consul=lambda: diagnose(addresses, token),
     )
 
 
@@ -139,7 +144,12 @@ class ControlPlane:
         """The last traces."""
         self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
         self._operations = OperationsServicer(
-            options.control_plane_id, self.access, options.max_streams, log, self._drains
+            options.control_plane_id,
+            self.access,
+            options.max_streams,
+            log,
+            self._drains,
+            Diagnosis(options, self._catalog, self._hub, self.authority, self._registry.ask_consul),
         )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mesh_cli import ca, control_plane, edge, gateway, logs, operator, policy, removals, token
+from mesh_cli.check.command import check
 from mesh_cli.drain import drain
 from mesh_cli.endpoints import endpoints
 from mesh_cli.output import reports_errors
@@ -49,6 +50,7 @@ app.command(
 app.command(epilog="Example: mesh status --watch")(status)
 app.command(epilog="Example: mesh endpoints orders --json")(endpoints)
 app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
+app.command(epilog="Example: mesh check --control-plane 10.0.0.2:7070,10.0.0.3:7070")(check)
 app.command(epilog="Example: mesh drain orders orders-1")(drain)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -28,6 +29,8 @@ FIRST_WORD = 10.0
 MAX_UNSENT = 500
 """What waits to be sent to one process; one that takes nothing any more is let go."""
 MAX_NAMES, MAX_TEXT, MAX_RECORDS = 10, 200, 100
+_FAR = 1e9
+"""Seconds; a clock that is further off is as wrong."""
 ANSWER_TIMEOUT = 5.0
 """Seconds that a process has to change a level."""
 
@@ -243,7 +246,7 @@ def _checked(process: pb.Process, *, secure: bool) -> pb.Process:
         check_service_name(process.service)
     if not process.id or len(process.id) > MAX_TEXT:
         raise InvalidValueError("process.id", process.id, f"1 to {MAX_TEXT} characters")
-    return pb.Process(
+    known = pb.Process(
         service=process.service,
         instances=[name[:MAX_TEXT] for name in process.instances[:MAX_NAMES]],
         id=process.id,
@@ -252,5 +255,9 @@ def _checked(process: pb.Process, *, secure: bool) -> pb.Process:
         grpc_version=process.grpc_version[:MAX_TEXT],
         host=process.host[:MAX_TEXT],
         pid=process.pid,
-        clock=process.clock if process.HasField("clock") else None,
     )
+    if process.HasField("clock"):
+        known.clock.CopyFrom(process.clock)
+        ahead = process.clock.seconds + process.clock.nanos / 1e9 - time.time()
+        known.clock_ahead.FromNanoseconds(round(min(max(ahead, -_FAR), _FAR) * 1e9))
+    return known

@@ -15,6 +15,7 @@ from mesh.v1 import operations_pb2_grpc
 from control_plane.access import Access, caller
 from control_plane.access import Context as AnyContext
 from control_plane.operations.attendance import Attendances, Context, Stream
+from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import DrainRefusedError, OperatorDrains, UnknownEndpointError
 from control_plane.operations.own_log import OwnLog, OwnProcess
 from control_plane.operations.roster import CONTROL_PLANE, means
@@ -29,6 +30,7 @@ _LevelContext = grpc.aio.ServicerContext[pb.SetLogLevelRequest, pb.SetLogLevelRe
 _ListContext = grpc.aio.ServicerContext[pb.ListProcessesRequest, pb.ListProcessesResponse]
 
 _DrainContext = grpc.aio.ServicerContext[pb.DrainEndpointsRequest, pb.DrainEndpointsResponse]
+_DiagnosisContext = grpc.aio.ServicerContext[pb.GetDiagnosisRequest, pb.GetDiagnosisResponse]
 _UndrainContext = grpc.aio.ServicerContext[pb.UndrainEndpointsRequest, pb.UndrainEndpointsResponse]
 
 _log = logging.getLogger(__name__)
@@ -45,12 +47,20 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         max_streams: processes that may attend.
         log: the control plane's own log; None for one that cannot be asked.
         drains: takes endpoints out of what clients get.
+        diagnosis: knows whether all is well.
     """
 
     def __init__(
-        self, control_plane: str, access: Access, max_streams: int, log: OwnLog | None, drains: OperatorDrains
+        self,
+        control_plane: str,
+        access: Access,
+        max_streams: int,
+        log: OwnLog | None,
+        drains: OperatorDrains,
+        diagnosis: Diagnosis,
     ) -> None:
         self._drains = drains
+        self._diagnosis = diagnosis
         self._attendances = Attendances(access, max_streams)
         self._own = None if log is None else OwnProcess(log, control_plane)
         self._tails = Tails(self._processes)
@@ -137,6 +147,12 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
             back = await self._drains.undrain(service, request.endpoint_ids)
         _log.warning("%s takes back the drain of %s of %s", _who(context), ", ".join(back) or "nothing", service)
         return pb.UndrainEndpointsResponse(endpoint_ids=back)
+
+    async def GetDiagnosis(
+        self, request: pb.GetDiagnosisRequest, context: _DiagnosisContext
+    ) -> pb.GetDiagnosisResponse:
+        """Facts on which `mesh check` decides."""
+        return await self._diagnosis.gather("" if self._own is None else self._own.key.process)
 
     async def close(self) -> None:
         """Ends every stream, so that processes go to another control plane at once."""

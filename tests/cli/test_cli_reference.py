@@ -25,6 +25,7 @@ EXAMPLES = {
     "mesh edge apply --dry-run public.yaml": ["edge_dry_run.txt"],
     "mesh edge list": ["edge_list.txt"],
     "mesh token list": ["token_list.txt"],
+    "mesh check": ["check.txt"],
     "mesh drain orders orders-1": ["drain.txt"],
     "mesh logs orders": ["logs.txt"],
     "mesh logs level orders debug --logger shop --for 90s": ["logs_level.txt"],

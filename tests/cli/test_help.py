@@ -15,6 +15,7 @@ COMMANDS = [
     ("status",),
     ("endpoints",),
     ("trace",),
+    ("check",),
     ("drain",),
     ("demo",),
     ("up",),

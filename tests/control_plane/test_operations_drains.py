@@ -62,7 +62,7 @@ class World:
         kind = resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS
         await call.write(
             discovery_pb2.DeltaResourcesRequest(
-                node=discovery_pb2.Node(id=node, service="web"), type=kind, subscribe=["orders"]
+                node=discovery_pb2.Node(id=node, service="web", user_agent="test/1"), type=kind, subscribe=["orders"]
             )
         )
         await self.acknowledge(call)
@@ -258,3 +258,24 @@ async def test_who_drains_is_in_the_log(world: World, caplog: pytest.LogCaptureF
         "somebody drains all endpoints of orders by force",
         "somebody takes back the drain of orders-1, orders-2 of orders",
     ]
+
+
+async def test_a_diagnosis_says_who_is_connected_what_is_drained_and_what_room_there_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.register("orders-1", "orders-2")
+    for node in ("web-1", "web-2"):
+        await world.subscribe(node)
+    await world.drain("orders-1")
+    diagnosis = await world.operator.GetDiagnosis(pb.GetDiagnosisRequest())
+    (kind,) = diagnosis.clients
+    assert (kind.user_agent, kind.clients, sorted(kind.nodes)) == ("test/1", 2, ["web-1", "web-2"])
+    (drain,) = diagnosis.drains
+    assert (drain.service, drain.endpoint_id, drain.operator) == ("orders", "orders-1", "somebody")
+    assert drain.since.seconds > 1_700_000_000
+    assert diagnosis.open_files > 3
+    assert (diagnosis.max_streams, diagnosis.streams, diagnosis.registry) == (10_000, 2, "embedded")
+    assert not diagnosis.HasField("consul")
+    monkeypatch.setattr("control_plane.operations.diagnosis._VERSIONS", 0)
+    (others,) = (await world.operator.GetDiagnosis(pb.GetDiagnosisRequest())).clients
+    assert (others.user_agent, others.clients) == ("others", 2)

@@ -43,6 +43,9 @@ async def test_what_operators_do_is_for_operators(world: World) -> None:
             stub = raw.operations
             requests = (
                 stub.ListProcesses(pb.ListProcessesRequest(), timeout=TIMEOUT),
+                stub.DrainEndpoints(pb.DrainEndpointsRequest(service="orders"), timeout=TIMEOUT),
+                stub.UndrainEndpoints(pb.UndrainEndpointsRequest(service="orders"), timeout=TIMEOUT),
+                stub.GetDiagnosis(pb.GetDiagnosisRequest(), timeout=TIMEOUT),
                 stub.SetLogLevel(pb.SetLogLevelRequest(service="orders"), timeout=TIMEOUT),
                 stub.TailLogs(pb.TailLogsRequest(service="orders", last=10), timeout=TIMEOUT).read(),
             )
