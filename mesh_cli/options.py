@@ -122,7 +122,8 @@ def _ask(context: typer.Context, question: Callable[[AdminClient], Answer], noth
         with contextlib.redirect_stderr(io.StringIO()):
             insecure = bool(context.params.get("insecure"))
             shown = credentials(context.params.get("operator"), insecure=insecure)
-            with AdminClient(addresses.split(","), _COMPLETION_TIMEOUT, shown) as client:
+            # The first answers, or nobody in time: each that does not would take all of it.
+            with AdminClient(addresses.split(",")[:1], _COMPLETION_TIMEOUT, shown) as client:
                 return question(client)
     except Exception:
         return nothing
