@@ -18,6 +18,8 @@ from tests.cli.scripted import ScriptedAdmin
 WITHOUT_JSON: dict[tuple[str, ...], str] = {
     ("control-plane",): "runs until it is stopped",
     ("up",): "runs until it is stopped",
+    ("gateway", "run", "envoy"): "runs until it is stopped",
+    ("gateway", "run", "kong"): "runs until it is stopped",
     ("policy", "schema"): "writes JSON and nothing else",
     ("edge", "schema"): "writes JSON and nothing else",
 }
@@ -119,9 +121,11 @@ def test_json_is_json_and_nothing_else(
     process = operations_pb2.Process(service="orders", instances=["orders-1"], id="p1")
     answers: dict[str, Message | list[Message]] = {
         "SetLogLevel": operations_pb2.SetLogLevelResponse(outcomes=[operations_pb2.LogLevelOutcome(process=process)]),
-        "TailLogs": [operations_pb2.TailLogsResponse(processes=[process], records=[operations_pb2.LogRecord()])],
         "RevokeWorkload": authority_pb2.RevokeWorkloadResponse(workload_ids=["1d2f0a9b8c7e6f50"]),
     }
+    admin.streams["TailLogs"] = [
+        operations_pb2.TailLogsResponse(processes=[process], records=[operations_pb2.LogRecord()])
+    ]
     admin.answers |= answers  # type: ignore[arg-type]  # a dictionary's values are what they are
     if words == ("ca", "roots"):
         return  # it needs roots; tests/cli/test_secure_commands.py
