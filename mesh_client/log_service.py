@@ -158,7 +158,7 @@ class _Waiting:
             while self._queue and len(taken) < BATCH and size < BATCH_SIZE:
                 (kept,), dropped = self._queue.take(1)
                 taken.append(kept)
-                size += kept.entry.size
+                size += kept.size
                 lost += dropped
         return taken, lost
 

@@ -180,6 +180,11 @@ def _files(operator: Path | None, data_dir: Path, environment: Mapping[str, str]
         directory = Path(environment["MESH_IDENTITY_DIR"]).expanduser()
         yield _file(directory, "the directory of the identity", PRIVATE)
         yield _file(directory / "identity.json", "the identity", PRIVATE)
+    if environment.get("MESH_SECRETS_DIR"):
+        with contextlib.suppress(OSError):
+            for path in sorted(Path(environment["MESH_SECRETS_DIR"]).expanduser().iterdir()):
+                if path.is_file():
+                    yield _file(path, f"the edge's secret {path.name}", PRIVATE)
     yield _file(data_dir, "the data directory", WRITABLE)
     with contextlib.suppress(OSError):  # those who may not look in are told so above
         keys = sorted((data_dir / "ca").glob("*.key"))

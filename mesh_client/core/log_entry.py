@@ -54,11 +54,9 @@ class LogEntry:
     fields: Mapping[str, Json] = field(default_factory=dict)
     exception: str = ""
 
-    @property
     def size(self) -> int:
         """About how many characters it takes."""
-        fields = len(json.dumps(self.fields)) if self.fields else 0
-        return 100 + len(self.logger) + len(self.message) + fields + len(self.exception)
+        return 100 + len(self.logger) + len(self.message) + len(self.exception) + _length(self.fields)
 
 
 def check_level(name: str) -> int:
@@ -99,7 +97,7 @@ def plain_fields(extra: Mapping[str, object]) -> dict[str, Json]:
 def clipped(entry: LogEntry) -> LogEntry:
     """The event with what is too long cut, in text that UTF-8 can hold: for keeping and sending."""
     fields = entry.fields
-    if len(json.dumps(fields)) > MAX_FIELDS:
+    if fields and _length(fields) > MAX_FIELDS:
         fields = {"cut": ", ".join(islice(fields, 20))[:MAX_MESSAGE]}
     logger, message = _cut(entry.logger, MAX_LOGGER), _cut(entry.message, MAX_MESSAGE)
     exception = _cut(entry.exception, MAX_EXCEPTION)
@@ -186,6 +184,17 @@ def _cut(text: str, most: int) -> str:
         text = f"{text[:most]}... ({len(text) - most} more characters)"
     # Python's strings may hold halves of surrogate pairs.
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
+def _length(value: Json | Mapping[str, Json]) -> int:
+    """About how many characters a value takes as JSON, for those of `plain`, which are not deep."""
+    if isinstance(value, str):
+        return len(value) + 2
+    if isinstance(value, Mapping):
+        return sum(len(name) + 4 + _length(each) for name, each in value.items())
+    if isinstance(value, list):
+        return sum(2 + _length(each) for each in value)
+    return 8
 
 
 def _visible(text: str) -> str:

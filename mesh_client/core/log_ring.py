@@ -37,6 +37,8 @@ class Kept(NamedTuple):
     sequence: int
     """Counts the events of the process, from 1."""
     entry: LogEntry
+    size: int
+    """About how many characters it takes."""
 
 
 @dataclass(slots=True)
@@ -59,11 +61,12 @@ class LogRing:
     def append(self, entry: LogEntry) -> Kept:
         """Takes one event in, and returns it as it is kept: what is too long is cut."""
         self._sequence += 1
-        kept = Kept(self._sequence, clipped(entry))
+        cut = clipped(entry)
+        kept = Kept(self._sequence, cut, cut.size())
         self._kept.append(kept)
-        self._size += kept.entry.size
+        self._size += kept.size
         while len(self._kept) > self.max_entries or self._size > self.max_size:
-            self._size -= self._kept.popleft().entry.size
+            self._size -= self._kept.popleft().size
             self.forgotten += 1
         return kept
 

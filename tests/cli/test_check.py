@@ -212,6 +212,9 @@ async def test_a_host_is_checked_before_the_start(
         (identity / "identity.json").touch(0o600)
         monkeypatch.setenv("MESH_TOKEN_FILE", str(token))
         monkeypatch.setenv("MESH_IDENTITY_DIR", str(identity))
+        (tmp_path / "secrets" / "nested").mkdir(parents=True)
+        (tmp_path / "secrets" / "partner-key").touch(0o640)
+        monkeypatch.setenv("MESH_SECRETS_DIR", str(tmp_path / "secrets"))
         monkeypatch.setenv("MESH_TRUST_ROOTS", str(tmp_path / "missing.pem"))
         monkeypatch.setenv("MESH_TOKEN", "mesh1.x.y")
         monkeypatch.setenv("MESH_CONTROL_PLANE", "no-such-host.invalid:7070")
@@ -221,7 +224,8 @@ async def test_a_host_is_checked_before_the_start(
     assert "the join token, " in failed
     assert "the trust roots, " in failed
     assert "no-such-host.invalid has no address" in failed
-    assert len(found["fail"]) == 4
+    assert "the edge's secret partner-key, " in failed
+    assert len(found["fail"]) == 5
     assert any(f"cannot listen on 127.0.0.1:{port}: it is taken" in each for each in found["warn"])
     assert "mesh1" not in json.dumps(found)
 

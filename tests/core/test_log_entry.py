@@ -122,7 +122,7 @@ def test_what_is_kept_is_cut() -> None:
     assert large.message.endswith("(91808 more characters)")
     assert len(large.exception) < MAX_EXCEPTION + 100
     assert large.fields == {"cut": "a, b"}
-    assert large.size < MAX_MESSAGE + MAX_EXCEPTION + MAX_FIELDS + 500
+    assert large.size() < MAX_MESSAGE + MAX_EXCEPTION + MAX_FIELDS + 500
 
 
 @pytest.mark.parametrize(

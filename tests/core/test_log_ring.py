@@ -34,7 +34,7 @@ def test_neither_bound_is_ever_passed(lengths: list[int]) -> None:
         found = ring.last(100, ALL)
         assert found[-1] is kept
         assert len(found) <= 20
-        assert sum(each.entry.size for each in found) <= 30_000
+        assert sum(each.size for each in found) <= 30_000
     assert ring.forgotten + len(ring.last(100, ALL)) == len(lengths)
 
 
