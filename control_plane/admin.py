@@ -13,7 +13,8 @@ from mesh.v1 import admin_pb2
 
 from control_plane.access import Access
 from control_plane.admin_policies import KINDS, PolicyRpcs, refusing, who
-from control_plane.catalog import Catalog, RemovalHold, ServiceView, SourceState
+from control_plane.catalog import Catalog, RemovalHold, SourceState
+from control_plane.catalog_service import ServiceView
 from control_plane.convert import duration_to_proto, endpoint_to_proto, field_errors_to_proto, kind_to_proto
 from control_plane.discovery import ClientState, StreamHub
 from control_plane.edges import EdgeHub, EdgeState, follower_to_proto
@@ -121,6 +122,7 @@ class AdminServicer(PolicyRpcs):
                     source=record.source,
                     age=duration_to_proto(now - record.changed_at),
                     held=record.held,
+                    drained_by=record.drained_by,
                 )
                 for record in view.records
             ],

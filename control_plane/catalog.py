@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import assert_never
 
+from control_plane.catalog_service import DrainMark, Listed, Lost, OperatorDrain, ServiceRecord, ServiceView
 from control_plane.events import (
     EndpointDrained,
     EndpointEvent,
+    EndpointUndrained,
     Registration,
     ServiceObserved,
     ServiceVanished,
@@ -46,31 +48,6 @@ class CatalogSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointRecord:
-    """One endpoint as operators see it."""
-
-    endpoint: Endpoint
-    """With health DRAINING once it was drained."""
-    source: str
-    changed_at: float
-    held: bool
-    """Only the mass removal guard keeps it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceView:
-    """One known service."""
-
-    service: str
-    sources: tuple[str, ...]
-    """That list it; of a service that none lists, those that did last."""
-    records: tuple[EndpointRecord, ...]
-    """Every endpoint ordered by id, those included that are leaving."""
-    published: tuple[Endpoint, ...]
-    """What clients get, ordered by id. The same object as in the view before when nothing changed."""
-
-
-@dataclass(frozen=True, slots=True)
 class RemovalHold:
     """What the mass removal guard keeps."""
 
@@ -101,61 +78,6 @@ class CatalogView:
     """When something changes by time alone; None: nothing does."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    endpoint: Endpoint
-    source: str
-    changed_at: float
-    registration: Registration
-
-
-@dataclass(slots=True)
-class _Drained:
-    """The mark of an endpoint that asked to leave."""
-
-    target: str
-    registration: Registration
-    was_away: bool
-    """It was listed as unhealthy or leaving since."""
-
-    def holds(self, listed: _Listed) -> bool:
-        """Whether what is listed now is still what asked to leave."""
-        healthy = listed.endpoint.health is Health.HEALTHY
-        if (listed.endpoint.target, listed.registration) != (self.target, self.registration):
-            return False
-        if healthy and self.was_away and not self.registration.of_process:
-            return False
-        self.was_away |= not healthy
-        return True
-
-
-@dataclass(slots=True)
-class _Lost:
-    """A published endpoint that its source stopped listing without draining it."""
-
-    listed: _Listed
-    at: float
-    held: bool = False
-
-
-@dataclass(slots=True)
-class _Service:
-    by_source: dict[str, dict[str, _Listed]] = field(default_factory=dict)
-    listed: dict[str, _Listed] = field(default_factory=dict)
-    """All sources merged; where two list one id, the source whose name sorts first has it."""
-    drained: dict[str, _Drained] = field(default_factory=dict)
-    """By id, endpoints that asked to leave and are listed still."""
-    lost: dict[str, _Lost] = field(default_factory=dict)
-    last_sources: tuple[str, ...] = ()
-    live: int = 0
-
-    def is_live(self, listed: _Listed) -> bool:
-        return listed.endpoint.health is not Health.DRAINING and listed.endpoint.id not in self.drained
-
-    def held(self) -> int:
-        return sum(lost.held for lost in self.lost.values())
-
-
 class Catalog:
     """The services that sources list, as one machine.
 
@@ -170,7 +92,7 @@ class Catalog:
 
     def __init__(self, settings: CatalogSettings | None = None) -> None:
         self._settings = settings or CatalogSettings()
-        self._services: dict[str, _Service] = {}
+        self._services: dict[str, ServiceRecord] = {}
         self._vanished: dict[str, float] = {}
         self._losing: set[str] = set()
         self._sources: dict[str, SourceState] = {}
@@ -181,6 +103,19 @@ class Catalog:
         self._peaks: deque[tuple[float, int]] = deque()
         """Until when how many were published, within the guard's window: each entry lower than the one before."""
         self._hold_since: float | None = None
+        self._awaited: dict[str, dict[str, OperatorDrain]] = {}
+        """By service and id, what operators had drained before a restart and is not listed yet."""
+
+    def restore_drains(self, drains: Iterable[OperatorDrain]) -> None:
+        """Takes in what operators had drained before a restart; each holds once its endpoint is listed again."""
+        for drain in drains:
+            self._awaited.setdefault(drain.service, {})[drain.endpoint_id] = drain
+
+    def operator_drains(self) -> list[OperatorDrain]:
+        """What operators have drained, by service and id; what is not listed yet after a restart is among it."""
+        drains = [drain for name, service in self._services.items() for drain in service.operator_drains(name)]
+        drains += [drain for awaited in self._awaited.values() for drain in awaited.values()]
+        return sorted(drains, key=lambda drain: (drain.service, drain.endpoint_id))
 
     def apply(self, event: EndpointEvent, now: float) -> bool:
         """Folds one event; whether anything that a view shows may have changed.
@@ -197,9 +132,12 @@ class Catalog:
             case ServiceVanished(source, name):
                 self.advance(now)
                 return self._vanish(source, name, now)
-            case EndpointDrained(name, endpoint_id):
+            case EndpointDrained():
                 self.advance(now)
-                return self._drain(name, endpoint_id, now)
+                return self._drain(event, now)
+            case EndpointUndrained():
+                self.advance(now)
+                return self._undrain(event, now)
             case SourceConnected(source):
                 return self._source_is(source, True, "", now)
             case SourceLost(source, detail):
@@ -243,7 +181,7 @@ class Catalog:
         """Everything at ``now``. Services that did not change since the last view are the same objects."""
         self.advance(now)
         for name in self._dirty:
-            self._views[name] = self._view_service(name, self._services[name], self._views.get(name))
+            self._views[name] = self._services[name].view(name, self._views.get(name))
         self._dirty.clear()
         return CatalogView(
             services=MappingProxyType(dict(self._views)),
@@ -260,7 +198,7 @@ class Catalog:
         registrations: Mapping[str, Registration],
         now: float,
     ) -> bool:
-        service = self._services.setdefault(name, _Service())
+        service = self._services.setdefault(name, ServiceRecord())
         before = service.by_source.get(source)
         known = before or {}
         after = {}
@@ -268,7 +206,7 @@ class Catalog:
             registration = registrations.get(endpoint.id, Registration())
             old = known.get(endpoint.id)
             same = old is not None and (old.endpoint, old.registration) == (endpoint, registration)
-            after[endpoint.id] = old if old is not None and same else _Listed(endpoint, source, now, registration)
+            after[endpoint.id] = old if old is not None and same else Listed(endpoint, source, now, registration)
         if before == after:
             return False
         service.by_source[source] = after
@@ -288,14 +226,14 @@ class Catalog:
         self.advance(now)
         return True
 
-    def _merge(self, name: str, service: _Service, now: float) -> None:
+    def _merge(self, name: str, service: ServiceRecord, now: float) -> None:
         before = service.listed
-        merged: dict[str, _Listed] = {}
+        merged: dict[str, Listed] = {}
         for source in sorted(service.by_source):
             for endpoint_id, listed in service.by_source[source].items():
                 merged.setdefault(endpoint_id, listed)
         lost = {
-            endpoint_id: _Lost(listed, now)
+            endpoint_id: Lost(listed, now)
             for endpoint_id, listed in before.items()
             if endpoint_id not in merged and service.is_live(listed)
         }
@@ -309,6 +247,7 @@ class Catalog:
             if endpoint_id in merged and mark.holds(merged[endpoint_id])
         }
         service.listed = merged
+        self._remember(name, service)
         for endpoint_id in service.lost.keys() & merged.keys():
             del service.lost[endpoint_id]
         service.lost.update(lost)
@@ -321,24 +260,31 @@ class Catalog:
             self._guard(now)
         self._settle(now)
 
-    def _drain(self, name: str, endpoint_id: str, now: float) -> bool:
+    def _drain(self, event: EndpointDrained, now: float) -> bool:
         # A drain of an endpoint that is not listed is not remembered: the mark would hit the next process of that id.
-        service = self._services.get(name)
+        service = self._services.get(event.service)
         if service is None:
             return False
-        if endpoint_id in service.listed and endpoint_id not in service.drained:
-            listed = service.listed[endpoint_id]
-            self._leave(service.is_live(listed))
-            away = listed.endpoint.health is not Health.HEALTHY
-            service.drained[endpoint_id] = _Drained(listed.endpoint.target, listed.registration, away)
-        elif endpoint_id in service.lost:
-            self._leave(service.lost.pop(endpoint_id).held)
-        else:
+        left = service.drain(event.endpoint_id, event.operator, event.at)
+        if left is None:
+            if event.endpoint_id not in service.lost:
+                return False
+            left = service.lost.pop(event.endpoint_id).held
+        self._leave(left)
+        self._marked(event.service, service, now)
+        return True
+
+    def _undrain(self, event: EndpointUndrained, now: float) -> bool:
+        service = self._services.get(event.service)
+        if service is None or not service.undrain(event.endpoint_id):
             return False
+        self._marked(event.service, service, now)
+        return True
+
+    def _marked(self, name: str, service: ServiceRecord, now: float) -> None:
         self._dirty.add(name)
         self._count(service)
         self._settle(now)
-        return True
 
     def _source_is(self, name: str, connected: bool, detail: str, now: float) -> bool:
         state = self._sources.get(name)
@@ -348,7 +294,15 @@ class Catalog:
         self._sources[name] = SourceState(name, connected, detail, now)
         return True
 
-    def _count(self, service: _Service) -> None:
+    def _remember(self, name: str, service: ServiceRecord) -> None:
+        """Marks anew what was drained by operators before a restart, once it is listed and still is what it was."""
+        for endpoint_id in service.listed.keys() & self._awaited.get(name, {}).keys():
+            drain = self._awaited[name].pop(endpoint_id)
+            mark = DrainMark(drain.target, drain.registration, False, drain.operator, drain.at)
+            if mark.holds(service.listed[endpoint_id]):
+                service.drained.setdefault(endpoint_id, mark)
+
+    def _count(self, service: ServiceRecord) -> None:
         live = sum(service.is_live(listed) for listed in service.listed.values())
         self._live += live - service.live
         service.live = live
@@ -405,7 +359,7 @@ class Catalog:
             self._peaks.append((now, self._published))
             self._published = published
 
-    def _holding(self) -> Iterator[tuple[str, _Service]]:
+    def _holding(self) -> Iterator[tuple[str, ServiceRecord]]:
         for name in self._losing:
             if self._services[name].held():
                 yield name, self._services[name]
@@ -420,27 +374,3 @@ class Catalog:
             since=self._hold_since,
             until=self._hold_since + self._settings.guard_hold,
         )
-
-    @staticmethod
-    def _view_service(name: str, service: _Service, before: ServiceView | None) -> ServiceView:
-        records = [
-            EndpointRecord(
-                replace(listed.endpoint, health=Health.DRAINING)
-                if listed.endpoint.id in service.drained
-                else listed.endpoint,
-                listed.source,
-                listed.changed_at,
-                held=False,
-            )
-            for listed in service.listed.values()
-        ]
-        records += [
-            EndpointRecord(lost.listed.endpoint, lost.listed.source, lost.listed.changed_at, held=True)
-            for lost in service.lost.values()
-            if lost.held
-        ]
-        records.sort(key=lambda record: record.endpoint.id)
-        published = tuple(record.endpoint for record in records if record.endpoint.health is not Health.DRAINING)
-        if before is not None and before.published == published:
-            published = before.published
-        return ServiceView(name, tuple(sorted(service.by_source)) or service.last_sources, tuple(records), published)

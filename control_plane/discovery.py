@@ -19,7 +19,7 @@ from mesh.v1 import discovery_pb2
 from control_plane.access import Access, Caller
 from control_plane.access import caller as connected_caller
 from control_plane.convert import ResponseEncoder, request_from_proto
-from control_plane.events import EndpointDrained
+from control_plane.events import EndpointDrained, EndpointUndrained
 from control_plane.publisher import Publisher
 from control_plane.snapshot import DeltaCache, Snapshot
 from control_plane.subscription import (
@@ -202,7 +202,7 @@ class StreamHub:
     def __init__(
         self,
         publisher: Publisher,
-        emit: Callable[[EndpointDrained], None],
+        emit: Callable[[EndpointDrained | EndpointUndrained], None],
         control_plane: str,
         max_streams: int = 10_000,
         max_subscriptions: int = MAX_SUBSCRIPTIONS,
@@ -250,9 +250,21 @@ class StreamHub:
         """How many streams subscribe to a service's endpoints."""
         return len(self._subscribers.get((ResourceKind.ENDPOINTS, service), ()))
 
-    def drain(self, service: str, endpoint_id: str) -> None:
-        """Takes an endpoint out of what is published, at once."""
-        self._emit(EndpointDrained(service, endpoint_id))
+    def drain(self, service: str, endpoint_id: str, operator: str = "", at: float = 0.0) -> None:
+        """Takes an endpoint out of what is published, at once.
+
+        Args:
+            service: the endpoint's service.
+            endpoint_id: its id.
+            operator: who asks; empty for the endpoint itself.
+            at: when the operator asked, seconds since the epoch.
+        """
+        self._emit(EndpointDrained(service, endpoint_id, operator, at))
+        self._publisher.publish_now()
+
+    def undrain(self, service: str, endpoint_id: str) -> None:
+        """Takes back what an operator has drained, at once."""
+        self._emit(EndpointUndrained(service, endpoint_id))
         self._publisher.publish_now()
 
     async def wait_drained(self, service: str, endpoint_id: str, timeout: float) -> DrainResult:

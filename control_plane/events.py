@@ -39,10 +39,22 @@ class ServiceVanished:
 
 @dataclass(frozen=True, slots=True)
 class EndpointDrained:
-    """An endpoint asked to leave: it must not be published any more, even while its source still lists it.
+    """An endpoint is leaving: it must not be published any more, even while its source still lists it.
 
-    Raised by ``RegistryService.Drain``. The removal of a drained endpoint is never a loss.
+    Raised by ``RegistryService.Drain``, and for operators. The removal of a drained endpoint is never a loss.
     """
+
+    service: str
+    endpoint_id: str
+    operator: str = ""
+    """Who drained it; empty when it asked itself."""
+    at: float = 0.0
+    """When the operator did, seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointUndrained:
+    """An operator takes back what an operator has drained. Those that asked themselves to leave do leave."""
 
     service: str
     endpoint_id: str
@@ -79,6 +91,6 @@ class PolicyDeleted:
     name: str
 
 
-EndpointEvent = ServiceObserved | ServiceVanished | EndpointDrained | SourceConnected | SourceLost
+EndpointEvent = ServiceObserved | ServiceVanished | EndpointDrained | EndpointUndrained | SourceConnected | SourceLost
 PolicyEvent = PolicyStored | PolicyDeleted
 Event = EndpointEvent | PolicyEvent

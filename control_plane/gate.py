@@ -24,6 +24,9 @@ CHECKED_BY_THEMSELVES = frozenset(
 )
 """Services that decide by themselves, most of them by what a request says, once they have read it."""
 
+METHODS_CHECKED_BY_THEMSELVES = frozenset({"/mesh.v1.OperationsService/Attend"})
+"""The same for single methods of services whose others are for operators."""
+
 OPEN = frozenset(
     {"grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}
 )
@@ -50,7 +53,7 @@ class Gate(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         service = method.strip("/").partition("/")[0]
-        if handler is None or service in CHECKED_BY_THEMSELVES:
+        if handler is None or service in CHECKED_BY_THEMSELVES or method in METHODS_CHECKED_BY_THEMSELVES:
             return handler
         require = self._access.require_caller if service in OPEN else self._access.require_operator
         return _guarded(handler, lambda context: require(context, f"call {method}"))

@@ -22,6 +22,8 @@ from mesh.v1 import (
     certificate_pb2,
     discovery_pb2,
     edge_service_pb2,
+    operations_pb2,
+    operations_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
     telemetry_pb2,
@@ -36,6 +38,10 @@ from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
+from control_plane.operations.diagnosis import AskConsul, Diagnosis
+from control_plane.operations.drains import OperatorDrains
+from control_plane.operations.own_log import OwnLog
+from control_plane.operations.servicer import OperationsServicer
 from control_plane.options import EMBEDDED, ControlPlaneOptions
 from control_plane.policies import PolicyBook
 from control_plane.ports import enrolment_server, mesh_server
@@ -68,6 +74,8 @@ class _Registry:
     edge_policies: PolicyStore
     leases: EmbeddedSource | None = None
     database: Database | None = None
+    ask_consul: AskConsul | None = None
+    """Whether Consul is as it must be."""
 
 
 def _open_registry(options: ControlPlaneOptions) -> _Registry:
@@ -83,6 +91,7 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
         return _Registry(leases, policies, edge_policies, leases, database)
     # These bring in the HTTP client, which the embedded registry does without.
     from control_plane.sources.consul import ConsulSource
+    from control_plane.sources.consul_diagnosis import diagnose
     from control_plane.sources.consul_http import ConsulToken, parse_registry
     from control_plane.sources.consul_policies import ConsulPolicyStore
 
@@ -93,6 +102,7 @@ def _open_registry(options: ControlPlaneOptions) -> _Registry:
         ConsulSource(addresses, token),
         ConsulPolicyStore(addresses, token),
         ConsulPolicyStore(addresses, token, EdgePolicy),
+        ask_consul=lambda: diagnose(addresses, token),
     )
 
 
@@ -110,10 +120,16 @@ class ControlPlane:
         options: what the operator chose.
         source: in place of the registry that the options name, for tests.
         policies: in place of that registry's policy store, for tests.
+        log: of this process, for operators; None for one that they cannot ask.
     """
 
     def __init__(
-        self, options: ControlPlaneOptions, *, source: Source | None = None, policies: PolicyStore | None = None
+        self,
+        options: ControlPlaneOptions,
+        *,
+        source: Source | None = None,
+        policies: PolicyStore | None = None,
+        log: OwnLog | None = None,
     ) -> None:
         self._options = options
         self._registry = _open_registry(options)
@@ -135,6 +151,15 @@ class ControlPlane:
         """The last traces."""
         self._telemetry: Telemetry | None = None
         self._metrics: MetricsServer | None = None
+        self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
+        self._operations = OperationsServicer(
+            options.control_plane_id,
+            self.access,
+            options.max_streams,
+            log,
+            self._drains,
+            Diagnosis(options, self._catalog, self._hub, self.authority, self._registry.ask_consul),
+        )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -189,6 +214,7 @@ class ControlPlane:
             if self.authority is not None:
                 await self.authority.open()
                 self.authority.on_change(self.access.cut_revoked)
+            self._drains.restore()
             await self._listen()
         except BaseException:
             await asyncio.gather(*(server.stop(None) for server in self._servers))
@@ -198,6 +224,7 @@ class ControlPlane:
             asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
             asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
             asyncio.create_task(self._run(self._edge_policies.run(self._emit_edge)), name=self._edge_policies.name),
+            asyncio.create_task(self._run(self._drains.run()), name="drains by operators"),
         ]
         _log.info("control plane %s listens on %s", self._options.control_plane_id, self.address)
         if self.authority is not None:
@@ -223,8 +250,18 @@ class ControlPlane:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
         self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
         self._telemetry.add_to(server)
+        operations_pb2_grpc.add_OperationsServiceServicer_to_server(self._operations, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        services = (admin_pb2, discovery_pb2, edge_service_pb2, registry_pb2, telemetry_pb2, traffic_pb2, health_pb2)
+        services = (
+            admin_pb2,
+            discovery_pb2,
+            edge_service_pb2,
+            operations_pb2,
+            registry_pb2,
+            telemetry_pb2,
+            traffic_pb2,
+            health_pb2,
+        )
         files = [each.DESCRIPTOR for each in services]
         files += self.traces.add_mesh_services(server)
         if authority is not None:
@@ -286,6 +323,7 @@ class ControlPlane:
         self.traces.close()
         if self._telemetry is not None:
             self._telemetry.close()
+        await self._operations.close()
         if self._servers:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
@@ -294,6 +332,7 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drains.save()
         await self._close_stores()
         self._done.set()
 
@@ -329,6 +368,7 @@ class ControlPlane:
             return
         if changed:
             self._publisher.notify()
+            self._drains.changed()
         if isinstance(event, SourceConnected) and event.source in self._unread:
             self._read(event.source)
 
@@ -384,8 +424,12 @@ class ControlPlane:
             await self._registry.database.close()
 
 
-async def serve(options: ControlPlaneOptions) -> None:
+async def serve(options: ControlPlaneOptions, log: OwnLog | None = None) -> None:
     """Runs a control plane until SIGTERM or SIGINT; says on standard output when it listens.
+
+    Args:
+        options: what the operator chose.
+        log: of this process, for operators.
 
     Raises:
         ConfigError: it cannot start as asked.
@@ -393,7 +437,7 @@ async def serve(options: ControlPlaneOptions) -> None:
     # A collection of everything that thousands of streams hold takes longer than sending a change to them, and what a
     # stream leaves behind is freed without one.
     gc.set_threshold(100_000, 50, 100)
-    plane = ControlPlane(options)
+    plane = ControlPlane(options, log=log)
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

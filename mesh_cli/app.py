@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from mesh_cli import ca, control_plane, edge, events, gateway, operator, policy, removals, token
+from mesh_cli import ca, control_plane, edge, events, gateway, logs, operator, policy, removals, token
+from mesh_cli.check.command import check
+from mesh_cli.drain import drain
 from mesh_cli.endpoints import endpoints
 from mesh_cli.explain import explain
 from mesh_cli.output import reports_errors
@@ -56,9 +58,12 @@ app.command(epilog="Example: mesh tap orders --status UNAVAILABLE --slow 100ms -
 app.command(epilog="Example: mesh explain orders")(explain)
 app.command(epilog="Example: mesh diff orders.yaml")(diff)
 app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
+app.command(epilog="Example: mesh check --control-plane 10.0.0.2:7070,10.0.0.3:7070")(check)
+app.command(epilog="Example: mesh drain orders orders-1")(drain)
 app.add_typer(policy.app, name="policy")
 app.add_typer(edge.app, name="edge")
 app.add_typer(removals.app, name="removals")
+app.add_typer(logs.app, name="logs")
 app.add_typer(token.app, name="token")
 app.add_typer(operator.app, name="operator")
 app.add_typer(ca.app, name="ca")

@@ -38,6 +38,7 @@ from mesh_cli.output import (
     write_error,
     write_json,
 )
+from mesh_cli.rotation import next_step
 from mesh_cli.watch import show
 from mesh_client.identity.certificates import fingerprint, to_pem
 
@@ -242,20 +243,3 @@ def render_authority(answer: pb.GetCertificateAuthorityResponse) -> RenderableTy
             Text("revoked", style="red") if workload.revoked else "",
         )
     return Group(*parts, workloads)
-
-
-def next_step(answer: pb.GetCertificateAuthorityResponse) -> str:
-    """What an operator does next in a rotation that is under way; empty when there is none."""
-    # In the order: previous, signing, next.
-    order = [root.signing for root in answer.roots]
-    if order[:2] == [True, False]:
-        waiting = answer.roots[1].unconfirmed
-        if waiting:
-            return f"A root was added; {count(waiting, 'workload')} did not confirm yet that it is trusted."
-        return "A root was added, and every workload trusts it. Next: `mesh ca rotate overlap`, which signs by it."
-    if order[:2] == [False, True]:
-        old = answer.roots[0].workloads
-        if old:
-            return f"The new root signs; {count(old, 'workload')} of the old one will renew soon."
-        return "The new root signs, and no workload depends on the old one. Next: `mesh ca rotate retire`."
-    return ""

@@ -14,6 +14,7 @@ from mesh.v1 import (
     authority_pb2_grpc,
     certificate_pb2,
     certificate_pb2_grpc,
+    operations_pb2_grpc,
     trace_pb2_grpc,
     traffic_pb2_grpc,
 )
@@ -113,6 +114,11 @@ class AdminClient:
         return admin_pb2_grpc.AdminServiceStub(self._open())
 
     @property
+    def operations(self) -> operations_pb2_grpc.OperationsServiceStub:
+        """The stub of `OperationsService`, whose methods `call` and `stream` take."""
+        return operations_pb2_grpc.OperationsServiceStub(self._open())
+
+    @property
     def authority(self) -> authority_pb2_grpc.AuthorityServiceStub:
         """The stub of `AuthorityService`, whose methods `call` takes."""
         return authority_pb2_grpc.AuthorityServiceStub(self._open())
@@ -165,14 +171,21 @@ class AdminClient:
         self._answered = True
         return answer
 
-    def stream(self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request) -> Iterator[Response]:
-        """The answers to one request, for as long as they come.
+    def stream(
+        self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request, *, bounded: bool = False
+    ) -> Iterator[Response]:
+        """The answers to one request, for as long as they come. `close` ends them.
+
+        Args:
+            method: of a stub.
+            request: the request.
+            bounded: the timeout holds for all of them together; otherwise they may go on for ever.
 
         Raises:
             UnreachableError: nobody answered, or the connection broke.
             RefusedError: the control plane answered with an error.
         """
-        answers = method(request)
+        answers = method(request, timeout=self._timeout if bounded else None)
         try:
             for answer in answers:
                 self._answered = True

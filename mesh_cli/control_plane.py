@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from mesh_cli.log_options import LogFormat, LogLevel, logged
 from mesh_cli.options import DEFAULT_CONTROL_PLANE, Insecure, span
 from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN
+from mesh_client.log_service import LogService
 
 _LONGEST = 7 * 86_400.0
 """Seconds; nothing is worth remembering or holding back for longer than a week."""
 
-LogLevel = Literal["debug", "info", "warning", "error"]
+CONTROL_PLANE = "control-plane"
+"""In place of a service's name in the log."""
 
 
 @reports_errors
@@ -213,7 +215,8 @@ def control_plane(
             show_default=False,
         ),
     ] = "",
-    log_level: Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")] = "info",
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
 ) -> None:
     """Run a control plane until Ctrl-C or SIGTERM. It writes where it enrols and where it listens when it is ready.
 
@@ -263,9 +266,9 @@ def control_plane(
     except (ConfigError, InvalidValueError) as error:
         raise typer.BadParameter(str(error)) from None
     give_back = adopt_grpc_log()  # who was refused in a TLS handshake belongs into the log
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        asyncio.run(serve(options))
+        with logged(CONTROL_PLANE, options.control_plane_id, log_level, log_format) as logs:
+            asyncio.run(serve(options, LogService(logs)))
     finally:
         give_back()
 

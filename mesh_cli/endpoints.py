@@ -62,6 +62,14 @@ def _fetch(client: AdminClient, service: str) -> admin_pb2.ListEndpointsResponse
         raise Failure from None
 
 
+def _remark(status: admin_pb2.EndpointStatus) -> Text:
+    if status.held:
+        return Text("gone from its source; held", style="yellow")
+    if status.drained_by:
+        return Text(f"drained by {printable(status.drained_by.rpartition('/operator/')[2])}", style="yellow")
+    return Text("")
+
+
 def render_endpoints(answer: admin_pb2.ListEndpointsResponse, service: str) -> RenderableType:
     """The endpoints as a table."""
     title = Text(f"{service}, version {printable(answer.version) or '-'}", style="bold")
@@ -81,7 +89,7 @@ def render_endpoints(answer: admin_pb2.ListEndpointsResponse, service: str) -> R
             status.source,
             age(status.age),
             " ".join(f"{key}={value}" for key, value in sorted(endpoint.metadata.items())) or "-",
-            Text("gone from its source; held", style="yellow") if status.held else "",
+            _remark(status),
         )
     held = sum(status.held for status in answer.endpoints)
     if not held:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mesh_cli.control_plane import LogLevel
 from mesh_cli.gateway_files import ProtoPaths, read_settings
+from mesh_cli.log_options import LogFormat, LogLevel, logged
 from mesh_cli.options import DEFAULT_CONTROL_PLANE, ControlPlane, Insecure, checked_service, span
 from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE, HostPort, parse_registry
@@ -75,7 +74,6 @@ Version = Annotated[str, typer.Option("--api-version", help="Of the API, in /ope
 Server = Annotated[
     str | None, typer.Option("--server", metavar="URL", help="Where callers reach the edge, in /openapi.json.")
 ]
-Level = Annotated[LogLevel, typer.Option("--log-level", help="The least that is logged.")]
 
 
 @app.command(epilog="Example: mesh gateway run envoy --listen 0.0.0.0:8080 --secrets-dir /run/secrets shop.binpb")
@@ -155,7 +153,8 @@ def envoy(
     version: Version = "1",
     server: Server = None,
     insecure: Insecure = False,
-    log_level: Level = "info",
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
 ) -> None:
     """Run an Envoy as REST edge until Ctrl-C or SIGTERM. It writes where it listens once it obeys the policy.
 
@@ -200,10 +199,10 @@ def envoy(
         concurrency=concurrency,
         drain_time=drain_time,
     )
-    _start_logging(log_level)
     api = _load(files, proto_paths)
     try:
-        asyncio.run(run_envoy(api, options))
+        with logged(service or edge, "", log_level, log_format):
+            asyncio.run(run_envoy(api, options))
     finally:
         if start and admin is None:
             _remove_socket(_socket(place), place)
@@ -283,7 +282,8 @@ def kong(
     version: Version = "1",
     server: Server = None,
     insecure: Insecure = False,
-    log_level: Level = "info",
+    log_level: LogLevel = "info",
+    log_format: LogFormat = None,
 ) -> None:
     """Tell a Kong without a database what to do, until Ctrl-C or SIGTERM. Kong is started and ended by others.
 
@@ -317,9 +317,9 @@ def kong(
         roots_file=roots_file,
         consul=consul,
     )
-    _start_logging(log_level)
     api = _load(files, proto_paths)
-    asyncio.run(run_kong(api, options))
+    with logged(service or edge, "", log_level, log_format):
+        asyncio.run(run_kong(api, options))
 
 
 def _load(files: list[Path], proto_paths: list[Path] | None) -> Api:
@@ -375,10 +375,6 @@ def _remove_socket(socket: Path, place: Path) -> None:
         socket.unlink(missing_ok=True)
         if socket.parent != place:
             socket.parent.rmdir()
-
-
-def _start_logging(level: Literal["debug", "info", "warning", "error"]) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def _words(error: ValueError) -> str:

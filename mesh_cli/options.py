@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
-from mesh.v1 import admin_pb2
+from mesh.v1 import admin_pb2, operations_pb2
 
 from mesh_cli.client import AdminClient
 from mesh_cli.credentials import (
@@ -19,10 +23,12 @@ from mesh_cli.credentials import (
 )
 from mesh_cli.output import age, write_warning
 from mesh_client.addresses import CONTROL_PLANE_VARIABLE, parse_control_planes
-from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
+from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.model import check_service_name
 
 DEFAULT_CONTROL_PLANE = "127.0.0.1:7070"
+
+Answer = TypeVar("Answer")
 
 _EXPIRES_SOON = 0.9
 """Share of the life of an operator's certificate after which every command says that it ends."""
@@ -77,14 +83,50 @@ def complete_edge(context: typer.Context, incomplete: str) -> list[str]:
     return [item.edge for item in _status(context).edges if item.edge.startswith(incomplete)]
 
 
+def complete_process(context: typer.Context, incomplete: str) -> list[str]:
+    """The same for the processes of the service that was named."""
+    request = operations_pb2.ListProcessesRequest(service=context.params.get("service") or "")
+    answer = _ask(
+        context,
+        lambda client: client.call(client.operations.ListProcesses, request),
+        operations_pb2.ListProcessesResponse(),
+    )
+    names = [name for process in answer.processes for name in process.instances[:1]]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_endpoint(context: typer.Context, incomplete: str) -> list[str]:
+    """The same for the endpoints of the service that was named."""
+    request = admin_pb2.ListEndpointsRequest(service=context.params.get("service") or "")
+    answer = _ask(
+        context, lambda client: client.call(client.stub.ListEndpoints, request), admin_pb2.ListEndpointsResponse()
+    )
+    return [item.endpoint.id for item in answer.endpoints if item.endpoint.id.startswith(incomplete)]
+
+
 def _status(context: typer.Context) -> admin_pb2.GetStatusResponse:
-    addresses = context.params.get("control_plane") or DEFAULT_CONTROL_PLANE
+    return _ask(
+        context,
+        lambda client: client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest()),
+        admin_pb2.GetStatusResponse(),
+    )
+
+
+def _ask(context: typer.Context, question: Callable[[AdminClient], Answer], nothing: Answer) -> Answer:
+    """What the control plane answers at once; ``nothing`` otherwise, for whatever reason.
+
+    Whoever presses the tabulator key must not get a traceback, nor a message in the middle of the line.
+    """
+    addresses = context.params.get("control_plane") or os.environ.get(CONTROL_PLANE_VARIABLE) or DEFAULT_CONTROL_PLANE
     try:
-        insecure = bool(context.params.get("insecure"))
-        with connect(addresses, _COMPLETION_TIMEOUT, context.params.get("operator"), insecure=insecure) as client:
-            return client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
-    except MeshError:
-        return admin_pb2.GetStatusResponse()
+        with contextlib.redirect_stderr(io.StringIO()):
+            insecure = bool(context.params.get("insecure"))
+            shown = credentials(context.params.get("operator"), insecure=insecure)
+            # The first answers, or nobody in time: each that does not would take all of it.
+            with AdminClient(addresses.split(",")[:1], _COMPLETION_TIMEOUT, shown) as client:
+                return question(client)
+    except Exception:
+        return nothing
 
 
 Insecure = Annotated[
@@ -151,18 +193,37 @@ Operator = Annotated[
 
 
 def connect(control_plane: str, timeout: float, operator: Path | None, *, insecure: bool) -> AdminClient:
-    """The client that the options ask for; it connects when it is first used.
+    """The client that the options ask for, of the first control plane that can be reached; it connects when first used.
 
     Raises:
         ConfigError: there are no operator's credentials, or they are of no use.
     """
+    return AdminClient(control_plane.split(","), timeout, credentials(operator, insecure=insecure))
+
+
+def connect_each(control_plane: str, timeout: float, operator: Path | None, *, insecure: bool) -> list[AdminClient]:
+    """A client of each control plane, for what each of them knows only a part of.
+
+    Raises:
+        ConfigError: there are no operator's credentials, or they are of no use.
+    """
+    shown = credentials(operator, insecure=insecure)
+    return [AdminClient([address], timeout, shown) for address in control_plane.split(",")]
+
+
+def credentials(operator: Path | None, *, insecure: bool) -> OperatorCredentials | None:
+    """The operator's credentials; None for plaintext. Warns if they end soon.
+
+    Raises:
+        ConfigError: there are none, or they are of no use.
+    """
     if insecure:
-        return AdminClient(control_plane.split(","), timeout)
-    credentials = OperatorCredentials.load(operator or default_operator_directory())
-    validity = credentials.credential.validity
+        return None
+    loaded = OperatorCredentials.load(operator or default_operator_directory())
+    validity = loaded.credential.validity
     if validity.age(now := time.time()) > _EXPIRES_SOON:
         write_warning(
             f"your operator's certificate ends in {age(validity.not_after - now)}; make a new one with "
-            f"`mesh operator create {credentials.credential.principal.name}` where the control plane runs"
+            f"`mesh operator create {loaded.credential.principal.name}` where the control plane runs"
         )
-    return AdminClient(control_plane.split(","), timeout, credentials)
+    return loaded

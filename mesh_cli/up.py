@@ -70,6 +70,7 @@ Try in another terminal:
   mesh endpoints orders
   mesh policy get orders
   mesh policy check reviews shop.v1.PaymentService/Charge
+  mesh logs orders --follow
   mesh ca status           # who is who, with every certificate{rest}
   kill -9 {victim.process.pid}       # {victim.name} dies
   kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on

@@ -12,6 +12,7 @@ from mesh_client.core.caller import Caller
 from mesh_client.errors import IdentityError, MeshError, MeshErrorDetail, MeshRpcError, Reason
 from mesh_client.grpc_log import adopt_grpc_log
 from mesh_client.identity import IdentityState
+from mesh_client.logs import Logs, configure_logs
 from mesh_client.mesh import Mesh, connect
 from mesh_client.mesh_state import MeshState
 from mesh_client.server import server
@@ -25,6 +26,7 @@ __all__ = [
     "Caller",
     "IdentityError",
     "IdentityState",
+    "Logs",
     "Mesh",
     "MeshError",
     "MeshErrorDetail",
@@ -35,6 +37,7 @@ __all__ = [
     "Reason",
     "ServerStatus",
     "adopt_grpc_log",
+    "configure_logs",
     "connect",
     "current_caller",
     "hash_key",

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import grpc.aio
@@ -27,17 +27,15 @@ from mesh_client.core.retry import PUSHBACK_KEY
 from mesh_client.core.served import NOBODY, ServedBook
 from mesh_client.core.tally import Tally
 from mesh_client.guard import Guard, Refusal
+from mesh_client.handlers import WrappingHandler, parts, wrap_methods
 from mesh_client.servicer_context import CallContext, SyncContext, status_details, status_name
 
 if TYPE_CHECKING:
+    from mesh_client.handlers import Handler
     from mesh_client.tracing import ServedCall, Tracing
-
-    Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
 SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
-
-_MAX_WRAPPED_METHODS = 1000
 
 
 class _Method:
@@ -97,11 +95,11 @@ class Admission:
 
     def wrap_generic(self, handler: grpc.GenericRpcHandler) -> grpc.GenericRpcHandler:
         """A handler that admits the calls of every method that ``handler`` finds."""
-        return _AdmittingGenericHandler(self, handler)
+        return WrappingHandler(self.wrap, handler)
 
     def wrap_methods(self, service_name: str, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
         """Handlers by method name, each admitting its calls."""
-        return {name: self.wrap(f"/{service_name}/{name}", handler) for name, handler in handlers.items()}
+        return wrap_methods(self.wrap, service_name, handlers)
 
     def wrap(self, method: str, handler: Handler) -> Handler:
         """One handler that admits its calls. It stays what it was: coroutine, generator or plain function.
@@ -110,7 +108,7 @@ class Admission:
             method: full name with leading slash.
             handler: the handler.
         """
-        make, behavior = _kind(handler)
+        make, behavior = parts(handler)
         wrapped: Callable[..., Any]
         served = _Method(method, None if method in HEALTH_METHODS else self.book.of(method))
         if inspect.isasyncgenfunction(behavior):
@@ -353,43 +351,6 @@ class Admission:
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
-
-
-class _AdmittingGenericHandler(grpc.GenericRpcHandler):
-    """Wraps what another generic handler finds. What it finds again for a method is not wrapped again."""
-
-    def __init__(self, admission: Admission, handler: grpc.GenericRpcHandler) -> None:
-        self._admission = admission
-        self._handler = handler
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
-        found = self._handler.service(handler_call_details)
-        if found is None:
-            return None
-        method = handler_call_details.method
-        known = self._wrapped.get(method)
-        if known is not None and known[0] is found:
-            return known[1]
-        if len(self._wrapped) >= _MAX_WRAPPED_METHODS:  # a proxy that serves whatever method it is asked for
-            self._wrapped.clear()
-        wrapped = self._admission.wrap(method, found)
-        self._wrapped[method] = (found, wrapped)
-        return wrapped
-
-
-def _kind(handler: Handler) -> tuple[Callable[..., Handler], Callable[..., Any]]:
-    """How to make a handler of the same kind of RPC, and the function in this one."""
-    make: Callable[..., Handler]
-    if handler.request_streaming and handler.response_streaming:
-        make, behavior = grpc.stream_stream_rpc_method_handler, handler.stream_stream
-    elif handler.request_streaming:
-        make, behavior = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-    elif handler.response_streaming:
-        make, behavior = grpc.unary_stream_rpc_method_handler, handler.unary_stream
-    else:
-        make, behavior = grpc.unary_unary_rpc_method_handler, handler.unary_unary
-    return make, cast("Callable[..., Any]", behavior)
 
 
 def _inbound_call(context: CallContext, caller: Caller | None, tally: Tally | None) -> InboundCall:

@@ -53,7 +53,8 @@ class Discovery:
         applied: awaited before endpoints are acknowledged, for a store that holds what is applied elsewhere. It may
             take as long as it does: meanwhile the control plane joins further changes into one, and drains wait, until
             their deadline, for this client. Cancelled when the stream ends.
-        beside: what else there is to do on the channel of a stream that is answered; cancelled when that ends.
+        beside: what else there is to do on the channel of a stream that is answered; cancelled when that ends. Must not
+            raise.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Discovery:
         *,
         transport: Transport,
         applied: Applied | None = None,
-        beside: Callable[[grpc.aio.Channel], Coroutine[object, object, None]] | None = None,
+        beside: Sequence[Callable[[grpc.aio.Channel], Coroutine[object, object, None]]] = (),
     ) -> None:
-        self._beside = beside
+        self._beside = tuple(beside)
         self._addresses = tuple(addresses)
         self._node = node
         self._store = store
@@ -136,13 +137,13 @@ class Discovery:
     async def _follow(self, address: str) -> bool:
         """Follows one stream to its end; whether it brought a response."""
         answered = False
-        beside: asyncio.Task[None] | None = None
+        beside: list[asyncio.Task[None]] = []
         channel = self._transport.open_channel(address, CONTROL_PLANE, STREAM_OPTIONS)
         try:
             async for update in self._updates(channel):
                 if not answered:
                     answered = True
-                    beside = None if self._beside is None else asyncio.create_task(self._beside(channel))
+                    beside = [asyncio.create_task(each(channel)) for each in self._beside]
                     self.failures = 0
                     self.detail = f"{address} connected"
                     log.info("discovery stream to %s is open", address)
@@ -171,9 +172,9 @@ class Discovery:
             self._lost(address, f"{type(error).__name__}: {error}", answered)
         finally:
             self._close_stream()
-            if beside is not None:
-                beside.cancel()
-                await asyncio.gather(beside, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             await channel.close()
         return answered
 

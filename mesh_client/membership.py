@@ -56,6 +56,7 @@ class Membership:
     ) -> None:
         self._settings = settings
         self._transport = transport
+        self._mesh = mesh
         self._policy = policy
         self._apply = apply
         self._rng = rng
@@ -84,6 +85,8 @@ class Membership:
         """
         self._registrar = self._make_registrar(endpoint)
         self._registrar.report(verdict)
+        if self._mesh is not None:
+            self._mesh.known_as(endpoint.id)
         if self._policy is not None:
             self._apply(self._policy)
             self._policies.report_load()

@@ -16,6 +16,8 @@ import grpc.aio
 from mesh.v1 import discovery_pb2, endpoint_pb2
 
 from mesh_client.addresses import parse_control_planes
+from mesh_client.attendance import Attendance
+from mesh_client.attendance import wanted as attendance_wanted
 from mesh_client.channel import MeshChannel
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.metric import MetricSet
@@ -27,6 +29,7 @@ from mesh_client.discovery import Applied
 from mesh_client.disk_cache import DiskCache, default_directory
 from mesh_client.identity.settings import identity_settings
 from mesh_client.interceptors import intercepted
+from mesh_client.logs import name_logs
 from mesh_client.mesh_state import MeshState, service_state
 from mesh_client.metrics_server import SHARED, Leave, MetricsServer
 from mesh_client.observed import CLIENTS
@@ -171,6 +174,11 @@ class Mesh:
             InvalidValueError: the name is not a DNS label.
         """
         return self._resolver.watch_endpoints(service, callback)
+
+    def known_as(self, instance_id: str) -> None:
+        """Operators call this process by the id of an endpoint that it serves, too. A server of it says so."""
+        if self._resolver.attendance is not None:
+            self._resolver.attendance.known_as(instance_id)
 
     def state(self) -> MeshState:
         """What this client knows now."""
@@ -324,6 +332,7 @@ def connect(
         insecure=insecure,
     )
     transport = make_transport(settings)
+    name_logs(service)
     return make_mesh(
         addresses,
         service,
@@ -364,17 +373,19 @@ def make_mesh(
         locality=endpoint_pb2.Locality(region=locality.region, zone=locality.zone),
         user_agent=USER_AGENT,
     )
+    rng = rng or Random()
     resolver = Resolver(
         addresses,
         node,
         locality,
         cache,
-        rng or Random(),
+        rng,
         clock,
         transport,
         applied=applied,
         tracer_provider=tracer_provider,
         report_interval=report_interval(load_reports),
+        attendance=Attendance(service, node_id, rng) if attendance_wanted() else None,
     )
     return Mesh(resolver, node_id, service, clock)
 

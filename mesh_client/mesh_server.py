@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
+from mesh_client.access_log import AccessLog
 from mesh_client.addresses import HostPort, address_towards, parse_host_port
 from mesh_client.admission import Admission
 from mesh_client.core.errors import ConfigError, IdentityError, InvalidTransitionError, MeshError
@@ -76,6 +77,8 @@ class MeshServer(grpc.aio.Server):
         self._tracer_provider = tracer_provider
         tracing = choose_tracing(settings.service, tracer_provider, settings.endpoint.id)
         self._admission = Admission(rng, self._guard, tracing)
+        rate = settings.access_log
+        self._access_log = None if rate is None else AccessLog(rate, self._guard, rng)
         self._membership = Membership(settings, transport, mesh, policy, self._admission.apply, rng, load=self)
         self._exits = contextlib.AsyncExitStack()
         self._service_names: list[str] = []
@@ -97,7 +100,10 @@ class MeshServer(grpc.aio.Server):
         for handler in handlers:
             if isinstance(handler, grpc.ServiceRpcHandler):
                 self._add_name(handler.service_name())
-        self._inner.add_generic_rpc_handlers([self._admission.wrap_generic(handler) for handler in handlers])
+        wrapped = [self._admission.wrap_generic(handler) for handler in handlers]
+        if self._access_log is not None:
+            wrapped = [self._access_log.wrap_generic(handler) for handler in wrapped]
+        self._inner.add_generic_rpc_handlers(wrapped)
 
     def add_registered_method_handlers(
         self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
@@ -105,6 +111,8 @@ class MeshServer(grpc.aio.Server):
         """Adds handlers by method name, as generated code does. Only before the start."""
         self._add_name(service_name)
         wrapped = self._admission.wrap_methods(service_name, method_handlers)
+        if self._access_log is not None:
+            wrapped = self._access_log.wrap_methods(service_name, wrapped)
         self._inner.add_registered_method_handlers(service_name, wrapped)
 
     def add_insecure_port(self, address: str) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mesh.v1 import discovery_pb2
 
+from mesh_client.attendance import Attendance
 from mesh_client.context import CALLER_METADATA_KEY
 from mesh_client.core.balancer import Node
 from mesh_client.core.breaker import BreakerState
@@ -59,6 +60,7 @@ class Resolver:
         transport: opens every channel; started and stopped with this.
         applied: awaited before endpoints are acknowledged, if they are for something that has to be told of them.
         tracer_provider: makes spans; by default the process's.
+        attendance: keeps the process at hand for operators; None for not at all.
         report_interval: seconds between load reports; 0 for none.
 
     Attributes:
@@ -77,10 +79,12 @@ class Resolver:
         *,
         applied: Applied | None = None,
         tracer_provider: TracerProvider | None = None,
+        attendance: Attendance | None = None,
         report_interval: float = 0.0,
     ) -> None:
         self.transport = transport
         self.addresses = tuple(addresses)
+        self.attendance = attendance
         self._tracer_provider = tracer_provider
         self._clock = clock
         self._node = node
@@ -115,7 +119,7 @@ class Resolver:
             self._stream_changed,
             transport=transport,
             applied=applied,
-            beside=None if self.reports is None else self.reports.run,
+            beside=[each for each in (attendance and attendance.attend, self.reports and self.reports.run) if each],
         )
 
     @property
@@ -174,6 +178,8 @@ class Resolver:
             await target.close()
         if self._sender is not None:
             await self._sender.stop()  # last: the spans of calls that were cancelled are among those that it sends
+        if self.attendance is not None:
+            self.attendance.close()
         self._unsubscribe()
         await self.transport.stop()
 

@@ -15,10 +15,12 @@ import grpc
 import grpc.aio
 
 from mesh_client import grpc_makers
+from mesh_client.access_log import access_log_rate
 from mesh_client.addresses import HostPort, Registry, parse_control_planes, parse_host_port, parse_registry
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Locality, check_address, check_service_name
 from mesh_client.identity.settings import identity_settings
+from mesh_client.logs import name_logs
 from mesh_client.mesh import DEFAULT_CONTROL_PLANE
 from mesh_client.server_settings import ServerSettings
 from mesh_client.transport import SERVER_OPTIONS, Transport, merge_options
@@ -68,6 +70,7 @@ def server(
     migration_thread_pool: Executor | None = None,
     compression: grpc.Compression | None = None,
     reflection: bool = True,
+    access_log: float | None = None,
     mesh: Mesh | None = None,
     policy: ServicePolicy | None = None,
     tracer_provider: TracerProvider | None = None,
@@ -112,6 +115,8 @@ def server(
         migration_thread_pool: as for `grpc.aio.server`.
         compression: as for `grpc.aio.server`.
         reflection: whether to serve gRPC reflection.
+        access_log: share of successful calls that are logged, 0 to 1, beside every failed one, by the logger
+            ``mesh_client.access``; by default MESH_ACCESS_LOG, else there is no access log.
         mesh: a client of the same service, whose identity the server shares and through which it reads its policy; by
             default it has its own.
         policy: a fixed policy in place of the control plane's.
@@ -145,6 +150,7 @@ def server(
         grace=_seconds("grace", grace, 0.0, 86_400.0),
         check_interval=_seconds("check_interval", check_interval, 0.05, 60.0),
         reflection=reflection,
+        access_log=access_log_rate(access_log),
     )
     age = _seconds("max_connection_age", max_connection_age, 1.0, 86_400.0)
     age_grace = _seconds("max_connection_age_grace", max_connection_age_grace, 0.0, 86_400.0)
@@ -177,6 +183,7 @@ def server(
         options=merge_options([*SERVER_OPTIONS, *ages], options),
         compression=compression,
     )
+    name_logs(service, settings.endpoint.id)
     from mesh_client.mesh_server import MeshServer  # only now is it certain that the server extra is there
 
     if tracer_provider is None and mesh is not None:

@@ -23,3 +23,5 @@ class ServerSettings:
     grace: float
     check_interval: float
     reflection: bool
+    access_log: float | None
+    """Share of successful calls that is logged; None for no access log."""

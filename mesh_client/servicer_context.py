@@ -61,6 +61,11 @@ class SyncContext:
         self._code, self._details = code, details
         self._context.abort(code, details, trailing_metadata)
 
+    def abort_with_status(self, status: Any) -> None:
+        """Ends the call."""
+        self._code, self._details = status.code, status.details
+        self._context.abort_with_status(status)
+
 
 _CODES: dict[Any, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 

@@ -89,11 +89,16 @@ def _rule(files: str, ours: str, libraries: str | None = None, *, pure: bool = F
 
 _PURE_CONTROL_PLANE = " ".join(
     [
-        *(path.removesuffix(".py").replace("/", ".") for path in PURE if "*" not in path),
+        *(
+            path.removesuffix(".py").replace("/", ".")
+            for path in PURE
+            if "*" not in path and not path.startswith("mesh_cli/")
+        ),
         "control_plane.sources.StoredDocument",  # a value; the package holds protocols too, and every source
     ]
 )
 _PURE_GATEWAY = " ".join(path.removesuffix(".py").replace("/", ".") for path in PURE if path.startswith("gateway/"))
+_PURE_CLI = " ".join(path.removesuffix(".py").replace("/", ".") for path in PURE if path.startswith("mesh_cli/"))
 _PURE_LIBRARIES = {
     # descriptors are values, and protobuf does no I/O for them
     **{path: "google" for path in PURE if path.startswith("gateway/")},
@@ -124,6 +129,12 @@ RULES = (
         _rule(path, f"{_PURE_GATEWAY} mesh_client.core", _PURE_LIBRARIES[path], pure=True)
         for path in PURE
         if path.startswith("gateway/")
+    ),
+    # messages are values, as they are in rules of the gateway
+    *(
+        _rule(path, f"{_PURE_CLI} mesh_client.core mesh", "", pure=True)
+        for path in PURE
+        if path.startswith("mesh_cli/")
     ),
     _rule("mesh_client/*", "mesh_client mesh"),
     _rule("control_plane/*", "control_plane mesh_client.core mesh"),

@@ -193,6 +193,12 @@ class CertificateAuthority:
 
     # -- servers
 
+    @property
+    def own_certificate_expires(self) -> float | None:
+        """When the control plane's own certificate ends, seconds since the epoch; None before the first one."""
+        leaf = self._own.leaf
+        return None if leaf is None else leaf.expires
+
     def enrolment_credentials(self) -> grpc.ServerCredentials:
         """For the enrolment port: the server alone shows a certificate."""
         return self._own.enrolment_credentials()

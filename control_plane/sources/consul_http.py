@@ -59,6 +59,8 @@ class ConsulAnswer:
     """For the next blocking query; None without one."""
     body: object
     """Decoded JSON; None when not found."""
+    date: str = ""
+    """The agent's clock, as HTTP has it; empty where it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,13 +307,13 @@ class ConsulReader:
         index = response.headers.get("X-Consul-Index", "")
         number = int(index) if index.isdecimal() and len(index) < 20 else None
         if response.status == 404:
-            return ConsulAnswer(found=False, index=number, body=None)
+            return ConsulAnswer(found=False, index=number, body=None, date=response.headers.get("Date", ""))
         try:
             # Large catalogs take tens of milliseconds; the event loop has streams to serve meanwhile.
             decoded: object = await asyncio.to_thread(json.loads, body) if len(body) > 500_000 else json.loads(body)
         except (ValueError, RecursionError):
             raise ConsulError(Failure.MALFORMED, f"{where} something that is not JSON: {body[:80]!r}") from None
-        return ConsulAnswer(found=True, index=number, body=decoded)
+        return ConsulAnswer(found=True, index=number, body=decoded, date=response.headers.get("Date", ""))
 
     def _leave(self, address: ConsulAddress) -> None:
         if address != self.address:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from control_plane.catalog import EndpointRecord
+from control_plane.catalog_service import EndpointRecord
 from control_plane.telemetry.recorder import CalledState, Reporter
 from control_plane.telemetry.stats import Stats
 from control_plane.telemetry.traffic import Failures

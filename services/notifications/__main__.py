@@ -7,7 +7,6 @@ from shop.v1.notifications_pb2_grpc import add_NotificationServiceServicer_to_se
 
 import mesh_client
 from services.common.database import Database
-from services.common.logs import set_up_logs
 from services.common.process import run
 from services.common.settings import Settings
 from services.notifications.service import NotificationService
@@ -17,8 +16,7 @@ from services.notifications.store import SCHEMA, NotificationStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("notifications")
-    mesh_client.adopt_grpc_log()
-    set_up_logs(settings.instance)
+    mesh_client.configure_logs(service="notifications", instance=settings.instance, grpc=True)
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="notifications") as mesh:
         service = NotificationService(NotificationStore(database))
         events = mesh.events(outbox=settings.database)

@@ -6,7 +6,6 @@ from shop.v1.orders_pb2_grpc import add_OrderServiceServicer_to_server
 
 import mesh_client
 from services.common.database import Database
-from services.common.logs import set_up_logs
 from services.common.process import run
 from services.common.settings import Settings
 from services.orders.service import OrderService
@@ -16,8 +15,7 @@ from services.orders.store import SCHEMA, OrderStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("orders")
-    mesh_client.adopt_grpc_log()
-    set_up_logs(settings.instance)
+    mesh_client.configure_logs(service="orders", instance=settings.instance, grpc=True)
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="orders") as mesh:
         server = mesh_client.server(
             "orders", mesh=mesh, address=settings.address, instance_id=settings.instance, weight=settings.weight

@@ -6,7 +6,6 @@ from shop.v1.payments_pb2_grpc import add_PaymentServiceServicer_to_server
 
 import mesh_client
 from services.common.database import Database
-from services.common.logs import set_up_logs
 from services.common.process import run
 from services.common.settings import Settings
 from services.payments.outage import Outage
@@ -17,8 +16,7 @@ from services.payments.store import SCHEMA, PaymentStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("payments")
-    mesh_client.adopt_grpc_log()
-    set_up_logs(settings.instance)
+    mesh_client.configure_logs(service="payments", instance=settings.instance, grpc=True)
     outage = Outage()
     outage.listen()
     async with Database(settings.database, SCHEMA) as database:

@@ -7,7 +7,6 @@ from shop.v1.shipping_pb2_grpc import add_ShippingServiceServicer_to_server
 
 import mesh_client
 from services.common.database import Database
-from services.common.logs import set_up_logs
 from services.common.process import run
 from services.common.settings import Settings
 from services.shipping.service import ShippingService
@@ -17,8 +16,7 @@ from services.shipping.store import SCHEMA, ShipmentStore
 async def main() -> int:
     """Serves until SIGTERM; returns the exit code."""
     settings = Settings.from_environment("shipping")
-    mesh_client.adopt_grpc_log()
-    set_up_logs(settings.instance)
+    mesh_client.configure_logs(service="shipping", instance=settings.instance, grpc=True)
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="shipping") as mesh:
         events = mesh.events(outbox=settings.database)
         service = ShippingService(ShipmentStore(database), events)

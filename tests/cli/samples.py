@@ -253,6 +253,7 @@ def inventory_endpoints() -> admin_pb2.ListEndpointsResponse:
         *,
         weight: int = 0,
         held: bool = False,
+        drained_by: str = "",
         locality: endpoint_pb2.Locality | None = None,
         metadata: dict[str, str] | None = None,
     ) -> admin_pb2.EndpointStatus:
@@ -269,6 +270,7 @@ def inventory_endpoints() -> admin_pb2.ListEndpointsResponse:
             source="consul",
             age=span(age),
             held=held,
+            drained_by=drained_by,
         )
 
     return admin_pb2.ListEndpointsResponse(
@@ -289,5 +291,12 @@ def inventory_endpoints() -> admin_pb2.ListEndpointsResponse:
             endpoint(3, "10.0.1.6", endpoint_pb2.HEALTH_STATUS_UNHEALTHY, 9.94),
             endpoint(4, "10.0.1.7", endpoint_pb2.HEALTH_STATUS_DRAINING, 0.05),
             endpoint(5, "inventory.internal", endpoint_pb2.HEALTH_STATUS_HEALTHY, 312, held=True),
+            endpoint(
+                6,
+                "10.0.1.9",
+                endpoint_pb2.HEALTH_STATUS_DRAINING,
+                86,
+                drained_by="spiffe://mesh.internal/operator/alice",
+            ),
         ],
     )

@@ -12,13 +12,14 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from mesh.v1 import admin_pb2, authority_pb2, trace_pb2, traffic_pb2
+from mesh.v1 import admin_pb2, authority_pb2, operations_pb2, trace_pb2, traffic_pb2
 
 _SERVICES = (
     (admin_pb2, "AdminService"),
     (authority_pb2, "AuthorityService"),
     (trace_pb2, "TraceQueryService"),
     (traffic_pb2, "TrafficService"),
+    (operations_pb2, "OperationsService"),
 )
 
 

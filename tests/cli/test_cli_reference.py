@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import COMMANDS
 from tests.cli.conftest import GOLDEN, Run
-from tests.cli.test_help import COMMANDS
 
-REFERENCE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+REFERENCE = (DOCS / "cli.md").read_text(encoding="utf-8")
 
 EXAMPLES = {
     "mesh status": ["status_healthy.txt", "status_troubled.txt"],
@@ -30,6 +31,11 @@ EXAMPLES = {
     "mesh edge apply --dry-run public.yaml": ["edge_dry_run.txt"],
     "mesh edge list": ["edge_list.txt"],
     "mesh token list": ["token_list.txt"],
+    "mesh check": ["check.txt"],
+    "mesh drain orders orders-1": ["drain.txt"],
+    "mesh logs orders": ["logs.txt"],
+    "mesh logs level orders debug --logger shop --for 90s": ["logs_level.txt"],
+    "mesh logs list": ["logs_list.txt"],
     "mesh ca status": ["ca_status.txt"],
     "mesh policy check orders shop.v1.PaymentService/Charge": ["policy_check_allowed.txt"],
     "mesh policy check refunds shop.v1.PaymentService/Charge": ["policy_check_denied.txt"],
@@ -44,6 +50,7 @@ def test_example_outputs_are_the_golden_ones(command: str, files: list[str]) -> 
 
 @pytest.mark.parametrize("command", COMMANDS[1:], ids=" ".join)
 def test_every_command_and_option_is_mentioned(command: tuple[str, ...], run: Run) -> None:
-    assert f"mesh {' '.join(command)}" in REFERENCE
+    reference = (DOCS / "gateway.md").read_text(encoding="utf-8") if command[0] == "gateway" else REFERENCE
+    assert f"mesh {' '.join(command)}" in reference
     options = set(re.findall(r"(?<![\w`-])--[a-z][a-z-]+", run(*command, "--help").stdout)) - {"--help"}
-    assert {option for option in options if f"`{option}" not in REFERENCE} == set()
+    assert {option for option in options if f"`{option}" not in reference and f"`{option}" not in REFERENCE} == set()

@@ -6,61 +6,9 @@ import sys
 import pytest
 
 from tests.cli import samples
+from tests.cli.commands import COMMANDS
 from tests.cli.conftest import Run
 from tests.cli.scripted import ScriptedAdmin
-
-COMMANDS = [
-    (),
-    ("control-plane",),
-    ("status",),
-    ("endpoints",),
-    ("top",),
-    ("tap",),
-    ("explain",),
-    ("diff",),
-    ("trace",),
-    ("demo",),
-    ("up",),
-    ("policy",),
-    ("policy", "apply"),
-    ("policy", "validate"),
-    ("policy", "get"),
-    ("policy", "list"),
-    ("policy", "delete"),
-    ("policy", "check"),
-    ("policy", "schema"),
-    ("edge",),
-    ("edge", "apply"),
-    ("edge", "validate"),
-    ("edge", "get"),
-    ("edge", "list"),
-    ("edge", "delete"),
-    ("edge", "schema"),
-    ("events",),
-    ("events", "credentials"),
-    ("events", "status"),
-    ("events", "dead"),
-    ("events", "dead", "list"),
-    ("events", "dead", "show"),
-    ("events", "dead", "replay"),
-    ("events", "dead", "purge"),
-    ("removals",),
-    ("removals", "confirm"),
-    ("operator",),
-    ("operator", "create"),
-    ("token",),
-    ("token", "create"),
-    ("token", "list"),
-    ("token", "revoke"),
-    ("ca",),
-    ("ca", "status"),
-    ("ca", "roots"),
-    ("ca", "revoke"),
-    ("ca", "rotate"),
-    ("ca", "rotate", "add"),
-    ("ca", "rotate", "overlap"),
-    ("ca", "rotate", "retire"),
-]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -78,42 +26,6 @@ def test_wrong_use_is_exit_code_2(command: tuple[str, ...], run: Run) -> None:
 def test_the_version_is_shown(run: Run) -> None:
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, "grpc-mesh 0.1.0\n")
-
-
-@pytest.mark.parametrize("words", ["mesh endpoints ", "mesh endpoints o"])
-def test_the_shell_completes_names_of_services(
-    words: str, run: Run, admin: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mesh_cli.options._COMPLETION_TIMEOUT", 30.0)
-    admin.answers["GetStatus"] = samples.healthy_status()
-    assert _completions(words, admin.address, monkeypatch) == (
-        ["inventory", "orders"] if words.endswith(" ") else ["orders"]
-    )
-
-
-def test_the_shell_completes_names_of_edges(run: Run, admin: ScriptedAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh_cli.options._COMPLETION_TIMEOUT", 30.0)
-    admin.answers["GetStatus"] = samples.troubled_status()
-    assert _completions("mesh edge get p", admin.address, monkeypatch) == ["public", "partners"]
-
-
-def test_the_shell_completes_nothing_without_a_control_plane(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _completions("mesh endpoints ", nobody, monkeypatch) == []
-
-
-def _completions(words: str, address: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What bash is told when the tabulator key is pressed after ``words``."""
-    from typer.testing import CliRunner
-
-    from mesh_cli.app import app
-
-    environment = {
-        "_MESH_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split(" ")) - 1),
-        "MESH_CONTROL_PLANE": address,
-    }
-    return CliRunner(env=environment).invoke(app, [], prog_name="mesh").stdout.split()
 
 
 def test_the_command_runs_as_a_process_and_as_a_module(admin: ScriptedAdmin) -> None:

@@ -7,6 +7,7 @@ import pytest
 from control_plane.catalog import Catalog, CatalogSettings
 from control_plane.events import (
     EndpointDrained,
+    EndpointUndrained,
     Registration,
     ServiceObserved,
     ServiceVanished,
@@ -200,6 +201,72 @@ class TestDrains:
         view = catalog.view(2.0)
         assert view.hold is None
         assert view.services["orders"].records == ()
+
+
+class TestDrainsByOperators:
+    DRAIN = EndpointDrained("orders", "1", "alice", 1000.0)
+    UNDRAIN = EndpointUndrained("orders", "1")
+
+    def test_one_is_not_published_until_it_is_taken_back(self, catalog: Catalog) -> None:
+        catalog.apply(observed("1", "2"), 0.0)
+        assert catalog.apply(self.DRAIN, 1.0)
+        assert not catalog.apply(self.DRAIN, 2.0)
+        assert published(catalog, 2.0) == ["2"]
+        first, second = catalog.view(2.0).services["orders"].records
+        assert (first.drained_by, first.endpoint.health) == ("alice", Health.DRAINING)
+        assert (second.drained_by, second.endpoint.health) == ("", Health.HEALTHY)
+        assert catalog.apply(self.UNDRAIN, 3.0)
+        assert not catalog.apply(self.UNDRAIN, 3.0)
+        assert published(catalog, 3.0) == ["1", "2"]
+
+    def test_what_asked_itself_to_leave_is_not_taken_back(self, catalog: Catalog) -> None:
+        catalog.apply(observed("1"), 0.0)
+        catalog.apply(EndpointDrained("orders", "1"), 1.0)
+        assert not catalog.apply(self.DRAIN, 2.0)
+        assert not catalog.apply(self.UNDRAIN, 3.0)
+        assert published(catalog, 3.0) == []
+
+    def test_one_that_asks_itself_is_an_operators_no_more(self, catalog: Catalog) -> None:
+        catalog.apply(observed("1"), 0.0)
+        catalog.apply(self.DRAIN, 1.0)
+        assert catalog.apply(EndpointDrained("orders", "1"), 2.0)
+        assert catalog.operator_drains() == []
+        assert not catalog.apply(self.UNDRAIN, 3.0)
+
+    def test_bad_health_does_not_end_it_but_another_process_does(self, catalog: Catalog) -> None:
+        catalog.apply(observed("1"), 0.0)
+        catalog.apply(self.DRAIN, 1.0)
+        catalog.apply(ServiceObserved(A, "orders", endpoints("1", health=Health.UNHEALTHY)), 2.0)
+        catalog.apply(observed("1"), 3.0)
+        assert published(catalog, 3.0) == []
+        catalog.apply(ServiceObserved(A, "orders", endpoints("1", port=2000)), 4.0)
+        assert published(catalog, 4.0) == ["1"]
+        assert catalog.operator_drains() == []
+
+    @pytest.mark.parametrize("event", [EndpointUndrained("payments", "1"), EndpointUndrained("orders", "9")])
+    def test_there_is_nothing_to_take_back_of_what_is_unknown(self, catalog: Catalog, event: EndpointUndrained) -> None:
+        catalog.apply(observed("1"), 0.0)
+        assert not catalog.apply(event, 1.0)
+
+    def test_it_outlives_a_restart_if_the_endpoint_is_what_it_was(self, catalog: Catalog) -> None:
+        catalog.apply(observed("1", "2", "3"), 0.0)
+        for each in ("1", "2", "3"):
+            catalog.apply(EndpointDrained("orders", each, "alice", 1000.0), 1.0)
+        drains = catalog.operator_drains()
+        assert [(each.service, each.endpoint_id, each.operator, each.at) for each in drains] == [
+            ("orders", each, "alice", 1000.0) for each in ("1", "2", "3")
+        ]
+        again = Catalog()
+        again.restore_drains(drains)
+        assert again.operator_drains() == drains
+        (other,) = endpoints("2", port=2000)
+        again.apply(ServiceObserved(A, "orders", (*endpoints("1"), other)), 0.0)
+        assert published(again, 0.0) == ["2"]
+        assert [each.endpoint_id for each in again.operator_drains()] == ["1", "3"]
+        again.apply(observed("1", "3"), 1.0)
+        assert published(again, 1.0) == []
+        assert again.apply(self.UNDRAIN, 2.0)
+        assert published(again, 2.0) == ["1"]
 
 
 class TestForgetting:

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from control_plane.catalog import Catalog, CatalogSettings
-from control_plane.events import EndpointDrained, Registration, ServiceObserved, ServiceVanished
+from control_plane.events import EndpointDrained, EndpointUndrained, Registration, ServiceObserved, ServiceVanished
 from mesh_client.core.model import Endpoint, Health
 
 SERVICES = st.sampled_from(["orders", "payments"])
@@ -44,6 +44,8 @@ class Fate:
     """Target and registration of what asked to leave."""
     away: bool = False
     """It was not healthy since."""
+    operator: str = ""
+    """Who drained it, unless it asked itself."""
     lost: Endpoint | None = None
     lost_at: float = 0.0
     held: bool = False
@@ -90,16 +92,37 @@ class CatalogModel(RuleBasedStateMachine):
                 self.vanished[service] = self.now
             self.replace(source, service, {}, {})
 
-    @rule(service=SERVICES, endpoint_id=st.sampled_from(IDS))
-    def drain(self, service: str, endpoint_id: str) -> None:
-        self.catalog.apply(EndpointDrained(service, endpoint_id), self.now)
+    @rule(service=SERVICES, endpoint_id=st.sampled_from(IDS), operator=st.sampled_from(["", "", "alice"]))
+    def drain(self, service: str, endpoint_id: str, operator: str) -> None:
+        self.catalog.apply(EndpointDrained(service, endpoint_id, operator), self.now)
         fate = self.fates.get(service, {}).get(endpoint_id, Fate())
         self.leave(fate.live() or fate.held)
         if (endpoint := fate.endpoint()) is not None and fate.drained is None:
             fate.drained = (endpoint.target, fate.registration())
             fate.away = endpoint.health is not Health.HEALTHY
+            fate.operator = operator
+        elif not operator:
+            fate.operator = ""
         fate.lost, fate.held = None, False
         self.end_hold_if_empty()
+
+    @rule(service=SERVICES, endpoint_id=st.sampled_from(IDS))
+    def undrain(self, service: str, endpoint_id: str) -> None:
+        self.catalog.apply(EndpointUndrained(service, endpoint_id), self.now)
+        fate = self.fates.get(service, {}).get(endpoint_id, Fate())
+        if fate.drained is not None and fate.operator:
+            fate.drained = None
+            self.end_hold_if_empty()
+
+    @rule()
+    def what_operators_have_drained_is_known(self) -> None:
+        drains = self.catalog.operator_drains()
+        assert [(each.service, each.endpoint_id) for each in drains] == [
+            (service, endpoint_id)
+            for service in sorted(self.fates)
+            for endpoint_id, fate in sorted(self.fates[service].items())
+            if fate.drained is not None and fate.operator
+        ]
 
     @rule()
     def confirm(self) -> None:
@@ -160,7 +183,8 @@ class CatalogModel(RuleBasedStateMachine):
                 fate.lost, fate.held = None, False
                 healthy = endpoint.health is Health.HEALTHY
                 same = fate.drained == (endpoint.target, fate.registration())
-                if not same or (healthy and fate.away and not fate.registration().of_process):
+                anew = healthy and fate.away and not fate.registration().of_process and not fate.operator
+                if not same or anew:
                     fate.drained = None
                 fate.away = fate.away or not healthy
                 leaving += was_live and endpoint.health is Health.DRAINING

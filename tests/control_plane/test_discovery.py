@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import admin_pb2, discovery_pb2, endpoint_pb2, registry_pb2
 
 from control_plane.discovery import StreamHub
-from control_plane.events import EndpointDrained, SourceConnected
+from control_plane.events import EndpointDrained, EndpointUndrained, SourceConnected
 from control_plane.options import ControlPlaneOptions
 from control_plane.policies import PolicyBook
 from control_plane.publisher import Debounce, Publisher
@@ -365,7 +365,7 @@ class TestDrains:
             assert response.complete
 
     async def test_the_hub_tells_who_was_drained_also_in_process(self) -> None:
-        events: list[EndpointDrained] = []
+        events: list[EndpointDrained | EndpointUndrained] = []
         publisher = Publisher(lambda previous, now: (previous, None), Debounce())
         publisher.open()
         hub = StreamHub(publisher, events.append, "test")

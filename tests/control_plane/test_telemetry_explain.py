@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from control_plane.catalog import EndpointRecord
+from control_plane.catalog_service import EndpointRecord
 from control_plane.subscription import ClientNode
 from control_plane.telemetry.explain import (
     Facts,

@@ -24,6 +24,7 @@ from mesh.v1 import (
     certificate_pb2_grpc,
     discovery_pb2_grpc,
     endpoint_pb2,
+    operations_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
 )
@@ -163,6 +164,10 @@ class Raw:
     @property
     def admin(self) -> admin_pb2_grpc.AdminServiceAsyncStub:
         return admin_pb2_grpc.AdminServiceStub(self.channel)
+
+    @property
+    def operations(self) -> operations_pb2_grpc.OperationsServiceAsyncStub:
+        return operations_pb2_grpc.OperationsServiceStub(self.channel)
 
     @property
     def authority(self) -> authority_pb2_grpc.AuthorityServiceAsyncStub:

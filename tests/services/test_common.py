@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import os
 import sqlite3
 from contextlib import AsyncExitStack
@@ -14,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from services.common.database import Database
-from services.common.logs import JsonFormatter, set_up_logs
 from services.common.settings import Settings
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS things (name TEXT PRIMARY KEY);"
@@ -112,30 +109,3 @@ def test_settings_come_from_the_environment() -> None:
 def test_a_bad_weight_is_refused_by_name(weight: str) -> None:
     with pytest.raises(ValueError, match="SHOP_WEIGHT"):
         Settings.from_environment("orders", {"SHOP_WEIGHT": weight})
-
-
-def test_a_log_line_is_json_with_all_that_the_event_carries() -> None:
-    record = logging.makeLogRecord(
-        {"name": "shop", "levelname": "INFO", "msg": "placed %s", "args": ("x",), "order": "o-1"}
-    )
-    line = json.loads(JsonFormatter("orders-1").format(record))
-    assert line["message"] == "placed x"
-    assert (line["level"], line["instance"], line["order"]) == ("info", "orders-1", "o-1")
-    assert line["time"].endswith("Z")
-
-
-def test_logs_go_to_standard_error_with_exceptions(capsys: pytest.CaptureFixture[str]) -> None:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        set_up_logs("orders-1")
-        try:
-            raise LookupError("lost")
-        except LookupError:
-            logging.getLogger("shop").exception("went wrong")
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-    line = json.loads(capsys.readouterr().err)
-    assert line["message"] == "went wrong"
-    assert "LookupError: lost" in line["exception"]
