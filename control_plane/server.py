@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc.aio
@@ -38,24 +37,20 @@ from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.certificate_authority import CertificateAuthority
-from control_plane.operations.diagnosis import AskConsul, Diagnosis
+from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import OperatorDrains
 from control_plane.operations.own_log import OwnLog
 from control_plane.operations.servicer import OperationsServicer
-from control_plane.options import EMBEDDED, ControlPlaneOptions
+from control_plane.options import ControlPlaneOptions
 from control_plane.policies import PolicyBook
 from control_plane.ports import enrolment_server, mesh_server
 from control_plane.publisher import Debounce, Publisher
 from control_plane.registry import RegistryServicer
+from control_plane.registry_choice import open_registry, remembering
 from control_plane.snapshot import Snapshot, build_snapshot
 from control_plane.sources import PolicyStore, PolicyStoreEvent, Source
-from control_plane.sources.database import Database
-from control_plane.sources.embedded import EmbeddedSource
-from control_plane.sources.embedded_policies import EmbeddedPolicyStore
-from control_plane.sources.last_good import LastGoodPolicies
 from control_plane.telemetry.station import Telemetry
 from control_plane.traces.view import TraceView
-from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
 
@@ -63,54 +58,6 @@ if TYPE_CHECKING:
     from control_plane.metrics_server import MetricsServer
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Registry:
-    """What an operator's choice of registry comes to."""
-
-    source: Source
-    policies: PolicyStore
-    edge_policies: PolicyStore
-    leases: EmbeddedSource | None = None
-    database: Database | None = None
-    ask_consul: AskConsul | None = None
-    """Whether Consul is as it must be."""
-
-
-def _open_registry(options: ControlPlaneOptions) -> _Registry:
-    """The registry; nothing is read or connected yet.
-
-    Raises:
-        ConfigError: Consul's token cannot be read.
-    """
-    if options.registry == EMBEDDED:
-        database = Database(options.data_dir)
-        leases = EmbeddedSource(database)
-        policies, edge_policies = EmbeddedPolicyStore(database), EmbeddedPolicyStore(database, EdgePolicy)
-        return _Registry(leases, policies, edge_policies, leases, database)
-    # These bring in the HTTP client, which the embedded registry does without.
-    from control_plane.sources.consul import ConsulSource
-    from control_plane.sources.consul_diagnosis import diagnose
-    from control_plane.sources.consul_http import ConsulToken, parse_registry
-    from control_plane.sources.consul_policies import ConsulPolicyStore
-
-    addresses = parse_registry(options.registry)
-    file = options.consul_token_file
-    token = ConsulToken(file=file) if file is not None else ConsulToken.find(options.consul_token)
-    return _Registry(
-        ConsulSource(addresses, token),
-        ConsulPolicyStore(addresses, token),
-        ConsulPolicyStore(addresses, token, EdgePolicy),
-        ask_consul=lambda: diagnose(addresses, token),
-    )
-
-
-def _remembering(store: PolicyStore, options: ControlPlaneOptions) -> PolicyStore:
-    """The store, which says first what was good before if there is a place to keep that."""
-    if options.data_dir is None:
-        return store
-    return LastGoodPolicies(store, options.data_dir, store.is_fresh if isinstance(store, EmbeddedPolicyStore) else None)
 
 
 class ControlPlane:
@@ -132,10 +79,10 @@ class ControlPlane:
         log: OwnLog | None = None,
     ) -> None:
         self._options = options
-        self._registry = _open_registry(options)
+        self._registry = open_registry(options)
         self._source = source or self._registry.source
-        self._policies = policies or _remembering(self._registry.policies, options)
-        self._edge_policies = _remembering(self._registry.edge_policies, options)
+        self._policies = policies or remembering(self._registry.policies, options)
+        self._edge_policies = remembering(self._registry.edge_policies, options)
         self._catalog = Catalog(options.catalog)
         self._book = PolicyBook(ServicePolicy)
         self._publisher = Publisher(self._compile, Debounce(options.debounce_quiet, options.debounce_maximum))

@@ -114,6 +114,7 @@ def credentials(
         bool, typer.Option("--control-plane", help=f"Also one for control planes, {CONTROL_PLANE}.")
     ] = False,
     vhost: Annotated[str, typer.Option("--vhost", help="Virtual host in which they have their rights.")] = "/",
+    as_json: AsJson = False,
 ) -> None:
     """Make users for a broker: a file with user and password each, and definitions for RabbitMQ.
 
@@ -133,12 +134,18 @@ def credentials(
             raise typer.BadParameter(f"{name!r}: expected {error.expected}") from None
     users = [new_credentials(name) for name in names]
     secret_directory(directory)
+    made: dict[str, Json] = {}
     for user in users:
         file = directory / f"{user.user.replace(':', '-')}.credentials"
         write_atomically(file, f"{user.user}\n{user.password}\n".encode())
-        console().print(f"{user.user}: {file}", soft_wrap=True)
+        made[user.user] = str(file)
     file = directory / "definitions.json"
     write_atomically(file, json.dumps(definitions(users, [vhost]), indent=1).encode())
+    if as_json:
+        write_json({"credentials": made, "definitions": str(file)})
+        return
+    for name, path in made.items():
+        console().print(f"{name}: {path}", soft_wrap=True)
     console().print(f"definitions for RabbitMQ: {file}", soft_wrap=True)
 
 
@@ -247,6 +254,7 @@ def replay(
     events: Ids = None,
     everything: All = False,
     group: GroupName = "",
+    as_json: AsJson = False,
     broker: BrokerUrl = None,
     credentials: CredentialsFile = None,
     roots: Roots = None,
@@ -258,6 +266,9 @@ def replay(
     done = _ask(letters, lambda letters: letters.replay(chosen))
     if chosen and not done:
         _none(chosen[0])
+    if as_json:
+        write_json({"sent_back": done})
+        return
     console().print(f"{count(done, 'event')} sent back.")
 
 
@@ -268,6 +279,7 @@ def purge(
     events: Ids = None,
     everything: All = False,
     group: GroupName = "",
+    as_json: AsJson = False,
     broker: BrokerUrl = None,
     credentials: CredentialsFile = None,
     roots: Roots = None,
@@ -279,6 +291,9 @@ def purge(
     done = _ask(letters, lambda letters: letters.purge(chosen))
     if chosen and not done:
         _none(chosen[0])
+    if as_json:
+        write_json({"deleted": done})
+        return
     console().print(f"{count(done, 'event')} deleted.")
 
 

@@ -29,5 +29,5 @@ def options(command: Any) -> set[str]:
 EVERY = dict(walk())
 COMMANDS = list(EVERY)
 LEAVES = {words: command for words, command in EVERY.items() if not hasattr(command, "commands")}
-ASKING = {words: command for words, command in LEAVES.items() if "--operator" in options(command)}
+ASKING = {words: command for words, command in LEAVES.items() if {"--operator", "--timeout"} <= options(command)}
 """Those that ask a control plane, as an operator."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from mesh.v1 import authority_pb2, operations_pb2
+from mesh.v1 import authority_pb2, operations_pb2, traffic_pb2
 
 from tests.cli.commands import ASKING, EVERY, LEAVES, options
 from tests.cli.conftest import Run
@@ -26,6 +26,10 @@ WITHOUT_JSON: dict[tuple[str, ...], str] = {
 
 ARGUMENTS: dict[tuple[str, ...], list[str]] = {
     ("endpoints",): ["orders"],
+    ("top",): ["--once"],
+    ("tap",): ["orders"],
+    ("explain",): ["orders"],
+    ("diff",): ["{policy}"],
     ("drain",): ["orders"],
     ("policy", "apply"): ["{policy}"],
     ("policy", "get"): ["orders"],
@@ -42,7 +46,10 @@ ARGUMENTS: dict[tuple[str, ...], list[str]] = {
 }
 """What a command that asks a control plane needs to be given, where it needs anything."""
 
-UNDECIDED: dict[tuple[str, ...], int] = {("policy", "check"): 2}
+LINES = [("logs", "show"), ("tap",)]
+"""Those whose JSON is a document a line."""
+
+UNDECIDED: dict[tuple[str, ...], int] = {("policy", "check"): 2, ("diff",): 2}
 """Exit codes other than 1 when there is no answer: 1 is an answer there."""
 
 
@@ -126,17 +133,17 @@ def test_json_is_json_and_nothing_else(
     admin.streams["TailLogs"] = [
         operations_pb2.TailLogsResponse(processes=[process], records=[operations_pb2.LogRecord()])
     ]
+    admin.streams["Tap"] = [traffic_pb2.TapResponse(calls=[traffic_pb2.CallRecord()])]
     admin.answers |= answers  # type: ignore[arg-type]  # a dictionary's values are what they are
     if words == ("ca", "roots"):
         return  # it needs roots; tests/cli/test_secure_commands.py
     result = run(*arguments(words, files), "--json", "--control-plane", admin.address)
-    assert result.exit_code in (0, UNDECIDED.get(words, 0)), result.stderr
     if words in UNDECIDED:
+        assert result.exit_code in (0, 1, 2), result.stderr
         return
+    assert result.exit_code == 0, result.stderr
     documents = (
-        [json.loads(line) for line in result.stdout.splitlines()]
-        if words[0] == "logs" and (words[-1] == "show")
-        else [json.loads(result.stdout)]
+        [json.loads(line) for line in result.stdout.splitlines()] if words in LINES else [json.loads(result.stdout)]
     )
     assert all(isinstance(document, dict) for document in documents)
     assert documents
