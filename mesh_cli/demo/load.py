@@ -80,6 +80,8 @@ class Customers:
         self.total = Tally()
         self.orders: list[Order] = []
         """Every order that was placed."""
+        self.unanswered: list[str] = []
+        """Keys of orders that failed: nobody knows what became of them."""
         self._stub = OrderServiceStub(channel)
         self._tallies: list[Tally] = [self.total]
         self._in_flight: set[asyncio.Task[None]] = set()
@@ -162,17 +164,18 @@ class Customers:
         tallies = tuple(self._tallies)
         for tally in tallies:
             tally.sent += 1
-        began, repeated = time.monotonic(), 0
+        key, began, repeated = new_key(), time.monotonic(), 0
         try:
             if rest is None:
-                order = await self.place(new_key())
+                order = await self.place(key)
             else:
-                order, repeated = await rest.place(new_key(), SKU, CALL_TIMEOUT)
+                order, repeated = await rest.place(key, SKU, CALL_TIMEOUT)
                 self._remember(order)
         except (grpc.aio.AioRpcError, RejectedError, RestError) as error:
             failure = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
             for tally in tallies:
                 tally.failures.append(failure)
+            self.unanswered.append(key)
         else:
             elapsed = time.monotonic() - began
             for tally in tallies:

@@ -56,16 +56,18 @@ def run_interruptible(main: Callable[[], Coroutine[object, object, int]]) -> int
         return await work
 
     # What the mesh client logs of the faults that are injected on purpose belongs to the display, not into it.
-    logger = logging.getLogger("mesh_client")
-    level = logger.level
+    logger, library = logging.getLogger("mesh_client"), logging.getLogger("aiormq")
+    levels = logger.level, library.level
     logger.setLevel(logging.ERROR)
+    library.setLevel(logging.CRITICAL)
     try:
         return asyncio.run(with_signals())
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.stderr.write("interrupted; everything has been stopped\n")
         return INTERRUPTED
     finally:
-        logger.setLevel(level)
+        logger.setLevel(levels[0])
+        library.setLevel(levels[1])
 
 
 @contextlib.asynccontextmanager
