@@ -27,9 +27,11 @@ up: python ## start the whole system and keep it running until Ctrl-C
 	@exec $(BIN)/mesh up $(ARGS)
 
 # In the order of their names: tests/chaos, which takes longest, must not be what everything waits for at the end.
+# One process more than there are cores, for many tests wait: for leases to end, for brokers to start.
+WORKERS := $(shell cores=$$(nproc); echo $$((cores < 7 ? cores + 1 : 8)))
 test: setup ## all tests, with coverage and its gates; parts of them with ARGS
 	@rm -f .coverage .coverage.*
-	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=)
+	$(BIN)/pytest $(if $(ARGS),$(ARGS),-n $(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=)
 	$(if $(ARGS),,$(BIN)/coverage report)
 	$(if $(ARGS),,@$(BIN)/python -m tools.coverage_gates)
 
