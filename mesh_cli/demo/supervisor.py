@@ -86,6 +86,14 @@ class Process:
         """Stops it from running at all, with SIGSTOP: it hangs."""
         self.signal(signal.SIGSTOP)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether all of its threads have stopped, which takes a moment after `freeze`."""
+        return all(
+            stat.read_text().rpartition(")")[2].split()[0] in "Tt"
+            for stat in Path(f"/proc/{self.pid}/task").glob("*/stat")
+        )
+
     def thaw(self) -> None:
         """Lets it run on."""
         self.signal(signal.SIGCONT)

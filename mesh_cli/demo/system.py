@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
 import sqlite3
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ _EDGE_DRAIN_TIME = 2
 _SUBSCRIBED = " gets events"
 """What a mesh client logs once a group is subscribed."""
 _SUBSCRIBED_WITHIN = 60.0
-_FREEZE_ATTEMPTS = 50
+_LOCKED_WITHIN = 10.0
 
 
 @dataclass(slots=True)
@@ -300,14 +302,8 @@ class System:
 
         A frozen process keeps SQLite's lock, and then all of them hang: a fault of that database, not of the mesh.
         """
-        for _ in range(_FREEZE_ATTEMPTS):
-            instance.process.freeze()
-            if await asyncio.to_thread(_can_write, self.database(instance.service)):
-                instance.state = "hung"
-                return
-            instance.process.thaw()
-            await asyncio.sleep(0.01)
-        raise TimeoutError(f"{instance.name} holds its database all the time")
+        await asyncio.to_thread(_freeze_between_writes, instance.process, self.database(instance.service))
+        instance.state = "hung"
 
     def thaw(self, instance: Instance) -> None:
         """SIGCONT."""
@@ -339,15 +335,14 @@ def _address(held: socket.socket) -> str:
     return f"{host}:{port}"
 
 
-def _can_write(database: Path) -> bool:
-    """Whether nobody holds the lock of a SQLite file for longer than a transaction takes."""
-    connection = sqlite3.connect(database, timeout=0.25, isolation_level=None)
-    try:
+def _freeze_between_writes(process: Process, database: Path) -> None:
+    """Freezes a process while this one has the lock, so that it cannot have it."""
+    with contextlib.closing(sqlite3.connect(database, timeout=_LOCKED_WITHIN, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
+        process.freeze()
+        give_up = time.monotonic() + _LOCKED_WITHIN
+        while not process.frozen:
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"{process.name} goes on to run after SIGSTOP")
+            time.sleep(0.001)
         connection.execute("ROLLBACK")
-    except sqlite3.OperationalError:
-        return False
-    else:
-        return True
-    finally:
-        connection.close()

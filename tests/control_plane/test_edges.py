@@ -101,6 +101,8 @@ class TestPolicies:
     async def test_an_edge_without_a_policy_exposes_nothing(self, world: World) -> None:
         async with Gateway(world.channel) as gateway:
             response = await gateway.read()
+            if not response.version:  # it came before the store of policies had been read
+                response = await gateway.read()
         assert (response.version, response.stored) == (EXPOSES_NOTHING.version, False)
         assert response.policy.edge == "edge"
         assert not response.policy.services

@@ -117,6 +117,7 @@ def test_what_is_kept_is_cut() -> None:
     assert clipped(entry(message="half \ud800")).message == "half \\ud800"
     small = entry(fields={"a": 1}, exception="x")
     assert clipped(small) is small
+    assert entry(fields={"a": ["bc", 1]}).size() - entry().size() == 21
     large = clipped(entry(message="m" * 100_000, exception="e" * 100_000, fields={"a": "f" * 100_000, "b": 1}))
     assert len(large.message) < MAX_MESSAGE + 100
     assert large.message.endswith("(91808 more characters)")

@@ -9,8 +9,9 @@ import math
 import os
 import re
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 
 import grpc
@@ -306,26 +307,29 @@ def test_free_ports_differ() -> None:
 
 async def test_an_instance_is_not_frozen_while_it_holds_the_shared_file(tmp_path: Path) -> None:
     system = System(tmp_path)
-    writer = sqlite3.connect(system.database("orders"), isolation_level=None)
-    writer.execute("BEGIN IMMEDIATE")
-
-    class Thawing:
-        """Ends its transaction at its second SIGCONT, as a process that runs on would."""
-
-        thawed = 0
-
-        def freeze(self) -> None: ...
-
-        def thaw(self) -> None:
-            self.thawed += 1
-            if self.thawed == 2:
-                writer.execute("ROLLBACK")
-
-    process = Thawing()
-    instance = Instance("orders", "orders-1", 1, "127.0.0.1:1", process)  # type: ignore[arg-type]  # freezes no process
-    await system.freeze(instance)
-    assert (instance.state, process.thawed) == ("hung", 2)
-    writer.close()
+    script = f"""if True:
+        import sqlite3, time
+        connection = sqlite3.connect({str(system.database("orders"))!r}, timeout=60, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE t (n)")
+        print("writes", flush=True)
+        while True:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("INSERT INTO t VALUES (1)")
+            time.sleep(0.001)
+            connection.execute("COMMIT")
+            time.sleep(0.001)
+    """
+    async with Supervisor(tmp_path) as supervisor:
+        process = await supervisor.start("orders-1", [sys.executable, "-c", script], os.environ, re.compile("^writes"))
+        await process.wait_ready()
+        instance = Instance("orders", "orders-1", 1, "127.0.0.1:1", process)
+        for _ in range(20):
+            await system.freeze(instance)
+            assert (instance.state, process.frozen) == ("hung", True)
+            with closing(sqlite3.connect(system.database("orders"), timeout=0.0, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+            system.thaw(instance)
 
 
 # -- screen
