@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -45,7 +45,7 @@ _EDGE_DRAIN_TIME = 2
 _SUBSCRIBED = " gets events"
 """What a mesh client logs once a group is subscribed."""
 _SUBSCRIBED_WITHIN = 60.0
-_LOCKED_WITHIN = 10.0
+_PATIENCE = 10.0
 
 
 @dataclass(slots=True)
@@ -337,12 +337,25 @@ def _address(held: socket.socket) -> str:
 
 def _freeze_between_writes(process: Process, database: Path) -> None:
     """Freezes a process while this one has the lock, so that it cannot have it."""
-    with contextlib.closing(sqlite3.connect(database, timeout=_LOCKED_WITHIN, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
+    with contextlib.closing(sqlite3.connect(database, timeout=0.0, isolation_level=None)) as connection:
+        _until(lambda: _locks(connection), f"{database} is always locked")
         process.freeze()
-        give_up = time.monotonic() + _LOCKED_WITHIN
-        while not process.frozen:
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"{process.name} goes on to run after SIGSTOP")
-            time.sleep(0.001)
+        _until(lambda: process.frozen, f"{process.name} goes on to run after SIGSTOP")
         connection.execute("ROLLBACK")
+
+
+def _locks(connection: sqlite3.Connection) -> bool:
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        return False
+    return True
+
+
+def _until(condition: Callable[[], bool], problem: str) -> None:
+    """Looks often: SQLite's own waiting sleeps ever longer, and never gets the lock of a file that is written much."""
+    give_up = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > give_up:
+            raise TimeoutError(problem)
+        time.sleep(0.0005)
