@@ -17,6 +17,8 @@ from tests.ports import held_address
 
 pytest_plugins = ["pytester"]
 
+WHOLE_SYSTEMS = ("chaos", "deploy", "edge", "events", "integration", "security")
+
 # That examples take long to make says something about the machine, not about what is tested.
 hypothesis.settings.register_profile(
     "default",
@@ -60,6 +62,16 @@ def nobody() -> Iterator[str]:
     """An address that refuses connections for as long as the test runs."""
     with held_address() as address:
         yield address
+
+
+@pytest.fixture(autouse=True)
+def unmeasured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that tests of whole systems start run as fast as elsewhere: coverage makes them half as fast, and late.
+
+    What they run is measured in other tests; ``measured`` marks one in which it is measured all the same.
+    """
+    if request.path.parent.name in WHOLE_SYSTEMS and request.node.get_closest_marker("measured") is None:
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 @pytest.fixture(autouse=True)
