@@ -1,8 +1,9 @@
 """Calls with everything on against raw ones, and against raw ones with OpenTelemetry's contrib interceptors.
 
 Everything is mutual TLS, balancing, breaker, retries, limits, authorization, metrics, load reports and tracing, on both
-ends. Each arm has a server process of its own. Each round runs a slice through every arm, in random order: raw, raw
-again (the A/A control), the contrib interceptors with all traces sampled, and the mesh with 1% and with all of them.
+ends. Each arm has a server process of its own, and each round runs a slice through every arm, in random order: raw, raw
+again (the A/A control) and the mesh with 1% of the traces. Then, apart from these, because what samples everything goes
+on to export while others have their turn: raw, the contrib interceptors with all traces, and the mesh with all of them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ from benchmarks.processes import Child, child
 from benchmarks.secure_calls import CALLER, joining_environment
 from benchmarks.spans import provider
 from mesh_client.identity import Identity
-from mesh_client.mesh import Mesh
 from mesh_client.transport import CHANNEL_OPTIONS, authenticating_options, merge_options
 
-SERVICE, SAMPLED, RARELY = "inventory", "inventory-all", "inventory-few"
-"""Services by what is sampled of calls to them."""
+SERVICE, MESHED = "inventory", "inventory-mesh"
+"""Services that are called as raw ones and through the mesh."""
 GOAL = 1.12
 LOADS = tuple(replace(load, name=f"everything.{load.name}") for load in UNARY[:2])
 
@@ -51,61 +51,55 @@ class Cost:
 
 
 @asynccontextmanager
-async def _arms() -> AsyncIterator[dict[str, Arm]]:
+async def _arms(share: float, *, contest: bool) -> AsyncIterator[dict[str, Arm]]:
+    """Raw, twice, and the mesh with that share of the traces; for a contest also the contrib interceptors with all."""
     async with AsyncExitStack() as stack:
-        plane = await stack.enter_async_context(
-            child("benchmarks.secure_plane_process", SERVICE, SAMPLED, RARELY, CALLER)
-        )
+        plane = await stack.enter_async_context(child("benchmarks.secure_plane_process", SERVICE, MESHED, CALLER))
         collector = (await stack.enter_async_context(child("benchmarks.collector_process"))).ready
 
-        async def server(way: str, service: str, share: float) -> Child:
+        async def server(way: str, service: str) -> Child:
             environment = {**joining_environment(plane), "MESH_TOKEN": plane.ready["tokens"][service]}
             return await stack.enter_async_context(
                 child("benchmarks.everything_server_process", way, service, collector, share, environment=environment)
             )
 
-        async def client(share: float) -> Mesh:
-            spans = provider(collector, share)
-            stack.callback(spans.shutdown)
-            return await stack.enter_async_context(
-                mesh_client.connect(
-                    plane.ready["address"],
-                    service=CALLER,
-                    enrolment=plane.ready["enrolment"],
-                    token=plane.ready["tokens"][CALLER],
-                    insecure=False,
-                    cache_dir="",
-                    tracer_provider=spans,
-                )
-            )
-
-        few, every = await client(0.01), await client(1.0)
-        bare, contrib = await server("bare", SERVICE, 0.0), await server("contrib", SERVICE, 1.0)
-        await few.transport.ready()
-        identity = few.transport.identity
-        assert identity is not None
-        raw = await stack.enter_async_context(few.transport.open_channel(f"127.0.0.1:{bare.ready}", SERVICE))
-        spans = provider(collector, 1.0)
+        spans = provider(collector, share)
         stack.callback(spans.shutdown)
-        traced = await stack.enter_async_context(
-            grpc.aio.secure_channel(
-                f"127.0.0.1:{contrib.ready}",
-                identity.channel_credentials(),
-                options=_options(identity),
-                interceptors=aio_client_interceptors(tracer_provider=spans),
+        mesh = await stack.enter_async_context(
+            mesh_client.connect(
+                plane.ready["address"],
+                service=CALLER,
+                enrolment=plane.ready["enrolment"],
+                token=plane.ready["tokens"][CALLER],
+                insecure=False,
+                cache_dir="",
+                tracer_provider=spans,
             )
         )
+        bare, meshed = await server("bare", SERVICE), await server("mesh", MESHED)
+        await mesh.transport.ready()
+        raw = await stack.enter_async_context(mesh.transport.open_channel(f"127.0.0.1:{bare.ready}", SERVICE))
+        channel = mesh.channel(MESHED)
+        while not any(state.endpoints for state in mesh.state().services if state.service == MESHED):
+            await mesh.changed()
         arms = {
             "raw": Arm(raw_unary([raw]), bare),
             "raw again": Arm(raw_unary([raw]), bare),
-            "contrib": Arm(raw_unary([traced]), contrib),
+            "mesh": Arm(mesh_unary(channel), meshed),
         }
-        for name, mesh, service, share in (("1%", few, RARELY, 0.01), ("100%", every, SAMPLED, 1.0)):
-            there = await server("mesh", service, share)
-            channel = mesh.channel(service)
-            while not any(state.endpoints for state in mesh.state().services if state.service == service):
-                await mesh.changed()
-            arms[name] = Arm(mesh_unary(channel), there)
+        if contest:
+            identity = mesh.transport.identity
+            assert identity is not None
+            contrib = await server("contrib", SERVICE)
+            traced = await stack.enter_async_context(
+                grpc.aio.secure_channel(
+                    f"127.0.0.1:{contrib.ready}",
+                    identity.channel_credentials(),
+                    options=_options(identity),
+                    interceptors=aio_client_interceptors(tracer_provider=spans),
+                )
+            )
+            arms["contrib"] = Arm(raw_unary([traced]), contrib)
         yield arms
 
 
@@ -120,45 +114,48 @@ async def _slice(arm: Arm, load: Load) -> Cost:
     return Cost(made.p50, made.cpu, (await arm.server.ask("cpu") - before) / load.calls)
 
 
-def _figures(load: Load, rounds: list[dict[str, Cost]]) -> list[Figure]:
+def _figures(load: Load, few: list[dict[str, Cost]], every: list[dict[str, Cost]]) -> list[Figure]:
     figures = []
     for field, what in (("p50", "p50"), ("client", "client CPU"), ("server", "server CPU")):
-        taken = [{arm: getattr(cost, field) for arm, cost in arms.items()} for arms in rounds]
-        raw = [(arms["raw"] + arms["raw again"]) / 2 for arms in taken]
         name, about = f"{load.name}.{field}", f"{load.about}: {what}"
         cpu = field != "p50"
-        for arm, key, goal in (
-            ("1%", "few", GOAL if cpu else None),
-            ("100%", "all", None),
-            ("contrib", "contrib", None),
+
+        def ratios(rounds: list[dict[str, Cost]], arm: str, *bases: str, field: str = field) -> list[float]:
+            return [
+                getattr(arms[arm], field) / (sum(getattr(arms[base], field) for base in bases) / len(bases))
+                for arms in rounds
+            ]
+
+        raw = ("raw", "raw again")
+        for key, found, words, goal in (
+            ("few", ratios(few, "mesh", *raw), "everything on, 1% sampled / raw", GOAL if cpu else None),
+            ("few.control", ratios(few, "raw again", "raw"), "raw / raw", None),
+            ("all", ratios(every, "mesh", *raw), "everything on, all sampled / raw", None),
+            ("contrib", ratios(every, "contrib", *raw), "contrib interceptors / raw", None),
+            ("contest", ratios(every, "mesh", "contrib"), "everything on, all sampled / contrib", 1.0 if cpu else None),
+            ("all.control", ratios(every, "raw again", "raw"), "raw / raw", None),
         ):
-            ratios = [arms[arm] / base for arms, base in zip(taken, raw, strict=True)]
-            figures.append(Figure.of_rounds(f"{name}.{key}", ratios, "x", f"{about}, {_NAMES[arm]} / raw", goal))
-        against = [arms["100%"] / arms["contrib"] for arms in taken]
-        figures += [
-            Figure.of_rounds(
-                f"{name}.contest", against, "x", f"{about}, everything on, all sampled / contrib", 1.0 if cpu else None
-            ),
-            Figure.of_rounds(
-                f"{name}.control", [arms["raw again"] / arms["raw"] for arms in taken], "x", f"{about}, raw / raw"
-            ),
-        ]
+            figures.append(Figure.of_rounds(f"{name}.{key}", found, "x", f"{about}, {words}", goal))
     return figures
 
 
-_NAMES = {"1%": "everything on, 1% sampled", "100%": "everything on, all sampled", "contrib": "contrib interceptors"}
+async def _rounds(share: float, count: int, *, contest: bool) -> dict[str, list[dict[str, Cost]]]:
+    """What each arm cost in each round, by the load's name."""
+    random = Random(1)
+    measured: dict[str, list[dict[str, Cost]]] = {load.name: [] for load in LOADS}
+    async with _arms(share, contest=contest) as arms:
+        for load in LOADS:  # connections, caches and the allocator warm up
+            for arm in arms.values():
+                await _slice(arm, load)
+        for _ in range(count):
+            for load in LOADS:
+                order = random.sample(list(arms), len(arms))
+                measured[load.name].append({name: await _slice(arms[name], load) for name in order})
+    return measured
 
 
 async def cost(quick: bool) -> list[Figure]:
     """Unary calls, 1 and 16 at a time."""
-    random = Random(1)
-    async with _arms() as arms:
-        for load in LOADS:  # connections, caches and the allocator warm up
-            for arm in arms.values():
-                await _slice(arm, load)
-        measured: dict[str, list[dict[str, Cost]]] = {load.name: [] for load in LOADS}
-        for _ in range(5 if quick else 25):
-            for load in LOADS:
-                order = random.sample(list(arms), len(arms))
-                measured[load.name].append({name: await _slice(arms[name], load) for name in order})
-    return [figure for load in LOADS for figure in _figures(load, measured[load.name])]
+    count = 5 if quick else 25
+    few, every = await _rounds(0.01, count, contest=False), await _rounds(1.0, count, contest=True)
+    return [figure for load in LOADS for figure in _figures(load, few[load.name], every[load.name])]

@@ -32,10 +32,12 @@ from mesh_client.servicer_context import CallContext, SyncContext, status_detail
 
 if TYPE_CHECKING:
     from mesh_client.handlers import Handler
-    from mesh_client.tracing import ServedCall, Tracing
+    from mesh_client.tracing import Tracing
 
 SHED_PUSHBACK = (0.05, 0.15)
 """Seconds; a shed caller is told to come back after a random time in this range, so that not all come back at once."""
+_OK: tuple[object, ...] = (0, None, grpc.StatusCode.OK)
+"""What a servicer context holds when no other status was set."""
 
 
 class _Method:
@@ -125,7 +127,7 @@ class Admission:
         self, method: _Method, behavior: Callable[..., Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            if self._waits(method):
+            if self._guard.waits and method.tallies is not None:
                 await self._guard.until_known()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
@@ -142,7 +144,8 @@ class Admission:
                 code = self._failed(call, context, error)
                 raise
             else:
-                code = self._ended(call, context)
+                if call.trace is not None or context.code() not in _OK:
+                    code = self._ended(call, context)
                 return response
             finally:
                 self._leave(call, code)
@@ -153,7 +156,7 @@ class Admission:
         self, method: _Method, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def admit(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            if self._waits(method):
+            if self._guard.waits and method.tallies is not None:
                 await self._guard.until_known()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
@@ -181,7 +184,7 @@ class Admission:
 
     def _wrap_plain(self, method: _Method, behavior: Callable[..., Any]) -> Callable[..., Any]:
         def admit(request: Any, context: grpc.ServicerContext) -> Any:
-            if self._waits(method):
+            if self._guard.waits and method.tallies is not None:
                 self._guard.until_known_in_thread()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
@@ -195,7 +198,7 @@ class Admission:
         self, method: _Method, behavior: Callable[..., Iterator[Any]]
     ) -> Callable[..., Iterator[Any]]:
         def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            if self._waits(method):
+            if self._guard.waits and method.tallies is not None:
                 self._guard.until_known_in_thread()
             call = self._enter(method, context)
             if isinstance(call, Refusal):
@@ -226,18 +229,15 @@ class Admission:
             code = self._ended(call, shown)
         finally:
             inbound.set(None)
-            if call.trace is not None:
-                call.trace.leave()
+            if self._tracing is not None:
+                self._tracing.left()
             self._leave(call, code)
 
     # How a call has ended: the name of its status, which its span is told too.
 
     @staticmethod
     def _ended(call: InboundCall, context: Any) -> str:
-        code = context.code()
-        if call.trace is None and not code:
-            return "OK"
-        name = status_name(code, "OK")
+        name = status_name(context.code(), "OK")
         if call.trace is not None:
             call.trace.ended(name, status_details(context))
         return name
@@ -261,17 +261,15 @@ class Admission:
             call.trace.ended(code)
         return code
 
-    def _waits(self, method: _Method) -> bool:
-        """Whether the call cannot be decided on yet."""
-        return self._guard.waits and method.tallies is not None
-
     def _enter(self, method: _Method, context: CallContext) -> InboundCall | Refusal:
         """Counts the call in, or says why it is refused."""
-        caller = self._guard.caller(context)
-        if method.tallies is not None:
-            denial = self._guard.refusal(caller, method.name, context)
-            if denial is not None:
-                return self._refused(method, context, caller, denial)
+        if method.tallies is None:
+            caller = self._guard.caller(context)
+        else:
+            admitted = self._guard.admit(context, method.name)
+            if isinstance(admitted, Refusal):
+                return self._refused(method, context, self._guard.caller(context), admitted)
+            caller = admitted
         refusal = None
         with self._lock:
             if not self._gate.enter():
@@ -290,9 +288,17 @@ class Admission:
             if refusal is None and self._gate.in_flight > self.book.peak:
                 self.book.peak = self._gate.in_flight
         if refusal is None:
-            call = _inbound_call(context, caller, None if method.tallies is None else self._tally(method, caller))
+            remaining, now = context.time_remaining(), time.monotonic()
+            call = InboundCall(
+                None if remaining is None else now + remaining,
+                context.peer(),
+                caller,
+                now,
+                None if method.tallies is None else self._tally(method, caller),
+            )
             if self._tracing is not None and method.tallies is not None:
-                call.trace = self._served(self._tracing, method.name, context, caller)
+                name = "" if caller is None else caller.name
+                call.trace = self._tracing.served(method.name, context.invocation_metadata(), call.peer, name)
             return call
         context.set_trailing_metadata(((PUSHBACK_KEY, str(math.ceil(refusal.retry_after * 1000))),))
         return self._refused(method, context, caller, refusal)
@@ -304,15 +310,12 @@ class Admission:
                 tally.failed(refusal.code.name, 0.0)
                 self.book.unauthorized += refusal.code is grpc.StatusCode.PERMISSION_DENIED
         if self._tracing is not None:
-            span = self._served(self._tracing, method.name, context, caller)
-            span.ended(refusal.code.name, refusal.details)
-            span.leave()
+            name = "" if caller is None else caller.name
+            span = self._tracing.served(method.name, context.invocation_metadata(), context.peer(), name)
+            if span is not None:
+                span.ended(refusal.code.name, refusal.details)
+            self._tracing.left()
         return refusal
-
-    @staticmethod
-    def _served(tracing: Tracing, method: str, context: CallContext, caller: Caller | None) -> ServedCall:
-        name = "" if caller is None else caller.name
-        return tracing.served(method, context.invocation_metadata(), parse_peer_ip(context.peer()), name)
 
     def _tally(self, method: _Method, caller: Caller | None) -> Tally:
         tallies: dict[str, Tally] = cast("dict[str, Tally]", method.tallies)
@@ -351,12 +354,6 @@ class Admission:
             f"instance; next in {verdict.retry_after:.3f} s",
             verdict.retry_after,
         )
-
-
-def _inbound_call(context: CallContext, caller: Caller | None, tally: Tally | None) -> InboundCall:
-    remaining, now = context.time_remaining(), time.monotonic()
-    deadline = None if remaining is None else now + remaining
-    return InboundCall(deadline, parse_peer_ip(context.peer()), caller, now, tally)
 
 
 def _claimed_name(context: CallContext) -> str:

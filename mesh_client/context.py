@@ -36,7 +36,7 @@ class InboundCall:
 
     Attributes:
         deadline: when its caller stops waiting, in seconds of `time.monotonic`, the event loop's clock; None for never.
-        peer_ip: the IP address that it came from; empty when it came through something else, such as a Unix socket.
+        peer: where it came from, as gRPC says it.
         caller: who made it, as their certificate proves; None in plaintext.
         trace: the span of the call; None where nothing is traced.
         tally: where it is counted; None where it is not.
@@ -44,12 +44,12 @@ class InboundCall:
         scope: outbound calls to cancel when it is cancelled. Callers add theirs, and discard them when done.
     """
 
-    __slots__ = ("caller", "deadline", "peer_ip", "scope", "started_at", "tally", "trace")
+    __slots__ = ("caller", "deadline", "peer", "scope", "started_at", "tally", "trace")
 
     def __init__(
         self,
         deadline: float | None = None,
-        peer_ip: str = "",
+        peer: str = "",
         caller: Caller | None = None,
         started_at: float = 0.0,
         tally: Tally | None = None,
@@ -57,10 +57,15 @@ class InboundCall:
         self.deadline = deadline
         self.started_at = started_at
         self.tally = tally
-        self.peer_ip = peer_ip
+        self.peer = peer
         self.caller = caller
         self.trace: ServedCall | None = None
         self.scope: set[Cancellable] = set()
+
+    @property
+    def peer_ip(self) -> str:
+        """The IP address that it came from; empty when it came through something else, such as a Unix socket."""
+        return parse_peer_ip(self.peer)
 
     def cancel(self) -> None:
         """Cancels every outbound call in scope."""

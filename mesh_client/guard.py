@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from mesh_client.core.authorization import Authorizer
+from mesh_client.core.authorization import MAX_DECISIONS, Authorizer
 from mesh_client.core.caller import Caller, CallerCache
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.identity.certificates import caller_of
@@ -65,19 +65,20 @@ class Guard:
         clock: seconds, monotonic; for the log alone.
 
     Attributes:
-        trust_domain: whose identities count; nobody's while it is empty.
-        revoked: ids of workloads that are not served.
+        waits: whether calls are refused because the policy is not known yet.
     """
 
     def __init__(self, service: str, *, secure: bool, clock: Callable[[], float] = monotonic) -> None:
-        self.trust_domain = ""
-        self.revoked: frozenset[str] = frozenset()
+        self._trust_domain = ""
+        self._revoked: frozenset[str] = frozenset()
         self._service = service
         self._secure = secure
         self._authorizer: Authorizer | None = None
+        self.waits = secure
         self._arrived = asyncio.Event()
         self._arrived_for_threads = threading.Event()
         self._callers = CallerCache(caller_of)
+        self._admitted = _Admitted()
         self._log = _RefusalLog(service, clock)
 
     @property
@@ -86,13 +87,30 @@ class Guard:
         return self._log.count
 
     @property
-    def waits(self) -> bool:
-        """Whether calls are refused because the policy is not known yet."""
-        return self._secure and self._authorizer is None
+    def trust_domain(self) -> str:
+        """Whose identities count; nobody's while it is empty."""
+        return self._trust_domain
+
+    @trust_domain.setter
+    def trust_domain(self, trust_domain: str) -> None:
+        self._trust_domain = trust_domain
+        self._decide_anew()
+
+    @property
+    def revoked(self) -> frozenset[str]:
+        """Ids of workloads that are not served."""
+        return self._revoked
+
+    @revoked.setter
+    def revoked(self, revoked: frozenset[str]) -> None:
+        self._revoked = revoked
+        self._decide_anew()
 
     def apply(self, policy: ServicePolicy) -> None:
         """Obeys the authorization rules of a policy from the next call on. In the event loop."""
         self._authorizer = Authorizer(policy.authorization, policy.version)
+        self.waits = False
+        self._decide_anew()
         self._arrived.set()
         self._arrived_for_threads.set()
 
@@ -105,6 +123,36 @@ class Guard:
     def until_known_in_thread(self) -> None:
         """As `until_known`, in a thread that is not the event loop's."""
         self._arrived_for_threads.wait(POLICY_PATIENCE)
+
+    def _decide_anew(self) -> None:
+        # After what decides has changed, never before: a thread that decides meanwhile puts what it found into the
+        # memory that it took before, which is then this one's no more.
+        self._admitted = _Admitted()
+
+    def admit(self, connection: Connection, method: str) -> Caller | Refusal | None:
+        """Who calls, or why they may not, which is then counted and logged.
+
+        None for nobody of a mesh who may call all the same, as everybody may in plaintext without rules.
+
+        Args:
+            connection: where the call came from.
+            method: full name, with its leading slash.
+        """
+        admitted, certificate = self._admitted, b""
+        if self._secure:
+            shown = connection.auth_context().get("x509_pem_cert", ())
+            if len(shown) == 1:
+                certificate = shown[0]
+                known = admitted.callers.get((certificate, method))
+                if known is not None:
+                    return known
+        caller = self.caller(connection)
+        refusal = self.refusal(caller, method, connection)
+        if refusal is not None:
+            return refusal
+        if caller is not None:
+            admitted.add(certificate, method, caller)
+        return caller
 
     def caller(self, connection: Connection) -> Caller | None:
         """Who is on the other side; None for nobody of a mesh, and always in plaintext."""
@@ -144,11 +192,26 @@ class Guard:
         """What is wrong with the caller's identity; None when nothing is."""
         if caller is None:
             return "the caller's certificate names nobody of this mesh"
-        if caller.principal.trust_domain != self.trust_domain:
+        if caller.principal.trust_domain != self._trust_domain:
             return f"{caller.spiffe_id} is of another trust domain than {self.trust_domain}"
         if caller.workload_id in self.revoked:
             return f"{caller.name} calls from workload {caller.workload_id}, which has been revoked"
         return None
+
+
+class _Admitted:
+    """Who was let through to which method, by the certificate: most calls need no more than this one look-up."""
+
+    __slots__ = ("callers",)
+
+    def __init__(self) -> None:
+        self.callers: dict[tuple[bytes, str], Caller] = {}
+
+    def add(self, certificate: bytes, method: str, caller: Caller) -> None:
+        """Remembers it, within a bound."""
+        if len(self.callers) >= MAX_DECISIONS:
+            self.callers.clear()
+        self.callers[certificate, method] = caller
 
 
 class _RefusalLog:

@@ -29,6 +29,7 @@ from opentelemetry.trace import (
     TraceFlags,
 )
 
+from mesh_client.context import parse_peer_ip
 from mesh_client.core.errors import MeshErrorDetail
 from mesh_client.core.node import Node
 from mesh_client.spans import Spans, spans_of
@@ -48,6 +49,7 @@ UNSAMPLED = NonRecordingSpan(
     SpanContext(getrandbits(128) | 1, getrandbits(64) | 1, is_remote=False, trace_flags=TraceFlags(0))
 )
 """The span of everything that no trace is kept of: what looks for a parent finds that its trace is not sampled."""
+_NOTHING = otel_context.Context()
 _UNSAMPLED_CONTEXT = trace.set_span_in_context(UNSAMPLED, otel_context.Context())
 
 
@@ -144,23 +146,16 @@ class SampledCall:
 
 
 class ServedCall:
-    """The span of one call in the server that serves it, current until the call is over."""
+    """The span of one call in the server that serves it."""
 
-    __slots__ = ("_span", "_token")
+    __slots__ = ("_span",)
 
-    def __init__(self, span: Span, context: otel_context.Context) -> None:
+    def __init__(self, span: Span) -> None:
         self._span = span
-        self._token = otel_context.attach(context)
-
-    def leave(self) -> None:
-        """The span is not current any more. Needed where what runs the handler outlives the call, as a thread does."""
-        otel_context.detach(self._token)
 
     def ended(self, code: str, details: str | None = None, error: BaseException | None = None) -> None:
         """The call is over, with this status, and this error where the handler raised it."""
         span = self._span
-        if not span.is_recording():
-            return
         if error is not None:
             span.record_exception(error)
         _end(span, code, details, error=code in _SERVER_ERRORS)
@@ -215,21 +210,24 @@ class Tracing:
             return PassedOn(made) if made.is_valid else None
         return SampledCall(self._spans, span, name)
 
-    def served(self, method: str, metadata: Iterable[tuple[str, Any]], peer_ip: str, caller: str) -> ServedCall:
-        """A call has come in; its span is current from now on.
+    def served(self, method: str, metadata: Iterable[tuple[str, Any]], peer: str, caller: str) -> ServedCall | None:
+        """A call has come in; its span is current from now on. None when its trace is not kept.
 
         Args:
             method: full name with leading slash.
             metadata: of the call.
-            peer_ip: where it comes from.
+            peer: where it comes from, as gRPC says it.
             caller: service that calls, as its certificate says; empty for nobody.
         """
         parent, told = _inbound(metadata)
+        if parent is None and told:
+            otel_context.attach(_UNSAMPLED_CONTEXT)
+            return None
         name = method[1:]
         attributes = {
             "rpc.system.name": "grpc",
             "rpc.method": name,
-            "network.peer.address": peer_ip,
+            "network.peer.address": parse_peer_ip(peer),
             "mesh.service": self._service,
         }
         if caller:
@@ -238,10 +236,17 @@ class Tracing:
         if parent is not None:
             span = self._spans.child(parent, name, SpanKind.SERVER, attributes) or NonRecordingSpan(parent)
         else:
-            span = None if told else self._spans.root(name, SpanKind.SERVER, attributes)
+            span = self._spans.root(name, SpanKind.SERVER, attributes)
         if span is None:
-            return ServedCall(UNSAMPLED, _UNSAMPLED_CONTEXT)
-        return ServedCall(span, trace.set_span_in_context(span, otel_context.Context()))
+            otel_context.attach(_UNSAMPLED_CONTEXT)
+            return None
+        otel_context.attach(trace.set_span_in_context(span, otel_context.Context()))
+        return ServedCall(span) if span.is_recording() else None
+
+    @staticmethod
+    def left() -> None:
+        """No span is current any more. Needed where what runs handlers outlives the call, as a thread does."""
+        otel_context.attach(_NOTHING)
 
 
 def current_trace_id() -> str:

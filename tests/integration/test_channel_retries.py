@@ -426,7 +426,7 @@ async def _keyed(method: Any, source: str, key: str) -> None:
     elif source == "METADATA":
         await method(b"1", metadata=(("other", "x"), ("user", key)))
     else:
-        token = inbound.set(InboundCall(peer_ip=f"10.0.0.{sum(key.encode())}"))
+        token = inbound.set(InboundCall(peer=f"ipv4:10.0.0.{sum(key.encode())}:1"))
         await method(b"1")
         inbound.reset(token)
 
