@@ -25,7 +25,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import discovery_pb2, telemetry_pb2, telemetry_pb2_grpc
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.load_report import ReportBuilder, Server
+from mesh_client.core.load_report import Consumer, ReportBuilder, Server
 from mesh_client.core.policy import Backoff
 from mesh_client.core.policy_base import parse_duration
 from mesh_client.core.retry import backoff_delay
@@ -101,6 +101,7 @@ class LoadReporter:
     Attributes:
         accepted: whether a control plane takes reports now.
         sent: reports that were sent.
+        consumers: groups of the process that handle events.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class LoadReporter:
     ) -> None:
         self.accepted = False
         self.sent = 0
+        self.consumers: Callable[[], Iterable[Consumer]] = tuple
         self._node = node
         self._services = services
         self._process = process
@@ -227,7 +229,7 @@ class LoadReporter:
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(server.load()) for server in self._servers]
             own = [server for server in servers if server.service == self._node.service]
-            report = self._builder.look(self._services(), own, now)
+            report = self._builder.look(self._services(), own, now, self.consumers())
         self._servers = [server for server in self._servers if server not in self._leaving]
         self._leaving = []
         requests = list(requests_of(report, now))

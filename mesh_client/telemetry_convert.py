@@ -10,7 +10,14 @@ from mesh.v1 import telemetry_pb2
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
 from mesh_client.core.incidents import Example
-from mesh_client.core.load_report import CalledService, LoadReport, ServedInstance, ServiceState, Totals
+from mesh_client.core.load_report import (
+    CalledService,
+    ConsumedGroup,
+    LoadReport,
+    ServedInstance,
+    ServiceState,
+    Totals,
+)
 from mesh_client.core.model import StatusCode
 from mesh_client.core.outlier import EjectionReason
 from mesh_client.core.store import Resolution
@@ -53,6 +60,7 @@ def requests_of(report: LoadReport, now: float, most: int = MAX_REQUEST) -> Iter
         size += message.ByteSize()
         request.called.append(message)
     request.served.extend(map(_served, report.served))
+    request.consumed.extend(map(_consumed, report.consumed))
     yield request
 
 
@@ -148,6 +156,13 @@ def _served(served: ServedInstance) -> telemetry_pb2.ServedInstance:
     )
     for received in served.received:
         message.received.add(caller=received.caller, method=received.method, calls=_totals(received.calls))
+    return message
+
+
+def _consumed(consumed: ConsumedGroup) -> telemetry_pb2.ConsumedGroup:
+    message = telemetry_pb2.ConsumedGroup(group=consumed.group)
+    for each in consumed.events:
+        message.events.add(publisher=each.publisher, type=each.type, handled=_totals(each.handled))
     return message
 
 

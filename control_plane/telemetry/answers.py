@@ -14,7 +14,7 @@ from control_plane.telemetry.explain import Finding, Severity, explain_failures
 from control_plane.telemetry.stats import Stats
 from control_plane.telemetry.taps import Shown
 from control_plane.telemetry.timeline import CODES
-from control_plane.telemetry.traffic import Edge, EndpointLoad, Failures, MethodLoad
+from control_plane.telemetry.traffic import Edge, EndpointLoad, EventEdge, Failures, MethodLoad
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
 from mesh_client.core.incidents import Example
@@ -53,6 +53,17 @@ def edge_to_proto(edge: Edge) -> traffic_pb2.EdgeTraffic:
         breakers_open=edge.breakers_open,
         ejected=edge.ejected,
         total=edge.total,
+    )
+
+
+def event_edge_to_proto(edge: EventEdge) -> traffic_pb2.EventTraffic:
+    """Events of one service that another one handles."""
+    return traffic_pb2.EventTraffic(
+        publisher=edge.publisher,
+        service=edge.service,
+        group=edge.group,
+        type=edge.type,
+        handled=stats_to_proto(edge.handled),
     )
 
 

@@ -13,10 +13,14 @@ from control_plane.telemetry.recorder import MAX_EVENTS, ProcessState
 from control_plane.telemetry.timeline import CODE_NAMES
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import AttemptDetail, InvalidValueError, MeshErrorDetail, Reason
+from mesh_client.core.events.envelope import check_type
+from mesh_client.core.events.topology import check_group
 from mesh_client.core.incidents import Example, Transition
 from mesh_client.core.load_report import (
     CalledService,
+    ConsumedGroup,
     EndpointTotals,
+    EventTotals,
     FailureTotals,
     LoadReport,
     MethodTotals,
@@ -63,7 +67,8 @@ def report_from_proto(message: telemetry_pb2.ReportRequest, service: str, now: f
     """
     called = tuple(_called(each, f"called[{number}]", now) for number, each in enumerate(message.called))
     served = tuple(_served(each, f"served[{number}]", service) for number, each in enumerate(message.served))
-    return LoadReport(seconds(message.covers), called, served)
+    consumed = tuple(_consumed(each, f"consumed[{number}]") for number, each in enumerate(message.consumed))
+    return LoadReport(seconds(message.covers), called, served, consumed)
 
 
 def process_from_proto(message: telemetry_pb2.ProcessState) -> ProcessState:
@@ -210,6 +215,20 @@ def _served(message: telemetry_pb2.ServedInstance, path: str, service: str) -> S
         tuple(
             ReceivedTotals(_caller(each.caller, path), _method(each.method, path), _totals(each.calls, path))
             for each in message.received
+        ),
+    )
+
+
+def _consumed(message: telemetry_pb2.ConsumedGroup, path: str) -> ConsumedGroup:
+    return ConsumedGroup(
+        check_group(message.group),
+        tuple(
+            EventTotals(
+                _caller(each.publisher, path),
+                each.type if each.type == OTHER else check_type(each.type),
+                _totals(each.handled, path),
+            )
+            for each in message.events
         ),
     )
 

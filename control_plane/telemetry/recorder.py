@@ -27,6 +27,7 @@ from control_plane.telemetry.timeline import (
 )
 from control_plane.telemetry.window import (
     EndpointKey,
+    EventKey,
     FailureExample,
     FailureKey,
     Limits,
@@ -276,6 +277,8 @@ class Recorder:
             window.endpoints.add(key, news, now, interval)
         elif isinstance(key, FailureKey):
             window.failures.add(key, news, now, interval)
+        elif isinstance(key, EventKey):
+            window.events.add(key, news, now, interval)
         else:
             window.received.add(key, news, now, interval)
 
@@ -338,6 +341,9 @@ def _counters(caller: str, report: LoadReport) -> Iterator[tuple[ReportedKey, Co
                 SHED: served.shed,
             },
         )
+    for consumed in report.consumed:
+        for event in consumed.events:
+            yield EventKey(caller, consumed.group, event.publisher, event.type), _totals(event.handled)
 
 
 def _calls(counters: Counters) -> int:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aio_pika
 import pytest
+from mesh.v1 import event_pb2
 from shop.v1.events_pb2 import OrderPlaced
 
+import mesh_client
+from control_plane.options import ControlPlaneOptions
+from control_plane.server import ControlPlane
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.topology import CONTROL_PLANE, EXCHANGE, OPERATOR, Group
 from mesh_client.core.identity import Principal
 from mesh_client.events.settings import BrokerSettings, Credentials, broker_settings, read_credentials
+from mesh_client.mesh import Mesh
 from tests.certificates import TestAuthority
 from tests.events.services import Seen, Services, started, until
 from tests.integration.rabbitmq import RabbitMQ
@@ -94,7 +100,8 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     files = [directory / name for name in ("certificate.pem", "key.pem", "roots.pem")]
     for file, content in zip(files, (issued.chain, issued.key, authority.roots), strict=True):
         file.write_bytes(content)
-    with RabbitMQ(directory / "broker", ["orders", "shipping"], tls=(files[0], files[1], files[2])) as broker:
+    users = ["orders", "shipping", "notifications", CONTROL_PLANE]
+    with RabbitMQ(directory / "broker", users, tls=(files[0], files[1], files[2])) as broker:
         yield broker
 
 
@@ -123,6 +130,59 @@ async def test_events_travel_by_tls_and_the_brokers_certificate_is_verified(
     orders = services.bus("orders", broker=settings("orders", roots))
     await orders.start()
     await seen.count(1)
+
+
+async def test_a_control_plane_tells_of_certificates_and_rotations_as_itself(secure: RabbitMQ, tmp_path: Path) -> None:
+    assert secure.tls is not None
+    options = ControlPlaneOptions(
+        data_dir=tmp_path / "plane",
+        broker=secure.url,
+        broker_credentials=secure.credentials(CONTROL_PLANE),
+        broker_roots=secure.tls[2],
+    )
+    plane = ControlPlane(options)
+    await plane.start()
+    authority, seen = plane.authority, Seen()
+    assert authority is not None
+
+    async def client(service: str) -> Mesh:
+        token = await authority.create_token(service, 600.0, 1, "spiffe://mesh.internal/operator/test")
+        mesh = mesh_client.connect(
+            plane.address,
+            service=service,
+            enrolment=plane.enrolment_address,
+            token=token.text,
+            cache_dir="",
+            insecure=False,
+        )
+        return await stack.enter_async_context(mesh)
+
+    try:
+        async with AsyncExitStack() as stack:
+            bus = (await client("notifications")).events(
+                broker=secure.url,
+                credentials=secure.credentials("notifications"),
+                roots=secure.tls[2],
+                outbox=tmp_path / "outbox.sqlite",
+            )
+            bus.subscribe(event_pb2.CertificateIssued)(seen)
+            bus.subscribe(event_pb2.RootRotated)(seen)
+            await started(bus)
+            await client("web")
+            await authority.add_root()
+            await until(lambda: any(isinstance(event.message, event_pb2.RootRotated) for event in seen.events))
+            await until(lambda: any(event.message.DESCRIPTOR.name == "CertificateIssued" for event in seen.events))
+        rotated = next(each for each in seen.events if isinstance(each.message, event_pb2.RootRotated))
+        assert (rotated.message.step, len(rotated.message.roots)) == ("add", 2)
+        issued = {event.message.spiffe_id: event for event in seen.events if event.key == "web"}
+        event = issued["spiffe://mesh.internal/service/web"]
+        assert not event.message.renewal
+        assert event.message.expires.seconds > 0
+        assert event.source == "spiffe://mesh.internal/mesh/control-plane"
+        assert event.caller is not None
+        assert event.caller.is_control_plane
+    finally:
+        await plane.stop()
 
 
 @pytest.mark.parametrize(

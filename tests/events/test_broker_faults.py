@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from shop.v1.events_pb2 import OrderPlaced
 
+from mesh_client.core.events.state import RelayState
 from mesh_client.events import Event, EventBus, inbox
 from mesh_client.events import relay as relay_module
 from tests.events.conftest import USERS, VHOSTS
@@ -144,7 +145,8 @@ async def test_a_broker_that_comes_back_gets_what_waited_also_across_restarts_of
     for number in range(100):
         await orders.publish(OrderPlaced(quantity=number), key="k")
     await until(lambda: "cannot be reached" in outbox(orders).broker)
-    assert (outbox(orders).events, outbox(orders).connected) == (0, False)  # as it was when it was opened
+    await until(lambda: outbox(orders).events == 100)
+    assert (outbox(orders).relay, outbox(orders).connected) == (RelayState.DISCONNECTED, False)
     await orders.close()
     again = services.bus("orders", max_events=100)
     await again.start()
