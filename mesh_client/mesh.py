@@ -122,8 +122,9 @@ class Mesh:
                 MESH_BROKER_CREDENTIALS.
             roots: PEM file of the roots that the broker's certificate is verified by; by default MESH_BROKER_ROOTS,
                 else the system's.
-            outbox: SQLite file in which events wait, which may be the service's own database, or another kind of store;
-                by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in XDG_STATE_HOME.
+            outbox: SQLite file in which events wait, which may be the service's own database, or a ``postgresql://``
+                address, or another kind of store; by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in
+                XDG_STATE_HOME.
             max_events: that the outbox holds, 1 at least.
             max_bytes: of their bodies.
 
