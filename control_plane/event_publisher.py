@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from control_plane.policies import PolicyBook
 from control_plane.publisher import Publisher
 from control_plane.snapshot import Snapshot
 from control_plane.subscription import SubscriptionState
-from control_plane.telemetry.recorder import Recorder
+from control_plane.telemetry.recorder import OutboxReport, Recorder
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.errors import EventError
 from mesh_client.core.events.state import OutboxState
@@ -99,13 +100,15 @@ class EventPublisher:
     """Publishes the events of one control plane. To be made inside the event loop.
 
     Args:
-        settings: the broker.
-        directory: the data directory.
+        options: name the broker and the data directory.
         catalog: services and endpoints.
         book: which policies hold.
         publisher: says when endpoints have changed.
         hub: says which policies clients reject.
         authority: says which certificates are issued; None without identity.
+
+    Raises:
+        ConfigError: the broker's options are wrong.
 
     Attributes:
         published: events that were put into the outbox, by type.
@@ -114,8 +117,7 @@ class EventPublisher:
 
     def __init__(
         self,
-        settings: BrokerSettings,
-        directory: Path,
+        options: ControlPlaneOptions,
         *,
         catalog: Catalog,
         book: PolicyBook[ServicePolicy],
@@ -125,6 +127,7 @@ class EventPublisher:
     ) -> None:
         self.published: Counter[str] = Counter()
         self.dropped = 0
+        self._name = options.control_plane_id
         self._catalog = catalog
         self._book = book
         self._authority = authority
@@ -132,8 +135,8 @@ class EventPublisher:
         self._bus = EventBus(
             CONTROL_PLANE,
             _As(authority),
-            settings,
-            directory / OUTBOX,
+            broker_of(options),
+            (options.data_dir or Path()) / OUTBOX,
             max_events=MAX_EVENTS,
             max_bytes=MAX_BYTES,
         )
@@ -184,6 +187,13 @@ class EventPublisher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._bus.close()
+
+    def outboxes(self) -> Iterator[tuple[str, str, OutboxReport]]:
+        """The outbox as those of other processes are known: whose it is, of which process; none until it is open."""
+        if (outbox := self.outbox) is not None:
+            oldest = None if outbox.oldest_age is None else time.time() - outbox.oldest_age
+            report = OutboxReport(outbox.events, outbox.max_events, oldest, outbox.refused, outbox.relay, outbox.broker)
+            yield CONTROL_PLANE, self._name, report
 
     @property
     def outbox(self) -> OutboxState | None:

@@ -194,6 +194,9 @@ class ControlPlane:
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry.leases, self._hub, options.registry, self.access), server
         )
+        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
+        self._telemetry.add_to(server)
+        outboxes = [self._telemetry.recorder.outboxes, *([] if self._events is None else [self._events.outboxes])]
         admin = AdminServicer(
             options.control_plane_id,
             self._catalog,
@@ -202,11 +205,10 @@ class ControlPlane:
             self._publisher,
             self._hub,
             edges=self._edges,
+            outboxes=outboxes,
             access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
-        self._telemetry.add_to(server)
         operations_pb2_grpc.add_OperationsServiceServicer_to_server(self._operations, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = (
@@ -244,15 +246,13 @@ class ControlPlane:
             await self._serve_metrics(options.metrics_address, self._telemetry)
 
     def _publish_events(self) -> EventPublisher | None:
-        options = self._options
-        if not options.broker or options.data_dir is None:
+        if not self._options.broker:
             return None
         # Brings in the AMQP client.
-        from control_plane.event_publisher import EventPublisher, broker_of
+        from control_plane.event_publisher import EventPublisher
 
         return EventPublisher(
-            broker_of(options),
-            options.data_dir,
+            self._options,
             catalog=self._catalog,
             book=self._book,
             publisher=self._publisher,

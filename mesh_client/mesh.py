@@ -150,7 +150,7 @@ class Mesh:
                 max_bytes=max_bytes,
             )
             if self._resolver.reports is not None:
-                self._resolver.reports.consumers = self._bus.consumers
+                self._resolver.reports.events = self._bus
         elif any(option is not None for option in given):
             raise ConfigError("events: this client has an event bus already; give it its options when it is made")
         return self._bus

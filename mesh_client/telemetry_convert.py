@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import telemetry_pb2
 
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
+from mesh_client.core.events.state import OutboxState, RelayState
 from mesh_client.core.incidents import Example
 from mesh_client.core.load_report import (
     CalledService,
@@ -39,6 +41,7 @@ _RESOLUTIONS = {
     Resolution.ACTIVE: telemetry_pb2.SERVICE_RESOLUTION_ACTIVE,
     Resolution.UNKNOWN: telemetry_pb2.SERVICE_RESOLUTION_UNKNOWN,
 }
+RELAYS = {state: telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{state.name}") for state in RelayState}
 _EJECTIONS = {reason: telemetry_pb2.EjectionReason.Value(f"EJECTION_REASON_{reason.name}") for reason in EjectionReason}
 
 
@@ -163,6 +166,21 @@ def _consumed(consumed: ConsumedGroup) -> telemetry_pb2.ConsumedGroup:
     message = telemetry_pb2.ConsumedGroup(group=consumed.group)
     for each in consumed.events:
         message.events.add(publisher=each.publisher, type=each.type, handled=_totals(each.handled))
+    return message
+
+
+def outbox_to_proto(outbox: OutboxState, wall: float) -> telemetry_pb2.OutboxState:
+    """An outbox; ``wall`` is the time of day, seconds since the epoch."""
+    message = telemetry_pb2.OutboxState(
+        events=outbox.events,
+        max_events=outbox.max_events,
+        refused=outbox.refused,
+        relay=RELAYS[outbox.relay],
+        broker=outbox.broker[:MAX_DETAILS],
+    )
+    if outbox.oldest_age is not None:
+        # Rounded, so that it is the same each time.
+        message.oldest.CopyFrom(Timestamp(seconds=round(wall - outbox.oldest_age)))
     return message
 
 

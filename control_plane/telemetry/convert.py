@@ -9,11 +9,12 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import telemetry_pb2
 
 from control_plane.subscription import ClientNode
-from control_plane.telemetry.recorder import MAX_EVENTS, ProcessState
+from control_plane.telemetry.recorder import MAX_EVENTS, OutboxReport, ProcessState
 from control_plane.telemetry.timeline import CODE_NAMES
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import AttemptDetail, InvalidValueError, MeshErrorDetail, Reason
 from mesh_client.core.events.envelope import check_type
+from mesh_client.core.events.state import RelayState
 from mesh_client.core.events.topology import check_group
 from mesh_client.core.incidents import Example, Transition
 from mesh_client.core.load_report import (
@@ -48,6 +49,7 @@ _TRACE = re.compile(r"[0-9a-f]{32}")
 _REASONS = {telemetry_pb2.FailureReason.Value(f"FAILURE_REASON_{reason.name}"): reason for reason in Reason}
 _BREAKERS = {telemetry_pb2.BreakerState.Value(f"BREAKER_STATE_{state.name}"): state for state in BreakerState}
 _EJECTIONS = {telemetry_pb2.EjectionReason.Value(f"EJECTION_REASON_{reason.name}"): reason for reason in EjectionReason}
+_RELAYS = {telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{state.name}"): state for state in RelayState}
 _RESOLUTIONS: dict[int, Resolution] = {
     telemetry_pb2.SERVICE_RESOLUTION_ACTIVE: Resolution.ACTIVE,
     telemetry_pb2.SERVICE_RESOLUTION_UNKNOWN: Resolution.UNKNOWN,
@@ -74,7 +76,20 @@ def report_from_proto(message: telemetry_pb2.ReportRequest, service: str, now: f
 def process_from_proto(message: telemetry_pb2.ProcessState) -> ProcessState:
     """The process as a whole."""
     expires = float(message.certificate_expires.seconds) if message.HasField("certificate_expires") else None
-    return ProcessState(_text(message.control_plane), expires, _text(message.identity_warning))
+    outbox = outbox_from_proto(message.outbox) if message.HasField("outbox") else None
+    return ProcessState(_text(message.control_plane), expires, _text(message.identity_warning), outbox)
+
+
+def outbox_from_proto(message: telemetry_pb2.OutboxState) -> OutboxReport:
+    """An outbox of events."""
+    return OutboxReport(
+        message.events,
+        message.max_events,
+        float(message.oldest.seconds) if message.HasField("oldest") else None,
+        message.refused,
+        _RELAYS.get(message.relay),
+        _text(message.broker),
+    )
 
 
 def tapped_from_proto(message: telemetry_pb2.ReportRequest, now: float) -> Iterator[tuple[int, str, TappedCall]]:

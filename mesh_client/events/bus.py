@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -206,7 +206,12 @@ class EventBus:
             raise ConfigError(f"group {name}: {error}") from None
 
     def subscribe(
-        self, message_class: type[M], *, group: str | None = None, timeout: float = DEFAULT_HANDLER_TIMEOUT
+        self,
+        message_class: type[M],
+        *,
+        group: str | None = None,
+        timeout: float = DEFAULT_HANDLER_TIMEOUT,
+        publishers: Collection[str] = (),
     ) -> Callable[[Handler[M]], Handler[M]]:
         """Decorates the handler of an event.
 
@@ -217,12 +222,15 @@ class EventBus:
             message_class: generated class of the event's message.
             group: DNS label; by default the service's name.
             timeout: seconds that the handler has.
+            publishers: services whose events are taken, by what the broker says of who published; those of others are
+                dead letters. Empty for everybody's.
 
         Raises:
             ConfigError: the group has a handler for it, or the bus has been started.
-            InvalidValueError: the group's name or the message's type is not allowed.
+            InvalidValueError: the group's name, the message's type or a publisher's name is not allowed.
         """
         self._not_started()
+        allowed = frozenset(each if each == CONTROL_PLANE else check_member(each) for each in publishers)
         name = Group(self.service, group or self.service).name
         message_type = check_type(message_class.DESCRIPTOR.full_name)
         if not 0.0 < timeout <= 3_600.0:
@@ -232,7 +240,7 @@ class EventBus:
             handlers = self._subscriptions.setdefault(name, {})
             if message_type in handlers:
                 raise ConfigError(f"group {name} has a handler for {message_type} already; use another group")
-            handlers[message_type] = Subscription(message_class, handler, timeout)
+            handlers[message_type] = Subscription(message_class, handler, timeout, allowed)
             return handler
 
         return subscribed

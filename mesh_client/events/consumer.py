@@ -62,11 +62,12 @@ _RETURN_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A handler and what it is for."""
+    """A handler, what it is for, and whose events it takes; empty for everybody's."""
 
     message_class: type[Message]
     handler: Handler[Any]
     timeout: float
+    publishers: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -309,6 +310,11 @@ class GroupConsumer:
         if subscription is None:
             raise UnusableEventError(
                 DeadReason.UNKNOWN_TYPE, f"the group has no handler for {envelope.type}, only for {self._types()}"
+            )
+        if subscription.publishers and user not in subscription.publishers:
+            allowed = ", ".join(sorted(subscription.publishers))
+            raise UnusableEventError(
+                DeadReason.UNAUTHORIZED, f"it is of {user!r}; the group takes it of {allowed} alone"
             )
         if len(message.body) > self._options.max_bytes:
             raise UnusableEventError(

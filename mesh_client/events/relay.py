@@ -111,7 +111,9 @@ class Outbox:
         await self._in_thread(self._store.open, *self._bounds)
         self._size = await self._in_thread(self._store.size)
         self._tasks = [asyncio.create_task(self._watch(), name="outbox size")]
-        if self._broker is not None:
+        if self._broker is None:
+            logger.warning("%s: %s", self._store.name, NO_BROKER)
+        else:
             self._tasks.append(asyncio.create_task(self._run(self._broker), name="outbox"))
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -10,14 +11,15 @@ from pathlib import Path
 import aio_pika
 import pytest
 from mesh.v1 import event_pb2
-from shop.v1.events_pb2 import OrderPlaced
+from shop.v1.events_pb2 import OrderPlaced, OrderShipped
 
 import mesh_client
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
-from mesh_client.core.errors import ConfigError
+from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.events.topology import CONTROL_PLANE, EXCHANGE, OPERATOR, Group
 from mesh_client.core.identity import Principal
+from mesh_client.events.delivery import DETAIL
 from mesh_client.events.settings import BrokerSettings, Credentials, broker_settings, read_credentials
 from mesh_client.mesh import Mesh
 from tests.certificates import TestAuthority
@@ -82,6 +84,40 @@ async def test_a_service_has_rights_to_its_own_names_alone(services: Services, w
         channel = await connection.channel(on_return_raises=True)
         with pytest.raises(aio_pika.exceptions.AMQPError, match="ACCESS_REFUSED"):
             await attempt(channel)
+
+
+async def test_a_handler_takes_the_events_of_those_whom_it_names_alone(services: Services) -> None:
+    bus, seen = services.bus("shipping"), Seen()
+    bus.subscribe(OrderPlaced, publishers=["orders"])(seen)
+    await started(bus)
+    await services.bus("notifications").publish(OrderPlaced(order_id="free of charge"))
+    await services.bus("orders").publish(OrderPlaced(order_id="paid"))
+    await seen.count(1)
+    counters = bus.state().groups[0].counters
+    await until(lambda: counters.dead == {"unauthorized": 1})
+    assert [event.message.order_id for event in seen.events] == ["paid"]
+    [letter] = await services.dead("shipping")
+    assert letter.headers[DETAIL] == "it is of 'notifications'; the group takes it of orders alone"
+    with pytest.raises(InvalidValueError):
+        services.bus("shipping", outbox="other").subscribe(OrderPlaced, publishers=["Orders"])
+
+
+async def test_the_broker_can_keep_types_from_a_service(services: Services) -> None:
+    """By the topic permission to read, which counts when a queue is bound."""
+    rabbitmq, vhost = services.broker, services.vhost
+    topic = (EXCHANGE, r"^shipping\..+$")
+    await asyncio.to_thread(
+        rabbitmq.control, "set_topic_permissions", "-p", vhost, "shipping", *topic, r"^[^.]+\.shop\.v1\.OrderPlaced$"
+    )
+    try:
+        bus = services.bus("shipping")
+        bus.subscribe(OrderShipped)(Seen())
+        await bus.start()
+        await until(lambda: "the broker refuses" in bus.state().groups[0].broker)
+        await bus.close()
+        await services.subscribed("shipping", OrderPlaced)
+    finally:
+        await asyncio.to_thread(rabbitmq.control, "set_topic_permissions", "-p", vhost, "shipping", *topic, ".*")
 
 
 async def test_there_is_no_guest(services: Services) -> None:

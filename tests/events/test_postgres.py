@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from mesh_client.events.postgres import INBOX_SCHEMA, INSERT, SCHEMA, PostgresOu
 from mesh_client.transport import PlaintextTransport
 from tests.events.services import Seen, Services, until
 from tests.integration.postgres import USER, Postgres, missing
+from tests.integration.rabbitmq import REPOSITORY
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -325,3 +327,24 @@ async def test_an_outbox_is_named_by_its_address(database: str, monkeypatch: pyt
     with psycopg.connect(database) as connection:
         assert connection.execute("SELECT count(*) FROM mesh_outbox").fetchone() == (2,)
         assert INSERT.count("%s") == len(prepared().parameters)
+
+
+def test_the_documented_table_is_the_one_that_the_bus_uses(database: str) -> None:
+    text = (REPOSITORY / "docs" / "events.md").read_text()
+    [documented] = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    columns = (
+        "SELECT column_name, data_type, is_nullable, is_identity FROM information_schema.columns"
+        " WHERE table_name = 'mesh_outbox' ORDER BY ordinal_position"
+    )
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(documented)
+        found = connection.execute(columns).fetchall()
+        kept = PostgresOutbox(database)
+        kept.open(10, 10_000)
+        connection.execute(INSERT, prepared(7).parameters)
+        [row] = kept.exchange([], 0, 10)
+        assert row.event.body == OrderPlaced(quantity=7).SerializeToString()
+        kept.close()
+        connection.execute("DROP TABLE mesh_outbox")
+        connection.execute(SCHEMA)
+        assert connection.execute(columns).fetchall() == found

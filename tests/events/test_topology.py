@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mesh.v1 import traffic_pb2, traffic_pb2_grpc
+from mesh.v1 import admin_pb2, admin_pb2_grpc, telemetry_pb2, traffic_pb2, traffic_pb2_grpc
 from shop.v1.events_pb2 import OrderPlaced
 from typer.testing import CliRunner
 
@@ -21,7 +21,7 @@ from mesh_cli.app import app
 from mesh_client.events import Event, RetrySchedule
 from mesh_client.mesh import Mesh
 from mesh_client.transport import open_channel
-from tests.events.services import Services, started, until
+from tests.events.services import PATIENCE, Services, started, until
 
 EVENTS = 20
 
@@ -86,3 +86,28 @@ async def test_event_edges_are_in_the_topology(services: Services, plane: Contro
         assert json.loads(as_json.stdout)["events"][0]["type"] == "shop.v1.OrderPlaced"
     # What the group has handled stays known for as long as calls do.
     assert edges() == [expected]
+
+
+async def test_an_outbox_without_a_broker_is_in_the_status(services: Services, plane: ControlPlane) -> None:
+    async with mesh_client.connect(
+        plane.address, service="orders", node_id="orders-1", insecure=True, cache_dir="", load_reports=0.1
+    ) as mesh:
+        orders = mesh.events(broker="", outbox=services.directory / "orders.sqlite", max_events=10)
+        for _ in range(3):
+            await orders.publish(OrderPlaced())
+        async with open_channel(plane.address) as channel:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+
+            async def outboxes() -> list[admin_pb2.OutboxStatus]:
+                return list((await stub.GetStatus(admin_pb2.GetStatusRequest())).outboxes)
+
+            async with asyncio.timeout(PATIENCE):
+                while [each.outbox.events for each in await outboxes()] != [3]:
+                    await asyncio.sleep(0.02)
+            [found] = await outboxes()
+        assert (found.service, found.node_id, found.outbox.max_events) == ("orders", "orders-1", 10)
+        assert found.outbox.relay == telemetry_pb2.OUTBOX_RELAY_NO_BROKER
+        assert found.HasField("oldest")
+        command = ["status", "--control-plane", plane.address, "--insecure"]
+        shown = await asyncio.to_thread(CliRunner().invoke, app, command, env={"COLUMNS": "200"})
+        assert "no broker is configured (MESH_BROKER): events stay in the outbox" in shown.stdout
