@@ -224,6 +224,15 @@ def set_up_postgresql() -> None:
     shutil.rmtree(POSTGRES, ignore_errors=True)
     unpacked.rename(POSTGRES)
     shutil.rmtree(work)
+    program = next(POSTGRES.glob(f"{POSTGRES_BINARIES}/postgres"))
+    if not works(Path("env"), f"LD_LIBRARY_PATH={postgres_libraries()}", str(program), "--version"):
+        shutil.rmtree(POSTGRES)
+        raise SetupError("Debian's does not run here. As root: apt-get install postgresql")
+
+
+def postgres_libraries() -> str:
+    """Where the libraries of a fetched PostgreSQL are, as LD_LIBRARY_PATH takes them."""
+    return ":".join(map(str, POSTGRES.glob("usr/lib/*-linux-gnu")))
 
 
 def find_postgres() -> Path | None:

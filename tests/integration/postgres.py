@@ -22,7 +22,7 @@ import psycopg
 
 from tests import leaks
 from tests.ports import hold_ports
-from tools.setup import POSTGRES, find_postgres
+from tools.setup import POSTGRES, find_postgres, postgres_libraries
 
 READY_TIMEOUT = 60.0
 USER = "mesh"
@@ -129,10 +129,9 @@ class Postgres:
 
     def _run(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         other = [f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"] if os.geteuid() == 0 else []
-        libraries = [str(path) for path in self._binaries.parents[3].glob("lib/*-linux-gnu")]
         environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "TZ": "UTC"}
         if self._binaries.is_relative_to(POSTGRES):
-            environment["LD_LIBRARY_PATH"] = ":".join(libraries)
+            environment["LD_LIBRARY_PATH"] = postgres_libraries()
         with (self.directory / "log.txt").open("ab") as output:
             return subprocess.Popen(
                 ["setpriv", "--pdeathsig=QUIT", *other, str(self._binaries / program), *arguments],
