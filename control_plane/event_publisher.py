@@ -7,7 +7,6 @@ directory, and from there the event bus sends it when it can. What there is no r
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import time
@@ -29,8 +28,7 @@ from control_plane.publisher import Publisher
 from control_plane.snapshot import Snapshot
 from control_plane.subscription import SubscriptionState
 from control_plane.telemetry.recorder import OutboxReport, Recorder
-from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.errors import EventError
+from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.events.state import OutboxState
 from mesh_client.core.events.topology import CONTROL_PLANE
 from mesh_client.core.identity import Principal
@@ -128,6 +126,7 @@ class EventPublisher:
         self.published: Counter[str] = Counter()
         self.dropped = 0
         self._name = options.control_plane_id
+        self._directory = options.data_dir or Path()
         self._catalog = catalog
         self._book = book
         self._authority = authority
@@ -136,7 +135,7 @@ class EventPublisher:
             CONTROL_PLANE,
             _As(authority),
             broker_of(options),
-            (options.data_dir or Path()) / OUTBOX,
+            self._directory / OUTBOX,
             max_events=MAX_EVENTS,
             max_bytes=MAX_BYTES,
         )
@@ -269,8 +268,11 @@ class EventPublisher:
             _log.warning("events of the mesh are dropped, %d so far: %s", self.dropped, why)
 
     async def _store(self) -> None:
-        with contextlib.suppress(ConfigError):  # each event says why
+        try:
+            await asyncio.to_thread(self._directory.mkdir, 0o700, parents=True, exist_ok=True)
             await self._bus.start()
+        except Exception as error:
+            _log.error("events of the mesh go nowhere: %s", error)
         while not self._stopping or self._waiting:
             await self._wake.wait()
             batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
@@ -284,11 +286,8 @@ class EventPublisher:
         try:
             # Nobody needs to be subscribed.
             await self._bus.publish(message, key=event.key, timeout=STORE_TIMEOUT, mandatory=False)
-        except (EventError, ConfigError) as error:
-            self._drop(error)
-        except Exception as error:
-            _log.exception("an event of the mesh cannot be published")
-            self._drop(repr(error))
+        except Exception as error:  # whatever it is, the control plane goes on
+            self._drop(error if isinstance(error, MeshError) else repr(error))
         else:
             self.published[message.DESCRIPTOR.full_name] += 1
 

@@ -16,7 +16,7 @@ from mesh_client.core.events.errors import (
     UnusableEventError,
 )
 from mesh_client.core.events.retry import RetrySchedule
-from mesh_client.core.events.state import EventsState, GroupState, OutboxState
+from mesh_client.core.events.state import EventsState, GroupState, OutboxState, RelayState
 from mesh_client.events import inbox
 from mesh_client.events.bus import EventBus
 from mesh_client.events.event import Event
@@ -40,6 +40,7 @@ __all__ = [
     "PreparedEvent",
     "PublishTimeoutError",
     "Reject",
+    "RelayState",
     "RetrySchedule",
     "SqliteOutbox",
     "UnusableEventError",

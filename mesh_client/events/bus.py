@@ -287,7 +287,7 @@ class EventBus:
             state = self._outbox.state(time.time())
             if state is not None and state.connected and state.relaying:
                 await self._outbox.flush(FLUSH_TIMEOUT)
-            await self._outbox.close()
+        await self._outbox.close()
 
     async def __aenter__(self) -> Self:
         """Starts.

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc.aio
 import pytest
 import yaml
@@ -206,6 +207,38 @@ async def test_a_broker_that_does_not_answer_holds_nothing_up(
             assert publisher.outbox.events <= 10
             began = time.monotonic()
         assert time.monotonic() - began < 10
+
+
+async def test_an_outbox_that_cannot_be_used_holds_nothing_up(services: Services, tmp_path: Path) -> None:
+    directory = tmp_path / "plane"
+    (directory / event_publisher.OUTBOX).mkdir(parents=True)
+    url, credentials = services.broker.url_of(services.vhost), services.broker.credentials(CONTROL_PLANE)
+    async with running(options(directory, url, credentials)) as plane, open_channel(plane.address) as channel:
+        publisher = plane.event_publisher
+        assert publisher is not None
+        async with registered(channel, "o1"):
+            await until(lambda: publisher.dropped == 1)
+        assert publisher.outbox is None
+        assert not publisher.published
+
+
+async def test_events_of_the_mesh_are_in_metrics_and_status(services: Services, tmp_path: Path) -> None:
+    credentials = services.broker.credentials(CONTROL_PLANE)
+    away = options(tmp_path / "plane", "amqp://127.0.0.1:1", credentials, metrics_address="127.0.0.1:0")
+    async with running(away) as plane, open_channel(plane.address) as channel:
+        publisher = plane.event_publisher
+        assert publisher is not None
+        async with registered(channel, "o1"):
+            await until(lambda: publisher.outbox is not None and publisher.outbox.events == 1)
+            async with aiohttp.ClientSession() as http, http.get(f"http://{plane.metrics_address}/metrics") as answer:
+                text = await answer.text()
+            assert 'grpc_mesh_control_plane_events_published_total{type="mesh.v1.EndpointUp"} 1.0' in text
+            assert "grpc_mesh_control_plane_outbox_events 1.0" in text
+            assert 'grpc_mesh_control_plane_outbox_relay_state{state="disconnected"} 1.0' in text
+            status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+            [found] = status.outboxes
+            assert (found.service, found.outbox.events) == (CONTROL_PLANE, 1)
+            assert "cannot be reached" in found.outbox.broker
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
