@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -22,6 +23,8 @@ from control_plane.policies import PolicyBook
 from control_plane.publisher import Publisher
 from control_plane.sources import PolicyStore
 from control_plane.subscription import SubscriptionState
+from control_plane.telemetry.answers import outbox_to_proto
+from control_plane.telemetry.recorder import OutboxReport
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import FieldError
 from mesh_client.core.model import Health, check_service_name
@@ -44,6 +47,7 @@ class AdminServicer(PolicyRpcs):
         publisher: what is published.
         hub: who is connected.
         edges: who follows the policies of edges.
+        outboxes: who knows outboxes of events, by service and process.
         access: who was refused; by default there are no identities.
     """
 
@@ -57,6 +61,7 @@ class AdminServicer(PolicyRpcs):
         hub: StreamHub,
         *,
         edges: EdgeHub,
+        outboxes: Sequence[Callable[[], Iterable[tuple[str, str, OutboxReport]]]] = (),
         access: Access | None = None,
     ) -> None:
         super().__init__(policies, self._warnings)
@@ -67,6 +72,7 @@ class AdminServicer(PolicyRpcs):
         self._publisher = publisher
         self._hub = hub
         self._edges = edges
+        self._outboxes = outboxes
         self._started_at = _now()
 
     async def GetStatus(
@@ -100,6 +106,18 @@ class AdminServicer(PolicyRpcs):
                 for caller, count in self._access.denials.most_common(_SHOWN_DENIALS)
             ],
             edges=[self._edge_to_proto(edge, view.services, now) for edge in self._edges.states()],
+            outboxes=[
+                admin_pb2.OutboxStatus(
+                    service=service,
+                    node_id=node_id,
+                    outbox=outbox_to_proto(outbox),
+                    oldest=None if outbox.oldest is None else duration_to_proto(max(0.0, time.time() - outbox.oldest)),
+                )
+                for service, node_id, outbox in sorted(
+                    (each for known in self._outboxes for each in known()), key=lambda each: each[:2]
+                )
+                if not outbox.is_quiet
+            ],
         )
 
     async def ListEndpoints(

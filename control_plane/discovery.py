@@ -220,6 +220,8 @@ class StreamHub:
         self._subscribers: dict[tuple[ResourceKind, str], dict[_Stream, None]] = {}
         self._drains: list[_DrainWait] = []
         self.figures = HubFigures()
+        self.on_rejection: Callable[[str, SubscriptionState], None] | None = None
+        """Called with the client's name and the subscription, whenever one rejects a resource."""
         publisher.listen(self._published)
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -350,6 +352,10 @@ class StreamHub:
             effect = stream.subscriptions.receive(request, loop.time())
             if effect.answered:
                 self._answered(stream, request.kind, rejected=request.rejection is not None)
+            if request.rejection is not None and self.on_rejection is not None:
+                for state in stream.subscriptions.states():
+                    if state.kind is request.kind and state.service in effect.answered and state.rejection:
+                        self.on_rejection(stream.node_id, state)
             self._index(stream, request.kind, effect)
             for drain in self._drains:
                 drain.look(stream)

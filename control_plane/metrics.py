@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -20,9 +21,13 @@ from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.policies import PolicyBook
 from control_plane.publisher import Publisher
 from control_plane.telemetry.station import Telemetry
+from mesh_client.core.events.state import RelayState
 from mesh_client.core.metric import HISTOGRAM_BOUNDS, Family, Histogram, Kind, MetricSet
 from mesh_client.core.model import Health
 from mesh_client.core.policy import ServicePolicy
+
+if TYPE_CHECKING:
+    from control_plane.event_publisher import EventPublisher
 
 _COUNTER, _GAUGE = Kind.COUNTER, Kind.GAUGE
 _PREFIX = "grpc_mesh_control_plane_"
@@ -87,6 +92,20 @@ FAMILIES: tuple[Family, ...] = (
         "Reported counters that there was no room for.",
     ),
     Family(f"{_PREFIX}taps", _GAUGE, "Operators that look at single calls now."),
+    Family(
+        f"{_PREFIX}events_published_total",
+        _COUNTER,
+        "Events of the mesh that were put into the outbox for the broker.",
+        ("type",),
+    ),
+    Family(f"{_PREFIX}events_dropped_total", _COUNTER, "Events of the mesh that there was no room for."),
+    Family(f"{_PREFIX}outbox_events", _GAUGE, "Events of the mesh that wait for the broker."),
+    Family(
+        f"{_PREFIX}outbox_relay_state",
+        _GAUGE,
+        "1 for the state of what sends events of the mesh, else 0; none without a broker.",
+        ("state",),
+    ),
 )
 """Every metric of a control plane."""
 
@@ -110,6 +129,7 @@ class Observed:
     access: Access
     telemetry: Telemetry
     authority: CertificateAuthority | None
+    events: EventPublisher | None = None
 
 
 class ControlPlaneCollector(Collector):
@@ -144,6 +164,19 @@ def _add(metrics: MetricSet, observed: Observed) -> None:
             issued = observed.authority.issuance.issued[kind]
             metrics.add(f"{_PREFIX}certificates_issued_total", (kind,), issued)
         metrics.add(f"{_PREFIX}issuer_expiry_timestamp_seconds", (), observed.authority.signs_until)
+    if observed.events is not None:
+        _add_events(metrics, observed.events)
+
+
+def _add_events(metrics: MetricSet, events: EventPublisher) -> None:
+    for message_type, count in events.published.items():
+        metrics.add(f"{_PREFIX}events_published_total", (message_type,), count)
+    metrics.add(f"{_PREFIX}events_dropped_total", (), events.dropped)
+    if (outbox := events.outbox) is not None:
+        metrics.add(f"{_PREFIX}outbox_events", (), outbox.events)
+        for state in RelayState:
+            if state is not RelayState.NO_BROKER:
+                metrics.add(f"{_PREFIX}outbox_relay_state", (state.value,), float(state is outbox.relay))
 
 
 def _add_catalog(metrics: MetricSet, observed: Observed, now: float) -> None:
@@ -186,8 +219,7 @@ def _add_telemetry(metrics: MetricSet, telemetry: Telemetry, now: float) -> None
     metrics.add(f"{_PREFIX}reporting_processes", ("gone",), len(recorder.reporters) - connected)
     metrics.add(f"{_PREFIX}load_reports_total", (), recorder.taken)
     metrics.add(f"{_PREFIX}load_reports_refused_total", (), telemetry.reports.refused)
-    names = len(window.methods) + len(window.endpoints) + len(window.failures) + len(window.received)
-    metrics.add(f"{_PREFIX}load_report_names", (), names)
+    metrics.add(f"{_PREFIX}load_report_names", (), len(window))
     metrics.add(f"{_PREFIX}load_report_counters_ignored_total", (), recorder.ignored)
     metrics.add(f"{_PREFIX}taps", (), len(telemetry.taps))
 

@@ -58,6 +58,12 @@ class ControlPlaneOptions:
     """Mass removal guard, and when services are forgotten."""
     traces: TraceSettings = field(default_factory=TraceSettings)
     """The embedded trace view."""
+    broker: str = ""
+    """Where events of the mesh are published, ``amqps://host:port/vhost``, more nodes after commas. Empty: nowhere."""
+    broker_credentials: Path | None = None
+    """File with the control plane's user and password there, one a line, mode 0600."""
+    broker_roots: Path | None = None
+    """PEM file of the roots that the broker's certificate is verified by. None: the system's."""
     control_plane_id: str = field(default_factory=lambda: f"control-plane-{uuid.uuid4().hex[:8]}")
     """Name of this process in responses and status."""
 
@@ -88,6 +94,8 @@ class ControlPlaneOptions:
             )
         if self.traces.otlp_address is not None:
             split_address(self.traces.otlp_address, "otlp_address")
+        if self.broker:
+            self._check_broker()
         if not self.policy_wait > 0.0:
             raise ConfigError(f"policy_wait: {self.policy_wait} is not allowed; expected more than 0 s")
         if self.registry != EMBEDDED:
@@ -95,6 +103,16 @@ class ControlPlaneOptions:
             from control_plane.sources.consul_http import parse_registry
 
             parse_registry(self.registry)
+
+    def _check_broker(self) -> None:
+        if self.data_dir is None:
+            raise ConfigError("broker: events wait in data_dir, so there must be one")
+        try:
+            # Brings in the AMQP client, which is an extra.
+            from control_plane.event_publisher import broker_of
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"broker: {error.name} is not installed; install 'grpc-mesh[events]'") from None
+        broker_of(self)
 
     @property
     def enrols_at(self) -> str:

@@ -55,6 +55,7 @@ from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
 
 if TYPE_CHECKING:
+    from control_plane.event_publisher import EventPublisher
     from control_plane.metrics_server import MetricsServer
 
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class ControlPlane:
         """The last traces."""
         self._telemetry: Telemetry | None = None
         self._metrics: MetricsServer | None = None
+        self._events: EventPublisher | None = None
         self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
         self._operations = OperationsServicer(
             options.control_plane_id,
@@ -132,6 +134,11 @@ class ControlPlane:
         return self._telemetry
 
     @property
+    def event_publisher(self) -> EventPublisher | None:
+        """Publishes what happens, where a broker is configured; once started."""
+        return self._events
+
+    @property
     def metrics_address(self) -> str:
         """``host:port`` where metrics are served, once started; empty for nowhere."""
         return "" if self._metrics is None else self._metrics.address
@@ -161,12 +168,15 @@ class ControlPlane:
             if self.authority is not None:
                 await self.authority.open()
                 self.authority.on_change(self.access.cut_revoked)
+            self._events = self._publish_events()
             self._drains.restore()
             await self._listen()
         except BaseException:
             await asyncio.gather(*(server.stop(None) for server in self._servers))
             await self._close_stores()
             raise
+        if self._events is not None:
+            self._events.start(self.telemetry.recorder)
         self._tasks = [
             asyncio.create_task(self._run(self._source.run(self._emit)), name=self._source.name),
             asyncio.create_task(self._run(self._policies.run(self._emit)), name=self._policies.name),
@@ -184,6 +194,9 @@ class ControlPlane:
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry.leases, self._hub, options.registry, self.access), server
         )
+        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
+        self._telemetry.add_to(server)
+        outboxes = [self._telemetry.recorder.outboxes, *([] if self._events is None else [self._events.outboxes])]
         admin = AdminServicer(
             options.control_plane_id,
             self._catalog,
@@ -192,11 +205,10 @@ class ControlPlane:
             self._publisher,
             self._hub,
             edges=self._edges,
+            outboxes=outboxes,
             access=self.access,
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
-        self._telemetry = Telemetry(self._catalog, self._book, self._publisher, self._hub, self.access)
-        self._telemetry.add_to(server)
         operations_pb2_grpc.add_OperationsServiceServicer_to_server(self._operations, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         services = (
@@ -233,6 +245,21 @@ class ControlPlane:
         if options.metrics_address is not None:
             await self._serve_metrics(options.metrics_address, self._telemetry)
 
+    def _publish_events(self) -> EventPublisher | None:
+        if not self._options.broker:
+            return None
+        # Brings in the AMQP client.
+        from control_plane.event_publisher import EventPublisher
+
+        return EventPublisher(
+            self._options,
+            catalog=self._catalog,
+            book=self._book,
+            publisher=self._publisher,
+            hub=self._hub,
+            authority=self.authority,
+        )
+
     async def _serve_metrics(self, address: str, telemetry: Telemetry) -> None:
         # These bring in an HTTP server, and what writes metrics.
         from control_plane.metrics import ControlPlaneCollector, Observed
@@ -248,6 +275,7 @@ class ControlPlane:
             self.access,
             telemetry,
             self.authority,
+            self._events,
         )
         self._metrics = MetricsServer(ControlPlaneCollector(observed))
         await self._metrics.start(address)
@@ -279,6 +307,8 @@ class ControlPlane:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._events is not None:
+            await self._events.close()
         await self._drains.save()
         await self._close_stores()
         self._done.set()
@@ -308,6 +338,8 @@ class ControlPlane:
         try:
             if isinstance(event, PolicyStored | PolicyDeleted):
                 changed = self._book.apply(event)
+                if self._events is not None:
+                    self._events.policy_changed(event.name)
             else:
                 changed = self._catalog.apply(event, asyncio.get_running_loop().time())
         except InvalidValueError as error:
@@ -355,6 +387,8 @@ class ControlPlane:
         if self._policy_wait is not None:
             self._policy_wait.cancel()
         self._publisher.open()
+        if self._events is not None:
+            self._events.begin()
         self._serving = asyncio.create_task(self._health.set("", health_pb2.HealthCheckResponse.SERVING))
 
     def _compile(self, previous: Snapshot, now: float) -> tuple[Snapshot, float | None]:

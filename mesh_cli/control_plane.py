@@ -215,6 +215,36 @@ def control_plane(
             show_default=False,
         ),
     ] = "",
+    broker: Annotated[
+        str,
+        typer.Option(
+            "--broker",
+            envvar="MESH_BROKER",
+            metavar="URL",
+            help="RabbitMQ to which events of the mesh are published, as amqps://host:port/vhost. Default: none.",
+            show_default=False,
+        ),
+    ] = "",
+    broker_credentials: Annotated[
+        Path | None,
+        typer.Option(
+            "--broker-credentials",
+            envvar="MESH_BROKER_CREDENTIALS",
+            dir_okay=False,
+            help="File with the control plane's user and password there, one a line, mode 0600.",
+            show_default=False,
+        ),
+    ] = None,
+    broker_roots: Annotated[
+        Path | None,
+        typer.Option(
+            "--broker-roots",
+            envvar="MESH_BROKER_ROOTS",
+            dir_okay=False,
+            help="PEM file of the roots that its certificate is verified by. Default: the system's.",
+            show_default=False,
+        ),
+    ] = None,
     log_level: LogLevel = "info",
     log_format: LogFormat = None,
 ) -> None:
@@ -262,6 +292,9 @@ def control_plane(
                 otlp_address=otlp_listen,
                 jaeger_ui=jaeger_ui,
             ),
+            broker=broker,
+            broker_credentials=broker_credentials,
+            broker_roots=broker_roots,
         )
     except (ConfigError, InvalidValueError) as error:
         raise typer.BadParameter(str(error)) from None

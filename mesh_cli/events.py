@@ -182,8 +182,10 @@ def status(
             add_row(shown, each.queue, str(each.events), str(each.consumers), "")
     if as_json:
         write_json(made)
-    else:
-        console().print(shown)
+        return
+    console().print(shown)
+    if "queues" not in made:
+        console().print("No broker is named (--broker, MESH_BROKER): what its queues hold is not shown.")
 
 
 @dead.command("list", epilog="Example: mesh events dead list shipping --json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mesh.v1 import admin_pb2, edge_service_pb2, resource_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2, resource_pb2, telemetry_pb2
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -46,7 +46,7 @@ def status(
     operator: Operator = None,
     insecure: Insecure = False,
 ) -> None:
-    """Show the control plane: sources, services, clients and edges, rejected and invalid policies, held removals."""
+    """Show the control plane: sources, services, clients, edges and outboxes, bad policies, held removals."""
     with connect(control_plane, timeout, operator, insecure=insecure) as client:
         show(
             lambda: client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest()),
@@ -74,6 +74,7 @@ def render_status(answer: admin_pb2.GetStatusResponse, address: str) -> Renderab
         _clients(answer),
         _rejections(answer),
         _edges(answer),
+        _outboxes(answer),
     ):
         rendered = list(section)
         if rendered:
@@ -245,6 +246,34 @@ def _edges(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
                     ),
                     style="red",
                 )
+
+
+def _outboxes(answer: admin_pb2.GetStatusResponse) -> Iterator[RenderableType]:
+    if not answer.outboxes:
+        return
+    shown = table("OUTBOX OF", "PROCESS", "EVENTS", "ROOM", "OLDEST", "BROKER", right=["EVENTS", "ROOM"])
+    for each in answer.outboxes:
+        outbox = each.outbox
+        sent = outbox.relay in (telemetry_pb2.OUTBOX_RELAY_CONNECTED, telemetry_pb2.OUTBOX_RELAY_STANDBY)
+        add_row(
+            shown,
+            each.service or "-",
+            each.node_id,
+            str(outbox.events),
+            str(outbox.max_events),
+            age(each.oldest) if each.HasField("oldest") else "-",
+            Text(printable(outbox.broker), style="" if sent else "yellow"),
+        )
+    yield shown
+    for each in answer.outboxes:
+        if each.outbox.refused:
+            yield Text(
+                printable(
+                    f"{count(each.outbox.refused, 'event')} of {each.service} will never be taken by the broker, and "
+                    "are put aside in mesh_outbox_refused."
+                ),
+                style="red",
+            )
 
 
 def gateway_result(gateway: admin_pb2.EdgeGatewayStatus, current: str) -> Text:

@@ -1,4 +1,4 @@
-"""`mesh top`: who calls whom, how often, how well and how fast, from the load reports of all processes."""
+"""`mesh top`: who calls whom, and who handles whose events: how often, how well, how fast. From load reports."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def top(
     operator: Operator = None,
     insecure: Insecure = False,
 ) -> None:
-    """Show live who calls whom: calls a second, success, percentiles, breakers and ejections. Ends with Ctrl-C."""
+    """Show live who calls whom: calls a second, success, percentiles, breakers and ejections. Ends with Ctrl-C.
+
+    And who handles whose events; their times are those of the handlers.
+    """
     request = traffic_pb2.GetTrafficRequest(service=service or "")
     request.window.FromNanoseconds(round(window * 1e9))
     with connect(control_plane, timeout, operator, insecure=insecure) as client:
@@ -85,13 +88,15 @@ def render_traffic(answer: traffic_pb2.GetTrafficResponse, service: str, sort: O
     parts: list[RenderableType] = [Text(f"{about} of the last {within(answer.window)}; {told}", style="bold")]
     if not answer.reporting:
         parts += [Text(), Text("No process reports its calls: see MESH_LOAD_REPORTS, and `mesh status` for clients.")]
-    elif not answer.edges:
+    elif not answer.edges and not answer.events:
         what = f"Nobody has called {service}, and it has called nobody," if service else "Nobody has called anybody"
         parts += [Text(), Text(f"{what} within the last 10 minutes.")]
     if service:
         parts += _service_parts(answer, service, sort)
     elif answer.edges:
         parts += [Text(), _edges(answer.edges, sort, "CALLER", "SERVICE")]
+    if answer.events:
+        parts += [Text(), _events(answer.events, sort)]
     return Group(*parts)
 
 
@@ -122,6 +127,15 @@ def _edges(edges: Sequence[traffic_pb2.EdgeTraffic], sort: Order, *who: str) -> 
         named = {"CALLER": edge.caller or "-", "SERVICE": edge.service, "CALLS": edge.service}
         figures = (*_figures(edge.calls), str(edge.retries or "-"), str(edge.in_flight or "-"))
         add_row(shown, *(named[each] for each in who), *figures, _trouble(edge))
+    return shown
+
+
+def _events(events: Sequence[traffic_pb2.EventTraffic], sort: Order) -> RenderableType:
+    """Event edges. The times are those of handlers: how long events are on their way is among the metrics."""
+    shown = table("PUBLISHER", "HANDLED BY", "EVENT", "EVENTS/S", *_FIGURES[1:], right=["EVENTS/S", *_FIGURES[1:]])
+    for each in _sorted(events, sort, lambda each: (each.handled, f"{each.publisher} {each.service} {each.type}")):
+        group = each.service if each.group == each.service else f"{each.service} ({each.group})"
+        add_row(shown, each.publisher, group, each.type, *_figures(each.handled))
     return shown
 
 

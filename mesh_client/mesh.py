@@ -20,6 +20,7 @@ from mesh_client.attendance import Attendance
 from mesh_client.attendance import wanted as attendance_wanted
 from mesh_client.channel import MeshChannel
 from mesh_client.core.errors import ConfigError
+from mesh_client.core.events.metrics import add_events
 from mesh_client.core.metric import MetricSet
 from mesh_client.core.model import Locality, check_service_name
 from mesh_client.core.policy import ServicePolicy
@@ -121,8 +122,9 @@ class Mesh:
                 MESH_BROKER_CREDENTIALS.
             roots: PEM file of the roots that the broker's certificate is verified by; by default MESH_BROKER_ROOTS,
                 else the system's.
-            outbox: SQLite file in which events wait, which may be the service's own database, or another kind of store;
-                by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in XDG_STATE_HOME.
+            outbox: SQLite file in which events wait, which may be the service's own database, or a ``postgresql://``
+                address, or another kind of store; by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in
+                XDG_STATE_HOME.
             max_events: that the outbox holds, 1 at least.
             max_bytes: of their bodies.
 
@@ -147,6 +149,8 @@ class Mesh:
                 max_events=max_events,
                 max_bytes=max_bytes,
             )
+            if self._resolver.reports is not None:
+                self._resolver.reports.events = self._bus
         elif any(option is not None for option in given):
             raise ConfigError("events: this client has an event bus already; give it its options when it is made")
         return self._bus
@@ -223,6 +227,8 @@ class Mesh:
             reports=None if resolver.reports is None else (resolver.reports.sent, resolver.reports.accepted),
             certificate=None if state is None else (state.spiffe_id, state.expires),
         )
+        if self._bus is not None:
+            add_events(metrics, self._bus.state())
 
     def report_load_of(self, server: ReportedServer) -> Callable[[], None]:
         """Reports what a server of this process receives, beside what the process calls. Returns what ends that."""

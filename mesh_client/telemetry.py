@@ -25,7 +25,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import discovery_pb2, telemetry_pb2, telemetry_pb2_grpc
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.load_report import ReportBuilder, Server
+from mesh_client.core.events.state import EventsState
+from mesh_client.core.load_report import Consumer, ReportBuilder, Server
 from mesh_client.core.policy import Backoff
 from mesh_client.core.policy_base import parse_duration
 from mesh_client.core.retry import backoff_delay
@@ -33,7 +34,7 @@ from mesh_client.core.service import Service
 from mesh_client.core.tap import ServiceTap, TapOrder
 from mesh_client.identity import IdentityState
 from mesh_client.stream_end import StreamEnd, obey_cancellation
-from mesh_client.telemetry_convert import duration, orders_from_proto, requests_of, tapped_to_proto
+from mesh_client.telemetry_convert import duration, orders_from_proto, outbox_to_proto, requests_of, tapped_to_proto
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,16 @@ class ReportedServer(Protocol):
         """What it has counted; nothing of it changes within the block."""
 
 
+class ReportedEvents(Protocol):
+    """The event bus of this process, as far as its load is reported."""
+
+    def consumers(self) -> Iterable[Consumer]:
+        """Groups that handle events."""
+
+    def state(self) -> EventsState:
+        """What the bus knows of itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessView:
     """What is reported of this process as a whole."""
@@ -101,6 +112,7 @@ class LoadReporter:
     Attributes:
         accepted: whether a control plane takes reports now.
         sent: reports that were sent.
+        events: the process's bus, once it has one.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class LoadReporter:
     ) -> None:
         self.accepted = False
         self.sent = 0
+        self.events: ReportedEvents | None = None
         self._node = node
         self._services = services
         self._process = process
@@ -227,7 +240,8 @@ class LoadReporter:
         with contextlib.ExitStack() as stack:
             servers = [stack.enter_context(server.load()) for server in self._servers]
             own = [server for server in servers if server.service == self._node.service]
-            report = self._builder.look(self._services(), own, now)
+            consumers = () if self.events is None else self.events.consumers()
+            report = self._builder.look(self._services(), own, now, consumers)
         self._servers = [server for server in self._servers if server not in self._leaving]
         self._leaving = []
         requests = list(requests_of(report, now))
@@ -257,6 +271,9 @@ class LoadReporter:
             message.identity_warning = view.identity.warning
             if view.identity.expires is not None:
                 message.certificate_expires.CopyFrom(Timestamp(seconds=int(view.identity.expires)))
+        outbox = None if self.events is None else self.events.state().outbox
+        if outbox is not None:
+            message.outbox.CopyFrom(outbox_to_proto(outbox, time.time()))
         return message
 
     # -- taps

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import telemetry_pb2
 
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
+from mesh_client.core.events.state import OutboxState, RelayState
 from mesh_client.core.incidents import Example
-from mesh_client.core.load_report import CalledService, LoadReport, ServedInstance, ServiceState, Totals
+from mesh_client.core.load_report import (
+    CalledService,
+    ConsumedGroup,
+    LoadReport,
+    ServedInstance,
+    ServiceState,
+    Totals,
+)
 from mesh_client.core.model import StatusCode
 from mesh_client.core.outlier import EjectionReason
 from mesh_client.core.store import Resolution
@@ -32,6 +41,7 @@ _RESOLUTIONS = {
     Resolution.ACTIVE: telemetry_pb2.SERVICE_RESOLUTION_ACTIVE,
     Resolution.UNKNOWN: telemetry_pb2.SERVICE_RESOLUTION_UNKNOWN,
 }
+RELAYS = {state: telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{state.name}") for state in RelayState}
 _EJECTIONS = {reason: telemetry_pb2.EjectionReason.Value(f"EJECTION_REASON_{reason.name}") for reason in EjectionReason}
 
 
@@ -53,6 +63,7 @@ def requests_of(report: LoadReport, now: float, most: int = MAX_REQUEST) -> Iter
         size += message.ByteSize()
         request.called.append(message)
     request.served.extend(map(_served, report.served))
+    request.consumed.extend(map(_consumed, report.consumed))
     yield request
 
 
@@ -148,6 +159,28 @@ def _served(served: ServedInstance) -> telemetry_pb2.ServedInstance:
     )
     for received in served.received:
         message.received.add(caller=received.caller, method=received.method, calls=_totals(received.calls))
+    return message
+
+
+def _consumed(consumed: ConsumedGroup) -> telemetry_pb2.ConsumedGroup:
+    message = telemetry_pb2.ConsumedGroup(group=consumed.group)
+    for each in consumed.events:
+        message.events.add(publisher=each.publisher, type=each.type, handled=_totals(each.handled))
+    return message
+
+
+def outbox_to_proto(outbox: OutboxState, wall: float) -> telemetry_pb2.OutboxState:
+    """An outbox; ``wall`` is the time of day, seconds since the epoch."""
+    message = telemetry_pb2.OutboxState(
+        events=outbox.events,
+        max_events=outbox.max_events,
+        refused=outbox.refused,
+        relay=RELAYS[outbox.relay],
+        broker=outbox.broker[:MAX_DETAILS],
+    )
+    if outbox.oldest_age is not None:
+        # Rounded, so that it is the same each time.
+        message.oldest.CopyFrom(Timestamp(seconds=round(wall - outbox.oldest_age)))
     return message
 
 

@@ -137,6 +137,11 @@ RULES = (
         if path.startswith("mesh_cli/")
     ),
     _rule("mesh_client/*", "mesh_client mesh"),
+    # The one that publishes events does so as services do.
+    _rule(
+        "control_plane/event_publisher.py",
+        "control_plane mesh_client.core mesh_client.events mesh_client.identity mesh",
+    ),
     _rule("control_plane/*", "control_plane mesh_client.core mesh"),
     _rule("gateway/*", "gateway mesh_client mesh"),
     _rule("mesh_cli/*", "mesh_cli mesh_client control_plane gateway mesh shop"),

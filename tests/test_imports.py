@@ -73,7 +73,7 @@ import importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         extras = {"aio_pika", "aiohttp", "aiormq", "consul", "grpc_health", "grpc_reflection", "opentelemetry"}
-        extras |= {"prometheus_client", "requests", "rich", "typer", "yaml"}
+        extras |= {"prometheus_client", "psycopg", "requests", "rich", "typer", "yaml"}
         if name.partition(".")[0] in extras:
             raise ModuleNotFoundError(name)
 

@@ -26,6 +26,7 @@ PURE = (
     "control_plane/identity/rotation.py",
     "control_plane/identity/tokens.py",
     "control_plane/operations/roster.py",
+    "control_plane/mesh_events.py",
     "control_plane/policies.py",
     "control_plane/snapshot.py",
     "control_plane/sources/blocking_query.py",

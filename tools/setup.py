@@ -7,6 +7,7 @@ Needs Debian 12 with Python 3.11 or newer, make and git; root or not. What is al
 - ``.tools/googleapis/``: the annotations that ``protos/shop`` imports, for buf
 - ``.tools/consul/consul``: a real Consul
 - ``.tools/rabbitmq/``: a real RabbitMQ, unless one is installed
+- ``.tools/postgresql/``: a real PostgreSQL, unless one is installed; the tests that need it are skipped without
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ _ERLANG_PARTS = (
 )
 RABBITMQ_PACKAGES = ("rabbitmq-server", *(f"erlang-{part}" for part in _ERLANG_PARTS))
 """RabbitMQ and what it needs beyond what every Debian has."""
+POSTGRES = TOOLS / "postgresql"
+POSTGRES_BINARIES = "usr/lib/postgresql/*/bin"
+# Of Debian 12.
+POSTGRES_PACKAGES = (
+    *("postgresql-15", "libpq5", "libxml2", "libicu72", "libldap-2.5-0", "libsasl2-2", "libgssapi-krb5-2", "libkrb5-3"),
+    *("libk5crypto3", "libkrb5support0", "libkeyutils1", "liblz4-1", "libzstd1"),
+)
+"""PostgreSQL and what it needs beyond what every Debian has."""
 
 
 class SetupError(Exception):
@@ -66,6 +75,10 @@ def main() -> None:
                     if not arguments.servers_optional:
                         raise
                     report(f"going on without {name}: {error}")
+            try:
+                set_up_postgresql()
+            except SetupError as error:
+                report(f"going on without PostgreSQL, which some tests would use: {error}")
         except SetupError as error:
             sys.exit(f"set-up: {error}")
         except subprocess.CalledProcessError as error:
@@ -196,6 +209,39 @@ def set_up_rabbitmq() -> None:
 def has_rabbitmq(root: Path) -> bool:
     """Whether there are RabbitMQ and Erlang below a directory that is laid out as Debian's ``/``."""
     return all(os.access(root / program, os.X_OK) for program in (RABBITMQ_SERVER, ERLANG / "bin/erl"))
+
+
+def set_up_postgresql() -> None:
+    """A PostgreSQL: the installed one, else Debian's."""
+    if find_postgres() is not None:
+        return
+    report("PostgreSQL from Debian")
+    work = TOOLS / "postgresql-download"
+    try:
+        unpacked = fetch(POSTGRES_PACKAGES, None, work)
+    except UnavailableError as error:
+        raise SetupError(str(error)) from error
+    shutil.rmtree(POSTGRES, ignore_errors=True)
+    unpacked.rename(POSTGRES)
+    shutil.rmtree(work)
+    program = next(POSTGRES.glob(f"{POSTGRES_BINARIES}/postgres"))
+    if not works(Path("env"), f"LD_LIBRARY_PATH={postgres_libraries()}", str(program), "--version"):
+        shutil.rmtree(POSTGRES)
+        raise SetupError("Debian's does not run here. As root: apt-get install postgresql")
+
+
+def postgres_libraries() -> str:
+    """Where the libraries of a fetched PostgreSQL are, as LD_LIBRARY_PATH takes them."""
+    return ":".join(map(str, POSTGRES.glob("usr/lib/*-linux-gnu")))
+
+
+def find_postgres() -> Path | None:
+    """Where PostgreSQL's programs are: the newest installed ones, else those that were fetched; None for nowhere."""
+    for root in (Path("/"), POSTGRES):
+        found = [path for path in root.glob(POSTGRES_BINARIES) if os.access(path / "postgres", os.X_OK)]
+        if found:
+            return max(found, key=lambda path: path.parent.name.zfill(4))
+    return None
 
 
 def digest(*paths: Path) -> str:

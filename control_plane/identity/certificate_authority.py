@@ -199,6 +199,11 @@ class CertificateAuthority:
         leaf = self._own.leaf
         return None if leaf is None else leaf.expires
 
+    @property
+    def own_workload_id(self) -> str:
+        """Which workload the control plane itself is."""
+        return "" if self._own.leaf is None else self._own.leaf.workload_id
+
     def enrolment_credentials(self) -> grpc.ServerCredentials:
         """For the enrolment port: the server alone shows a certificate."""
         return self._own.enrolment_credentials()

@@ -67,6 +67,7 @@ class Issuance:
 
     Attributes:
         issued: certificates since the start: first ones ("issued"), and "renewed" ones.
+        on_issued: called with each of them, and which of the two it is.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Issuance:
         self._lifetime = lifetime
         self._clock = clock
         self.issued: Counter[str] = Counter()
+        self.on_issued: Callable[[str, ca.Leaf], None] = _nobody
 
     async def create_token(self, service: str, ttl: float, uses: int, created_by: str) -> CreatedToken:
         """Makes a join token.
@@ -223,7 +225,12 @@ class Issuance:
             await self._store.renew(_record(leaf, attested_by))
         record(what, leaf, attested_by, peer)
         self.issued[what] += 1
+        self.on_issued(what, leaf)
         return leaf
+
+
+def _nobody(what: str, leaf: ca.Leaf) -> None:
+    """Nobody wants to know."""
 
 
 def _joined_id(token_id: str, key: ec.EllipticCurvePublicKey) -> str:

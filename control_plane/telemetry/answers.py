@@ -11,16 +11,19 @@ from mesh.v1 import telemetry_pb2, traffic_pb2
 from control_plane.convert import duration_to_proto
 from control_plane.telemetry.dry_run import Refusals
 from control_plane.telemetry.explain import Finding, Severity, explain_failures
+from control_plane.telemetry.recorder import OutboxReport
 from control_plane.telemetry.stats import Stats
 from control_plane.telemetry.taps import Shown
 from control_plane.telemetry.timeline import CODES
-from control_plane.telemetry.traffic import Edge, EndpointLoad, Failures, MethodLoad
+from control_plane.telemetry.traffic import Edge, EndpointLoad, EventEdge, Failures, MethodLoad
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
+from mesh_client.core.events.state import RelayState
 from mesh_client.core.incidents import Example
 
 _REASONS = {reason: telemetry_pb2.FailureReason.Value(f"FAILURE_REASON_{reason.name}") for reason in Reason}
 _SEVERITIES = {severity: traffic_pb2.Severity.Value(f"SEVERITY_{severity.name}") for severity in Severity}
+_RELAYS = {state: telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{state.name}") for state in RelayState}
 _BREAKERS = {state.value: telemetry_pb2.BreakerState.Value(f"BREAKER_STATE_{state.name}") for state in BreakerState}
 
 
@@ -54,6 +57,29 @@ def edge_to_proto(edge: Edge) -> traffic_pb2.EdgeTraffic:
         ejected=edge.ejected,
         total=edge.total,
     )
+
+
+def event_edge_to_proto(edge: EventEdge) -> traffic_pb2.EventTraffic:
+    """Events of one service that another one handles."""
+    return traffic_pb2.EventTraffic(
+        publisher=edge.publisher,
+        service=edge.service,
+        group=edge.group,
+        type=edge.type,
+        handled=stats_to_proto(edge.handled),
+    )
+
+
+def outbox_to_proto(outbox: OutboxReport) -> telemetry_pb2.OutboxState:
+    """An outbox of events."""
+    message = telemetry_pb2.OutboxState(
+        events=outbox.events, max_events=outbox.max_events, refused=outbox.refused, broker=outbox.broker
+    )
+    if outbox.relay is not None:
+        message.relay = _RELAYS[outbox.relay]
+    if outbox.oldest is not None:
+        message.oldest.CopyFrom(Timestamp(seconds=int(outbox.oldest)))
+    return message
 
 
 def method_to_proto(load: MethodLoad) -> traffic_pb2.MethodTraffic:

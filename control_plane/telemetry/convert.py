@@ -9,14 +9,19 @@ from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import telemetry_pb2
 
 from control_plane.subscription import ClientNode
-from control_plane.telemetry.recorder import MAX_EVENTS, ProcessState
+from control_plane.telemetry.recorder import MAX_EVENTS, OutboxReport, ProcessState
 from control_plane.telemetry.timeline import CODE_NAMES
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import AttemptDetail, InvalidValueError, MeshErrorDetail, Reason
+from mesh_client.core.events.envelope import check_type
+from mesh_client.core.events.state import RelayState
+from mesh_client.core.events.topology import check_group
 from mesh_client.core.incidents import Example, Transition
 from mesh_client.core.load_report import (
     CalledService,
+    ConsumedGroup,
     EndpointTotals,
+    EventTotals,
     FailureTotals,
     LoadReport,
     MethodTotals,
@@ -44,6 +49,7 @@ _TRACE = re.compile(r"[0-9a-f]{32}")
 _REASONS = {telemetry_pb2.FailureReason.Value(f"FAILURE_REASON_{reason.name}"): reason for reason in Reason}
 _BREAKERS = {telemetry_pb2.BreakerState.Value(f"BREAKER_STATE_{state.name}"): state for state in BreakerState}
 _EJECTIONS = {telemetry_pb2.EjectionReason.Value(f"EJECTION_REASON_{reason.name}"): reason for reason in EjectionReason}
+_RELAYS = {telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{state.name}"): state for state in RelayState}
 _RESOLUTIONS: dict[int, Resolution] = {
     telemetry_pb2.SERVICE_RESOLUTION_ACTIVE: Resolution.ACTIVE,
     telemetry_pb2.SERVICE_RESOLUTION_UNKNOWN: Resolution.UNKNOWN,
@@ -63,13 +69,27 @@ def report_from_proto(message: telemetry_pb2.ReportRequest, service: str, now: f
     """
     called = tuple(_called(each, f"called[{number}]", now) for number, each in enumerate(message.called))
     served = tuple(_served(each, f"served[{number}]", service) for number, each in enumerate(message.served))
-    return LoadReport(seconds(message.covers), called, served)
+    consumed = tuple(_consumed(each, f"consumed[{number}]") for number, each in enumerate(message.consumed))
+    return LoadReport(seconds(message.covers), called, served, consumed)
 
 
 def process_from_proto(message: telemetry_pb2.ProcessState) -> ProcessState:
     """The process as a whole."""
     expires = float(message.certificate_expires.seconds) if message.HasField("certificate_expires") else None
-    return ProcessState(_text(message.control_plane), expires, _text(message.identity_warning))
+    outbox = outbox_from_proto(message.outbox) if message.HasField("outbox") else None
+    return ProcessState(_text(message.control_plane), expires, _text(message.identity_warning), outbox)
+
+
+def outbox_from_proto(message: telemetry_pb2.OutboxState) -> OutboxReport:
+    """An outbox of events."""
+    return OutboxReport(
+        message.events,
+        message.max_events,
+        float(message.oldest.seconds) if message.HasField("oldest") else None,
+        message.refused,
+        _RELAYS.get(message.relay),
+        _text(message.broker),
+    )
 
 
 def tapped_from_proto(message: telemetry_pb2.ReportRequest, now: float) -> Iterator[tuple[int, str, TappedCall]]:
@@ -210,6 +230,20 @@ def _served(message: telemetry_pb2.ServedInstance, path: str, service: str) -> S
         tuple(
             ReceivedTotals(_caller(each.caller, path), _method(each.method, path), _totals(each.calls, path))
             for each in message.received
+        ),
+    )
+
+
+def _consumed(message: telemetry_pb2.ConsumedGroup, path: str) -> ConsumedGroup:
+    return ConsumedGroup(
+        check_group(message.group),
+        tuple(
+            EventTotals(
+                _caller(each.publisher, path),
+                each.type if each.type == OTHER else check_type(each.type),
+                _totals(each.handled, path),
+            )
+            for each in message.events
         ),
     )
 

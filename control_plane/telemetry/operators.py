@@ -26,6 +26,7 @@ from control_plane.publisher import Publisher
 from control_plane.telemetry.answers import (
     edge_to_proto,
     endpoint_to_proto,
+    event_edge_to_proto,
     failures_to_proto,
     finding_to_proto,
     method_to_proto,
@@ -105,6 +106,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
             methods=map(method_to_proto, traffic.methods(service, now, span) if service else ()),
             endpoints=map(endpoint_to_proto, traffic.endpoints(service, now, span) if service else ()),
             reporting=self._recorder.connected,
+            events=map(event_edge_to_proto, traffic.event_edges(now, span, service)),
         )
 
     async def ListFailures(

@@ -27,6 +27,7 @@ from control_plane.telemetry.timeline import (
 )
 from control_plane.telemetry.window import (
     EndpointKey,
+    EventKey,
     FailureExample,
     FailureKey,
     Limits,
@@ -36,6 +37,7 @@ from control_plane.telemetry.window import (
     Window,
 )
 from mesh_client.core.errors import InvalidValueError, MeshError
+from mesh_client.core.events.state import RelayState
 from mesh_client.core.incidents import Transition
 from mesh_client.core.load_report import LoadReport, ServedInstance, ServiceState, Totals
 from mesh_client.core.outlier import Ejection
@@ -67,6 +69,32 @@ class SupersededError(MeshError):
 
 
 @dataclass(frozen=True, slots=True)
+class OutboxReport:
+    """An outbox of events, as a process sees it.
+
+    Attributes:
+        events: how many wait.
+        max_events: for how many there is room.
+        oldest: when the oldest was published, seconds since the epoch; None when there is none.
+        refused: events that the broker will never take.
+        relay: what becomes of them; None for something that this version does not know.
+        broker: the same in words.
+    """
+
+    events: int
+    max_events: int
+    oldest: float | None
+    refused: int
+    relay: RelayState | None
+    broker: str
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing waits, and what comes is sent."""
+        return not (self.events or self.refused) and self.relay in (RelayState.CONNECTED, RelayState.STANDBY)
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessState:
     """A process as a whole.
 
@@ -74,11 +102,13 @@ class ProcessState:
         control_plane: state of its discovery stream, in words.
         certificate_expires: seconds since the epoch; None in plaintext, and without a certificate.
         identity_warning: what an operator should know of its identity, or empty.
+        outbox: of events; None when it has none.
     """
 
     control_plane: str = ""
     certificate_expires: float | None = None
     identity_warning: str = ""
+    outbox: OutboxReport | None = None
 
 
 class CalledState:
@@ -175,6 +205,12 @@ class Recorder:
     def connected(self) -> int:
         """How many report now."""
         return sum(reporter.connected for reporter in self._reporters.values())
+
+    def outboxes(self) -> Iterator[tuple[str, str, OutboxReport]]:
+        """Service, process and outbox of all that report one now."""
+        for reporter in self._reporters.values():
+            if reporter.connected and reporter.process.outbox is not None:
+                yield reporter.service, reporter.node.id, reporter.process.outbox
 
     def open(self, node: ClientNode, epoch: str, uptime: float, owner: str, now: float) -> Session:
         """A process begins to report, or goes on after its stream broke. An older stream of it is over.
@@ -276,6 +312,8 @@ class Recorder:
             window.endpoints.add(key, news, now, interval)
         elif isinstance(key, FailureKey):
             window.failures.add(key, news, now, interval)
+        elif isinstance(key, EventKey):
+            window.events.add(key, news, now, interval)
         else:
             window.received.add(key, news, now, interval)
 
@@ -338,6 +376,9 @@ def _counters(caller: str, report: LoadReport) -> Iterator[tuple[ReportedKey, Co
                 SHED: served.shed,
             },
         )
+    for consumed in report.consumed:
+        for event in consumed.events:
+            yield EventKey(caller, consumed.group, event.publisher, event.type), _totals(event.handled)
 
 
 def _calls(counters: Counters) -> int:

@@ -45,6 +45,25 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
+class EventEdge:
+    """Events of one publisher and type that a group of a service handles.
+
+    Attributes:
+        publisher: who published.
+        service: who handles.
+        group: of that service.
+        type: full name of the message.
+        handled: calls of the handler, and how long it took.
+    """
+
+    publisher: str
+    service: str
+    group: str
+    type: str
+    handled: Stats
+
+
+@dataclass(frozen=True, slots=True)
 class MethodLoad:
     """Calls of one method, full name with leading slash."""
 
@@ -161,6 +180,17 @@ class Traffic:
         return [
             _edge(edge, Stats.of(counters, seconds[edge[0]]), states.get(edge, ()), totals[edge])
             for edge, counters in sorted(sums.items())
+        ]
+
+    def event_edges(self, now: float, span: float = 60.0, service: str = "") -> list[EventEdge]:
+        """Who handled whose events, ordered by names; of one service, if it is given, those it handles or published."""
+        sums = self._window.events.grouped(
+            self._first(now, span), lambda key: key if service in ("", key.publisher, key.service) else None
+        )
+        seconds = self._seconds(now, span)
+        return [
+            EventEdge(key.publisher, key.service, key.group, key.type, Stats.of(counters, seconds[key.service]))
+            for key, counters in sorted(sums.items(), key=lambda item: (item[0].publisher, item[0]))
         ]
 
     def calls_to(self, service: str, now: float, span: float = 60.0) -> Stats:

@@ -79,7 +79,20 @@ class ReceivedKey(NamedTuple):
         return self._replace(caller=OTHER, method=OTHER), ReceivedKey(self.service, OTHER, OTHER, OTHER)
 
 
-ReportedKey = MethodKey | EndpointKey | FailureKey | ReceivedKey
+class EventKey(NamedTuple):
+    """Events of one publisher and type that one group of a service handled."""
+
+    service: str
+    group: str
+    publisher: str
+    type: str
+
+    def folded(self) -> tuple[EventKey, ...]:
+        """As for `MethodKey`."""
+        return self._replace(publisher=OTHER, type=OTHER), EventKey(self.service, OTHER, OTHER, OTHER)
+
+
+ReportedKey = MethodKey | EndpointKey | FailureKey | ReceivedKey | EventKey
 """Names of what is reported. The first one of each is the service of who reports it."""
 Key = ReportedKey | EdgeKey
 """Names of what is counted."""
@@ -216,6 +229,7 @@ class Window:
         endpoints: attempts, by caller, service and endpoint.
         failures: failed calls, by caller, service, method, status and reason.
         received: calls as servers received them, by service, instance, caller and method.
+        events: calls of handlers of events, by service, group, publisher and message type.
         examples: the last failed call that is known of each of ``failures``.
     """
 
@@ -226,7 +240,12 @@ class Window:
         self.endpoints: Keyed[EndpointKey] = Keyed(budget)
         self.failures: Keyed[FailureKey] = Keyed(budget)
         self.received: Keyed[ReceivedKey] = Keyed(budget)
+        self.events: Keyed[EventKey] = Keyed(budget)
         self.examples: dict[FailureKey, FailureExample] = {}
+
+    def __len__(self) -> int:
+        """How many names share the room for them: all but those of ``edges``."""
+        return sum((len(self.methods), len(self.endpoints), len(self.failures), len(self.received), len(self.events)))
 
     def add_calls(self, key: MethodKey, counters: Mapping[int, int], now: float, interval: float) -> None:
         """Whole calls; as `Keyed.add`."""
@@ -246,5 +265,6 @@ class Window:
         self.edges.expire(first)
         self.endpoints.expire(first)
         self.received.expire(first)
+        self.events.expire(first)
         for key in self.failures.expire(first):
             self.examples.pop(key, None)

@@ -1,17 +1,19 @@
-"""Checks of what runs in the mesh: policies, services, clients, edges, and what operators have drained. Pure."""
+"""Checks of what runs in the mesh: policies, services, clients, edges, events, what operators have drained. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mesh.v1 import admin_pb2, edge_service_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2, telemetry_pb2
 
 from mesh_cli.check.facts import Facts, PlaneFacts
 from mesh_cli.check.findings import Finding, failure, or_passed, skipped, some, warning
 from mesh_client.core.renewal import in_words
 
-POLICIES, SERVICES, CLIENTS, EDGES = "policies", "services", "clients", "edges"
+POLICIES, SERVICES, CLIENTS, EDGES, EVENTS = "policies", "services", "clients", "edges", "events"
 
+LONG_WAITING = 60.0
+"""Seconds after which an event that waits in an outbox, with a broker, is one that the broker does not take."""
 LONG_DRAINED = 3_600.0
 """Seconds after which somebody has probably forgotten that they drained an endpoint."""
 
@@ -24,7 +26,8 @@ def check_mesh(facts: Facts) -> list[Finding]:
     findings = [*check_policies(first), *check_rules(facts), *check_services(facts), *check_drains(facts)]
     for plane in facts.reached:
         findings += check_clients(plane)
-    return [*findings, *check_edges(first)]
+    outboxes = [finding for plane in facts.reached for finding in check_outboxes(plane)]
+    return [*findings, *check_edges(first), *outboxes]
 
 
 def check_policies(plane: PlaneFacts) -> list[Finding]:
@@ -188,3 +191,22 @@ def _edge(edge: admin_pb2.EdgeStatus) -> Iterator[Finding]:
         elif report.outcome == edge_service_pb2.EDGE_OUTCOME_FAILED:
             detail = f"{gateway.id} of {edge.edge} cannot be told {report.policy_version}: {report.detail}"
             yield failure(EDGES, "reports", detail, "see whether its edge runs; the gateway goes on trying")
+
+
+def check_outboxes(plane: PlaneFacts) -> Iterator[Finding]:
+    """Outboxes whose events go nowhere; of those from which all is sent a control plane says nothing."""
+    for each in plane.status.outboxes:
+        outbox = each.outbox
+        who, waiting = f"{each.node_id} of {each.service}", f"{outbox.events} of {outbox.max_events} events wait"
+        if outbox.refused:
+            detail = f"{who}: the broker will never take {outbox.refused} of its events"
+            yield warning(
+                EVENTS, "refused", detail, "they are in mesh_outbox_refused; raise the broker's limit on sizes"
+            )
+        if outbox.relay == telemetry_pb2.OUTBOX_RELAY_NO_BROKER:
+            yield warning(EVENTS, "broker", f"{who} has no broker: {waiting}", "name one in MESH_BROKER")
+        elif outbox.relay == telemetry_pb2.OUTBOX_RELAY_DISCONNECTED:
+            yield warning(EVENTS, "broker", f"{who}: {waiting}: {outbox.broker}", "repair the connection to the broker")
+        elif outbox.events and each.oldest.ToTimedelta().total_seconds() > LONG_WAITING:
+            fix = "subscribe a group to them, or publish them with mandatory=False; see its log"
+            yield warning(EVENTS, "waiting", f"{who}: {waiting}, for longer than a minute", fix)

@@ -16,7 +16,7 @@ from mesh_client.core.outlier import Ejection
 from mesh_client.core.served import ServedBook
 from mesh_client.core.service import Service
 from mesh_client.core.store import Resolution
-from mesh_client.core.tally import GONE, Tally
+from mesh_client.core.tally import GONE, OTHER, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +143,23 @@ class ServedInstance:
 
 
 @dataclass(frozen=True, slots=True)
+class EventTotals:
+    """Calls of a group's handler for events of one type by one publisher."""
+
+    publisher: str
+    type: str
+    handled: Totals
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumedGroup:
+    """What changed of the events that one group of the process's service handled in it."""
+
+    group: str
+    events: tuple[EventTotals, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadReport:
     """What changed since the report before.
 
@@ -150,15 +167,17 @@ class LoadReport:
         covers: seconds since the counters were looked at before, whether or not that was worth a report.
         called: services that the process calls.
         served: servers that run in it.
+        consumed: groups that handle events in it.
     """
 
     covers: float
     called: tuple[CalledService, ...] = ()
     served: tuple[ServedInstance, ...] = ()
+    consumed: tuple[ConsumedGroup, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether anything changed."""
-        return bool(self.called or self.served)
+        return bool(self.called or self.served or self.consumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +188,19 @@ class Server:
     instance_id: str
     book: ServedBook
     in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """One group that handles events, as far as its load is reported.
+
+    Attributes:
+        group: its name.
+        book: calls of its handlers; the methods are message types with a leading slash, the callers publishers.
+    """
+
+    group: str
+    book: ServedBook
 
 
 class ReportBuilder:
@@ -189,13 +221,21 @@ class ReportBuilder:
         self._sent.clear()
         self._sent_endpoints.clear()
 
-    def look(self, services: Iterable[Service], servers: Iterable[Server], now: float) -> LoadReport:
+    def look(
+        self,
+        services: Iterable[Service],
+        servers: Iterable[Server],
+        now: float,
+        consumers: Iterable[Consumer] = (),
+    ) -> LoadReport:
         """What changed. It counts as sent."""
         covers, self._looked_at = now - self._looked_at, now
         found = (self._called(service, now) for service in services)
         called = tuple(each for each in found if each is not None)
         heard = (self._served(server) for server in servers)
-        return LoadReport(covers, called, tuple(each for each in heard if each is not None))
+        served = tuple(each for each in heard if each is not None)
+        consumed = tuple(each for each in map(self._consumed, consumers) if each.events)
+        return LoadReport(covers, called, served, consumed)
 
     def _called(self, service: Service, now: float) -> CalledService | None:
         name = service.name
@@ -261,6 +301,17 @@ class ReportBuilder:
         if not self._changed(("server", *where), figures) and not received:
             return None
         return ServedInstance(*where, *figures, received)
+
+    def _consumed(self, consumer: Consumer) -> ConsumedGroup:
+        return ConsumedGroup(
+            consumer.group,
+            tuple(
+                EventTotals(publisher, method if method == OTHER else method.removeprefix("/"), Totals.of(tally))
+                for method, tallies in consumer.book
+                for publisher, tally in tallies.items()
+                if tally.count and self._changed(("consumed", consumer.group, publisher, method), tally.count)
+            ),
+        )
 
     def _changed(self, key: tuple[object, ...], value: object) -> bool:
         if self._sent.get(key) == value:

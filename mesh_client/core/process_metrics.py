@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mesh_client.core.breaker import BreakerState
+from mesh_client.core.events.metrics import EVENT_FAMILIES
 from mesh_client.core.load_report import Server
 from mesh_client.core.metric import Family, Kind, MetricSet
 from mesh_client.core.model import Health
@@ -121,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
         "1 while the server serves and passes its own check, else 0.",
         ("service", "endpoint"),
     ),
+    *EVENT_FAMILIES,
 )
 """Every metric of a process that uses the library."""
 

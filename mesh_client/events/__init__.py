@@ -16,13 +16,13 @@ from mesh_client.core.events.errors import (
     UnusableEventError,
 )
 from mesh_client.core.events.retry import RetrySchedule
+from mesh_client.core.events.state import EventsState, GroupState, OutboxState, RelayState
 from mesh_client.events import inbox
 from mesh_client.events.bus import EventBus
 from mesh_client.events.event import Event
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.outbox import SCHEMA as OUTBOX_SCHEMA
 from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
-from mesh_client.events.state import EventsState, GroupState, OutboxState
 
 __all__ = [
     "OUTBOX_SCHEMA",
@@ -40,6 +40,7 @@ __all__ = [
     "PreparedEvent",
     "PublishTimeoutError",
     "Reject",
+    "RelayState",
     "RetrySchedule",
     "SqliteOutbox",
     "UnusableEventError",

@@ -7,12 +7,12 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from google.protobuf.message import Message
 
@@ -20,7 +20,9 @@ from mesh_client.context import inbound
 from mesh_client.core.errors import ConfigError, InvalidTransitionError
 from mesh_client.core.events.envelope import Envelope, check_key, check_type
 from mesh_client.core.events.errors import EventTooLargeError
-from mesh_client.core.events.topology import Group, check_member
+from mesh_client.core.events.state import EventsState
+from mesh_client.core.events.topology import CONTROL_PLANE, Group, check_member
+from mesh_client.core.load_report import Consumer
 from mesh_client.events.broker import Broker
 from mesh_client.events.consumer import GroupConsumer, Subscription
 from mesh_client.events.event import Handler
@@ -30,13 +32,13 @@ from mesh_client.events.publisher import WORKLOAD, source_of
 from mesh_client.events.relay import Outbox
 from mesh_client.events.schema import schema_version
 from mesh_client.events.settings import BrokerSettings
-from mesh_client.events.state import EventsState
 from mesh_client.events.tracing import EventTracing
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
-    from mesh_client.transport import Transport
+    from mesh_client.core.identity import Principal
+    from mesh_client.identity import IdentityState
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,25 @@ FLUSH_TIMEOUT = 2.0
 """Seconds for which a service that stops waits for its outbox to become empty, while there is a broker."""
 
 
+class Publisher(Protocol):
+    """Who publishes, as far as events say it. A process's `mesh_client.identity.Identity` is one."""
+
+    @property
+    def principal(self) -> Principal:
+        """Who it is."""
+
+    def state(self, now: float) -> IdentityState:
+        """Which workload it is at ``now``, seconds since the epoch."""
+
+
+class Identified(Protocol):
+    """What knows who publishes, such as the transport of a mesh client."""
+
+    @property
+    def identity(self) -> Publisher | None:
+        """Who; None in plaintext, where nobody is anybody."""
+
+
 class EventBus:
     """Publishes a service's events and calls its handlers. Made by `mesh_client.mesh.Mesh.events`.
 
@@ -62,7 +83,7 @@ class EventBus:
     def __init__(
         self,
         service: str,
-        transport: Transport,
+        transport: Identified,
         broker: BrokerSettings | None,
         outbox: OutboxStore | str | Path,
         *,
@@ -73,7 +94,7 @@ class EventBus:
         rng: Random | None = None,
     ) -> None:
         self._tracing = EventTracing(tracer_provider)
-        self.service = check_member(service)
+        self.service = service if service == CONTROL_PLANE else check_member(service)
         self._transport = transport
         self._rng = rng or Random()
         self._broker = None if broker is None else Broker(broker, f"{service}")
@@ -185,7 +206,12 @@ class EventBus:
             raise ConfigError(f"group {name}: {error}") from None
 
     def subscribe(
-        self, message_class: type[M], *, group: str | None = None, timeout: float = DEFAULT_HANDLER_TIMEOUT
+        self,
+        message_class: type[M],
+        *,
+        group: str | None = None,
+        timeout: float = DEFAULT_HANDLER_TIMEOUT,
+        publishers: Collection[str] = (),
     ) -> Callable[[Handler[M]], Handler[M]]:
         """Decorates the handler of an event.
 
@@ -196,12 +222,15 @@ class EventBus:
             message_class: generated class of the event's message.
             group: DNS label; by default the service's name.
             timeout: seconds that the handler has.
+            publishers: services whose events are taken, by what the broker says of who published; those of others are
+                dead letters. Empty for everybody's.
 
         Raises:
             ConfigError: the group has a handler for it, or the bus has been started.
-            InvalidValueError: the group's name or the message's type is not allowed.
+            InvalidValueError: the group's name, the message's type or a publisher's name is not allowed.
         """
         self._not_started()
+        allowed = frozenset(each if each == CONTROL_PLANE else check_member(each) for each in publishers)
         name = Group(self.service, group or self.service).name
         message_type = check_type(message_class.DESCRIPTOR.full_name)
         if not 0.0 < timeout <= 3_600.0:
@@ -211,7 +240,7 @@ class EventBus:
             handlers = self._subscriptions.setdefault(name, {})
             if message_type in handlers:
                 raise ConfigError(f"group {name} has a handler for {message_type} already; use another group")
-            handlers[message_type] = Subscription(message_class, handler, timeout)
+            handlers[message_type] = Subscription(message_class, handler, timeout, allowed)
             return handler
 
         return subscribed
@@ -258,7 +287,7 @@ class EventBus:
             state = self._outbox.state(time.time())
             if state is not None and state.connected and state.relaying:
                 await self._outbox.flush(FLUSH_TIMEOUT)
-            await self._outbox.close()
+        await self._outbox.close()
 
     async def __aenter__(self) -> Self:
         """Starts.
@@ -284,6 +313,10 @@ class EventBus:
             dict(self._stored),
             tuple(consumer.state() for consumer in self._consumers.values()),
         )
+
+    def consumers(self) -> list[Consumer]:
+        """The groups whose load is reported."""
+        return [Consumer(name, consumer.book) for name, consumer in self._consumers.items()]
 
     async def _open(self) -> None:
         if self._closed:

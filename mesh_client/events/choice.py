@@ -42,11 +42,9 @@ def make_bus(
     if max_events < 1 or max_bytes < 1:
         raise ConfigError("events: max_events and max_bytes must be 1 at least")
     settings = broker_settings(broker, credentials, roots, insecure=not transport.secure)
-    store: OutboxStore | Path
-    if outbox is None or isinstance(outbox, str | Path):
-        store = _own_file(service) if outbox is None else Path(outbox)
-    else:
-        store = outbox
+    if outbox is None:
+        outbox = os.environ.get(OUTBOX) or _own_file(service)
+    store = _store(outbox) if isinstance(outbox, str) else outbox
     return EventBus(
         service,
         transport,
@@ -58,10 +56,19 @@ def make_bus(
     )
 
 
+def _store(named: str) -> OutboxStore | Path:
+    """A SQLite file, or PostgreSQL."""
+    if not named.startswith(("postgresql://", "postgres://")):
+        return Path(named)
+    try:
+        from mesh_client.events.postgres import PostgresOutbox
+    except ImportError as error:
+        raise ConfigError(f"outbox: {error}; install 'grpc-mesh[postgres]'") from None
+    return PostgresOutbox(named)
+
+
 def _own_file(service: str) -> Path:
     """Where the outbox is when nobody says: readable by this user alone, for events may hold anything."""
-    if named := os.environ.get(OUTBOX):
-        return Path(named)
     home = os.environ.get("XDG_STATE_HOME")
     directory = (Path(home) if home else Path.home() / ".local" / "state") / "grpc-mesh" / "outbox"
     try:

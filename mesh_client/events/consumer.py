@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import aio_pika
+import grpc
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from google.protobuf.message import Message
 
@@ -20,7 +20,9 @@ from mesh_client.context import InboundCall, inbound
 from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.errors import DeadReason, UnusableEventError
 from mesh_client.core.events.lanes import Defer, Delivery, Lanes, Run
+from mesh_client.core.events.state import GroupCounters, GroupState
 from mesh_client.core.events.topology import EXCHANGE, Group, binding_key
+from mesh_client.core.served import ServedBook
 from mesh_client.events.broker import (
     CONNECT_TIMEOUT,
     FAILURES,
@@ -47,7 +49,6 @@ from mesh_client.events.options import GroupOptions
 from mesh_client.events.publisher import check_publisher, proven_user
 from mesh_client.events.relay import end
 from mesh_client.events.schema import decode
-from mesh_client.events.state import GroupCounters, GroupState
 from mesh_client.events.tracing import EventTracing, failed
 
 logger = logging.getLogger(__name__)
@@ -61,11 +62,12 @@ _RETURN_TIMEOUT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A handler and what it is for."""
+    """A handler, what it is for, and whose events it takes; empty for everybody's."""
 
     message_class: type[Message]
     handler: Handler[Any]
     timeout: float
+    publishers: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -90,6 +92,10 @@ class GroupConsumer:
         trust_domain: of the mesh; None in plaintext.
         tracing: makes the spans of handlers.
         rng: of jitter and suspicion.
+
+    Attributes:
+        counters: since the start.
+        book: calls of handlers, by message type with a leading slash, and publisher.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class GroupConsumer:
         rng: Random,
     ) -> None:
         self.counters = GroupCounters()
+        self.book = ServedBook()
         self._tracing = tracing
         self._broker = broker
         self._group = group
@@ -123,7 +130,6 @@ class GroupConsumer:
         self._words = "not connected yet" if broker is not None else "no broker is configured (MESH_BROKER)"
         self._connected = False
         self._lag: float | None = None
-        self._edges: Counter[tuple[str, str]] = Counter()
 
     def start(self) -> None:
         """Begins to consume, in the background, now and whenever the broker can be reached."""
@@ -158,7 +164,11 @@ class GroupConsumer:
             self._lanes.waiting,
             self._lag,
             self.counters,
-            dict(self._edges),
+            {
+                (publisher, method.removeprefix("/")): tally
+                for method, tallies in self.book
+                for publisher, tally in tallies.items()
+            },
         )
 
     # -- connection
@@ -301,6 +311,11 @@ class GroupConsumer:
             raise UnusableEventError(
                 DeadReason.UNKNOWN_TYPE, f"the group has no handler for {envelope.type}, only for {self._types()}"
             )
+        if subscription.publishers and user not in subscription.publishers:
+            allowed = ", ".join(sorted(subscription.publishers))
+            raise UnusableEventError(
+                DeadReason.UNAUTHORIZED, f"it is of {user!r}; the group takes it of {allowed} alone"
+            )
         if len(message.body) > self._options.max_bytes:
             raise UnusableEventError(
                 DeadReason.TOO_LARGE, f"{len(message.body)} bytes, at most {self._options.max_bytes} are taken"
@@ -316,8 +331,11 @@ class GroupConsumer:
             attempt,
             self._group.name,
         )
-        self._lag = max(0.0, time.time() - envelope.time)
-        began = time.monotonic()
+        self._lag = lag = max(0.0, time.time() - envelope.time)
+        if attempt == 1:
+            self.counters.lag.succeeded(lag)
+        tally = self.book.tally(self.book.of(f"/{envelope.type}"), publisher_name(envelope.source, user))
+        code, began = "OK", time.monotonic()
         call = InboundCall(began + subscription.timeout, caller=caller)
         token = inbound.set(call)
         size, queue, group = len(message.body), self._group.queue, self._group.name
@@ -336,11 +354,13 @@ class GroupConsumer:
                 except Exception as error:
                     failed(span, error)
                     raise
+        except BaseException as error:
+            code = _code(error)
+            raise
         finally:
             call.cancel()
             inbound.reset(token)
-            self.counters.handling_seconds += time.monotonic() - began
-        self._edges[publisher_name(envelope.source), envelope.type] += 1
+            tally.ended(code, time.monotonic() - began)
 
     async def _failed(self, taken: _Taken, attempt: int, error: Exception) -> int | None:
         """Sends an event to wait for its next attempt; at which level, or None when there is none."""
@@ -409,3 +429,14 @@ class GroupConsumer:
 
     def _types(self) -> str:
         return ", ".join(sorted(self._subscriptions))
+
+
+def _code(error: BaseException) -> str:
+    """How a call of a handler ended, as calls of methods do."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return str(error.code().name)
+    if isinstance(error, TimeoutError):
+        return "DEADLINE_EXCEEDED"
+    if isinstance(error, UnusableEventError):
+        return "INVALID_ARGUMENT"
+    return "UNKNOWN" if isinstance(error, Exception) else "CANCELLED"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractIncomingMessage
 
-from mesh_client.events.publisher import PUBLISHER, proven_user
+from mesh_client.core.tally import OTHER
+from mesh_client.events.publisher import PLAINTEXT, PUBLISHER, proven_user
 
 ATTEMPT = "mesh-attempt"
 REASON, DETAIL, BURIED = "mesh-dead-reason", "mesh-dead-detail", "mesh-dead-time"
 DELIVERY_COUNT = "x-delivery-count"
 """How often RabbitMQ has delivered it again."""
+
+_NAME = re.compile(r"[a-z0-9:-]{1,80}")
 
 
 def copy_of(message: AbstractIncomingMessage, service: str, user: str, changes: dict[str, Any]) -> aio_pika.Message:
@@ -42,9 +46,15 @@ def copy_of(message: AbstractIncomingMessage, service: str, user: str, changes: 
     )
 
 
-def publisher_name(source: str) -> str:
-    """The publisher's name in a source: what follows the last slash or colon."""
-    return source.rpartition("/")[2].rpartition(":")[2]
+def publisher_name(source: str, user: str | None) -> str:
+    """The publisher's name, as authorization rules have it; `OTHER` for what nobody in a mesh is called.
+
+    Args:
+        source: as the event says.
+        user: as the broker says, which was checked to be the same; None where it does not say.
+    """
+    name = user or source.rpartition("/")[2].removeprefix(PLAINTEXT)
+    return name if _NAME.fullmatch(name) else OTHER
 
 
 def attempt_of(message: AbstractIncomingMessage) -> int:

@@ -19,7 +19,9 @@ WORKLOAD = "mesh-workload"
 PUBLISHER = "mesh-publisher"
 """Header of what a group has sent to itself, to wait: as whom the broker had let its publisher in."""
 
-_PLAINTEXT = "mesh:"
+PLAINTEXT = "mesh:"
+"""Begins the source of a service that has no identity."""
+
 _WORKLOAD_ID = re.compile(r"[0-9a-f]{16}")
 _UNKNOWN_WORKLOAD = "0" * 16
 
@@ -28,7 +30,7 @@ def source_of(principal: Principal | None, service: str) -> str:
     """As whom a process publishes: its SPIFFE ID, or ``mesh:NAME`` in plaintext."""
     if principal is not None:
         return principal.spiffe_id
-    return service if service == CONTROL_PLANE else f"{_PLAINTEXT}{service}"
+    return service if service == CONTROL_PLANE else f"{PLAINTEXT}{service}"
 
 
 def proven_user(user_id: str | None, headers: Mapping[str, object], service: str) -> str | None:

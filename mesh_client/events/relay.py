@@ -12,22 +12,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import ChannelPreconditionFailed, DeliveryError, PublishError
 
 from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
 from mesh_client.core.events.outbox import OutboxRelay
+from mesh_client.core.events.state import OutboxState, PublishCounters, RelayState
 from mesh_client.core.events.topology import EXCHANGE
 from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain
 from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
-from mesh_client.events.state import OutboxState, PublishCounters
 from mesh_client.events.wire import Wire, outgoing
 from mesh_client.events.writer import OutboxWriter
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +46,9 @@ a queue whose leader it did not find, as happens when it starts: a new connectio
 MOST_PATIENCE = 60.0
 CLOSED_LEASE = LEASE / 5
 """Seconds between looks at who relays."""
+
+LOOK = 0.5
+"""Seconds between looks at how much waits, while nothing is sent from here."""
 
 NO_BROKER = "no broker is configured (MESH_BROKER): events stay in the outbox"
 
@@ -86,10 +86,10 @@ class Outbox:
         self._cache: dict[int, StoredEvent] = {}
         self._cached_bytes = 0
         self._settled: list[int] = []
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
-        self._leading = False
+        self._leading = self._standby = False
         self._connected = False
         self._words = "not connected yet" if broker is not None else NO_BROKER
         self._size: OutboxSize | None = None
@@ -110,14 +110,18 @@ class Outbox:
         """
         await self._in_thread(self._store.open, *self._bounds)
         self._size = await self._in_thread(self._store.size)
-        if self._broker is not None:
-            self._task = asyncio.create_task(self._run(self._broker), name="outbox")
+        self._tasks = [asyncio.create_task(self._watch(), name="outbox size")]
+        if self._broker is None:
+            logger.warning("%s: %s", self._store.name, NO_BROKER)
+        else:
+            self._tasks.append(asyncio.create_task(self._run(self._broker), name="outbox"))
 
     async def close(self) -> None:
         """Ends. What is in the table stays there."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self._writer.close()
         settled, self._settled = self._settled, []
         with contextlib.suppress(Exception):
@@ -192,7 +196,23 @@ class Outbox:
             self._leading,
             self._words,
             self._connected,
+            self._relay_state(),
         )
+
+    def _relay_state(self) -> RelayState:
+        if self._broker is None:
+            return RelayState.NO_BROKER
+        if self._connected:
+            return RelayState.CONNECTED
+        return RelayState.STANDBY if self._standby else RelayState.DISCONNECTED
+
+    async def _watch(self) -> None:
+        """Has `state` say how much waits also while nothing is sent from here."""
+        while True:
+            await asyncio.sleep(LOOK)
+            if not self._connected:
+                with contextlib.suppress(Exception):  # whoever publishes is told what is wrong with the table
+                    await self.look()
 
     async def _explain_full(self) -> str:
         self._size = size = await self._in_thread(self._store.size)
@@ -231,7 +251,9 @@ class Outbox:
 
     async def _lead(self) -> bool:
         self._leading = await self._in_thread(self._store.lead)
+        self._standby = not self._leading
         if not self._leading:
+            self._connected = False
             self._words = "another process sends what is in the outbox"
             self._relay = OutboxRelay(WINDOW)
             self._forget_bodies()

@@ -20,8 +20,8 @@ async def main() -> int:
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="notifications") as mesh:
         service = NotificationService(NotificationStore(database))
         events = mesh.events(outbox=settings.database)
-        events.subscribe(OrderPlaced)(service.order_placed)
-        events.subscribe(OrderShipped)(service.order_shipped)
+        events.subscribe(OrderPlaced, publishers=["orders"])(service.order_placed)
+        events.subscribe(OrderShipped, publishers=["shipping"])(service.order_shipped)
         server = mesh_client.server(
             "notifications", mesh=mesh, address=settings.address, instance_id=settings.instance, weight=settings.weight
         )

@@ -20,7 +20,7 @@ async def main() -> int:
     async with Database(settings.database, SCHEMA) as database, mesh_client.connect(service="shipping") as mesh:
         events = mesh.events(outbox=settings.database)
         service = ShippingService(ShipmentStore(database), events)
-        events.subscribe(OrderPlaced)(service.order_placed)
+        events.subscribe(OrderPlaced, publishers=["orders"])(service.order_placed)
         server = mesh_client.server(
             "shipping", mesh=mesh, address=settings.address, instance_id=settings.instance, weight=settings.weight
         )

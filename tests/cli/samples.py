@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import ParseDict
-from mesh.v1 import admin_pb2, edge_service_pb2, endpoint_pb2, policy_pb2, resource_pb2
+from mesh.v1 import admin_pb2, edge_service_pb2, endpoint_pb2, policy_pb2, resource_pb2, telemetry_pb2
 
 from mesh_client.core.policy import ServicePolicy
 
@@ -223,6 +223,38 @@ def troubled_status() -> admin_pb2.GetStatusResponse:
                 )
             ],
         )
+    )
+    status.outboxes.add(
+        service="mesh:control-plane",
+        node_id="control-plane-1f0c",
+        outbox=telemetry_pb2.OutboxState(
+            events=3,
+            max_events=10_000,
+            relay=telemetry_pb2.OUTBOX_RELAY_DISCONNECTED,
+            broker="the broker at 10.0.0.9:5671 cannot be reached: connection refused",
+        ),
+        oldest=span(95),
+    )
+    status.outboxes.add(
+        service="orders",
+        node_id="orders-7f3a91",
+        outbox=telemetry_pb2.OutboxState(
+            events=512,
+            max_events=100_000,
+            refused=2,
+            relay=telemetry_pb2.OUTBOX_RELAY_NO_BROKER,
+            broker="no broker is configured (MESH_BROKER): events stay in the outbox",
+        ),
+        oldest=span(4 * 60 + 12),
+    )
+    status.outboxes.add(
+        service="payments",
+        node_id="payments-1",
+        outbox=telemetry_pb2.OutboxState(
+            max_events=100_000,
+            relay=telemetry_pb2.OUTBOX_RELAY_NO_BROKER,
+            broker="no broker is configured (MESH_BROKER)",
+        ),
     )
     return status
 

@@ -58,6 +58,22 @@ def traffic() -> traffic_pb2.GetTrafficResponse:
                 total=5_000,
             ),
         ],
+        events=[
+            traffic_pb2.EventTraffic(
+                publisher="orders",
+                service="notifications",
+                group="notifications",
+                type="shop.v1.OrderPlaced",
+                handled=stats(462, 7.7, 1.0, (3.0, 4.2, 5.0)),
+            ),
+            traffic_pb2.EventTraffic(
+                publisher="orders",
+                service="shipping",
+                group="labels",
+                type="shop.v1.OrderPlaced",
+                handled=stats(470, 7.83, 0.983, (9.0, 20.0, 45.2)),
+            ),
+        ],
     )
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from control_plane.subscription import ClientNode
 from mesh_client.core.call import Attempt, AttemptFailure, Call, Pause
-from mesh_client.core.load_report import LoadReport, ReportBuilder, Server
+from mesh_client.core.load_report import Consumer, LoadReport, ReportBuilder, Server
 from mesh_client.core.model import StatusCode
 from mesh_client.core.served import ServedBook
 from mesh_client.core.service import Service
 from tests.core.worlds import service
 
 PLACE = "/shop.v1.OrderService/PlaceOrder"
+EVENT = "shop.v1.OrderPlaced"
 _starts = itertools.count()
 CALM: dict[str, Any] = {"outlier_detection": {"enabled": False}, "circuit_breaker": {"enabled": False}}
 
@@ -31,6 +32,7 @@ class Process:
         self.world: Service = service("a", "b", **{**CALM, **policy})
         self.book = ServedBook()
         self.serves = False
+        self.consumed = ServedBook()
         self.began = began
         self.builder = ReportBuilder(began)
 
@@ -58,6 +60,11 @@ class Process:
         for _ in range(count):
             tally.ended(code, took)
 
+    def handles(self, count: int, publisher: str, type: str = EVENT, took: float = 0.1, code: str = "OK") -> None:
+        tally = self.consumed.tally(self.consumed.of(f"/{type}"), publisher)
+        for _ in range(count):
+            tally.ended(code, took)
+
     def report(self, now: float) -> LoadReport:
         servers = [Server(self.node.service, self.node.id, self.book, 0)] if self.serves else []
-        return self.builder.look([self.world], servers, now)
+        return self.builder.look([self.world], servers, now, [Consumer("main", self.consumed)])

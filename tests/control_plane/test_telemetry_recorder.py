@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from control_plane.subscription import ClientNode
 from control_plane.telemetry.recorder import (
     MAX_SERVICES,
+    OutboxReport,
+    ProcessState,
     Recorder,
     Session,
     SupersededError,
@@ -20,6 +22,7 @@ from control_plane.telemetry.recorder import (
 from control_plane.telemetry.timeline import BUSY, CODES, PEAK, WINDOW
 from control_plane.telemetry.window import EndpointKey, FailureKey, Limits, MethodKey, ReceivedKey, Window
 from mesh_client.core.errors import InvalidValueError, Reason
+from mesh_client.core.events.state import RelayState
 from mesh_client.core.load_report import (
     CalledService,
     EndpointTotals,
@@ -443,3 +446,32 @@ def test_counters_of_endpoints_and_received_calls_that_cannot_be_are_refused_too
     ):
         with pytest.raises(InvalidValueError):
             world.recorder.take(session, report, 5.0)
+
+
+def test_outboxes_are_those_of_processes_that_report_now() -> None:
+    recorder = Recorder(Window())
+    waits = OutboxReport(3, 100, 5.0, 0, RelayState.NO_BROKER, "no broker is configured")
+    sessions = []
+    for name, outbox in (("orders-1", waits), ("orders-2", None), ("orders-3", waits)):
+        sessions.append(recorder.open(ClientNode(name, "orders"), "e", 0.0, "", 0.0))
+        sessions[-1].reporter.process = ProcessState(outbox=outbox)
+    recorder.close(sessions[2], 1.0)
+    assert list(recorder.outboxes()) == [("orders", "orders-1", waits)]
+
+
+@pytest.mark.parametrize(
+    ("events", "refused", "relay", "quiet"),
+    [
+        (0, 0, RelayState.CONNECTED, True),
+        (0, 0, RelayState.STANDBY, True),
+        (1, 0, RelayState.CONNECTED, False),
+        (0, 1, RelayState.CONNECTED, False),
+        (0, 0, RelayState.DISCONNECTED, False),
+        (0, 0, RelayState.NO_BROKER, False),
+        (0, 0, None, False),
+    ],
+)
+def test_an_outbox_is_quiet_while_nothing_waits_and_what_comes_is_sent(
+    events: int, refused: int, relay: RelayState | None, quiet: bool
+) -> None:
+    assert OutboxReport(events, 100, None, refused, relay, "").is_quiet == quiet

@@ -9,9 +9,10 @@ import pytest
 from control_plane.telemetry.recorder import Recorder, Session
 from control_plane.telemetry.timeline import BUSY, CODES, PEAK, STEPS, WINDOW
 from control_plane.telemetry.traffic import MAX_FAILURES, Traffic
-from control_plane.telemetry.window import Window
+from control_plane.telemetry.window import EventKey, Limits, Window
 from mesh_client.core.errors import Reason
-from tests.control_plane.load_reports import PLACE, Process
+from mesh_client.core.tally import OTHER
+from tests.control_plane.load_reports import EVENT, PLACE, Process
 
 GET = "/shop.v1.OrderService/GetOrder"
 
@@ -225,3 +226,51 @@ def test_a_service_is_known_once_a_process_is_of_it_or_calls_it() -> None:
     assert world.traffic.knows("orders")
     assert world.traffic.knows("checkout")
     assert not world.traffic.knows("stock")
+
+
+def test_an_event_edge_leads_from_the_publisher_to_the_group_that_handles() -> None:
+    world, one, two = World(), Process("shipping-1", "shipping"), Process("shipping-2", "shipping")
+    for now in (5.0, 10.0):
+        one.handles(10, "orders")
+        one.handles(5, "mesh:control-plane", "mesh.v1.EndpointUp")
+        two.handles(9, "orders", took=0.4)
+        two.handles(1, "orders", code="UNKNOWN", took=0.4)
+        world.report(one, now)
+        world.report(two, now)
+    up, placed = world.traffic.event_edges(10.0)
+    assert (up.publisher, up.service, up.group, up.type) == (
+        "mesh:control-plane",
+        "shipping",
+        "main",
+        "mesh.v1.EndpointUp",
+    )
+    assert (placed.publisher, placed.type, placed.handled.count) == ("orders", EVENT, 40)
+    assert placed.handled.rate == pytest.approx(4.0)
+    assert placed.handled.codes == {"OK": 38, "UNKNOWN": 2}
+    assert placed.handled.success_rate == pytest.approx(0.95)
+    assert placed.handled.p99 == pytest.approx(0.4, rel=0.2)
+    assert world.traffic.event_edges(10.0, service="orders") == [placed]
+    assert world.traffic.event_edges(10.0, service="shipping") == [up, placed]
+    assert world.traffic.event_edges(10.0, service="payments") == []
+    # They are no calls: nobody waits for an answer.
+    assert [edge for edge in world.traffic.edges(10.0) if edge.calls.count] == []
+
+
+def test_event_edges_are_bounded_and_forgotten_like_everything_else() -> None:
+    world = World()
+    many = Process("shipping-1", "shipping")
+    for number in range(150):
+        many.handles(1, f"publisher-{number}")
+    world.report(many, 5.0)
+    edges = world.traffic.event_edges(5.0)
+    assert sum(edge.handled.count for edge in edges) == 150
+    assert len(edges) == 101
+    tight = Window(Limits(keys_of_one=3))
+    for number in range(5):
+        tight.events.add(EventKey("shipping", "main", f"publisher-{number}", EVENT), {0: 1}, 5.0, 5.0)
+    assert (
+        EventKey("shipping", "main", OTHER, OTHER) in tight.events
+        or EventKey("shipping", OTHER, OTHER, OTHER) in tight.events
+    )
+    world.recorder.expire(5.0 + WINDOW + 20.0)
+    assert world.traffic.event_edges(6.0 + WINDOW) == []

@@ -14,6 +14,7 @@ from mesh_client.core.call import Attempt, AttemptFailure, Call, Pause
 from mesh_client.core.errors import Reason
 from mesh_client.core.load_report import (
     CalledService,
+    Consumer,
     LoadReport,
     ReportBuilder,
     ServedInstance,
@@ -244,3 +245,30 @@ def test_who_takes_reports_in_knows_what_was_counted_however_often_it_begins_ane
     assert receiver.methods == {method: Totals.of(tally) for method, tally in calls.items() if tally.count}
     assert receiver.failures == world.failed_calls
     assert sum(tally.count for tally in calls.values()) == len(steps)
+
+
+def test_events_that_groups_handle_are_reported_when_they_changed() -> None:
+    book = ServedBook()
+    builder = ReportBuilder(0.0)
+
+    def look() -> LoadReport:
+        return builder.look([], [], 1.0, [Consumer("labels", book)])
+
+    assert not look()
+    book.tally(book.of("/shop.v1.OrderPlaced"), "orders").succeeded(0.1)
+    book.tally(book.of("/shop.v1.OrderShipped"), "shipping").failed("UNKNOWN", 0.1)
+    report = look()
+    assert report
+    (group,) = report.consumed
+    assert group.group == "labels"
+    found = {(each.publisher, each.type): each.handled.codes for each in group.events}
+    assert found == {
+        ("orders", "shop.v1.OrderPlaced"): {"OK": 1},
+        ("shipping", "shop.v1.OrderShipped"): {"UNKNOWN": 1},
+    }
+    assert not look()
+    book.tally(book.of(OTHER), "orders").succeeded(0.1)
+    (group,) = look().consumed
+    assert [each.type for each in group.events] == [OTHER]
+    builder.reset()
+    assert len(look().consumed[0].events) == 3

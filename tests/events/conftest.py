@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mesh_client.core.events.topology import OPERATOR
+from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
 from mesh_client.events import consumer
 from tests.events.services import Services
 from tests.integration.rabbitmq import RabbitMQ
 
-USERS = ("orders", "shipping", "notifications", OPERATOR)
+USERS = ("orders", "shipping", "notifications", OPERATOR, CONTROL_PLANE)
 VHOSTS = tuple(f"test-{number}" for number in range(6))
 _numbers = itertools.count()
 

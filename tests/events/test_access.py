@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aio_pika
 import pytest
-from shop.v1.events_pb2 import OrderPlaced
+from mesh.v1 import event_pb2
+from shop.v1.events_pb2 import OrderPlaced, OrderShipped
 
-from mesh_client.core.errors import ConfigError
+import mesh_client
+from control_plane.options import ControlPlaneOptions
+from control_plane.server import ControlPlane
+from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.events.topology import CONTROL_PLANE, EXCHANGE, OPERATOR, Group
 from mesh_client.core.identity import Principal
+from mesh_client.events.delivery import DETAIL
 from mesh_client.events.settings import BrokerSettings, Credentials, broker_settings, read_credentials
+from mesh_client.mesh import Mesh
 from tests.certificates import TestAuthority
 from tests.events.services import Seen, Services, started, until
 from tests.integration.rabbitmq import RabbitMQ
@@ -78,6 +86,40 @@ async def test_a_service_has_rights_to_its_own_names_alone(services: Services, w
             await attempt(channel)
 
 
+async def test_a_handler_takes_the_events_of_those_whom_it_names_alone(services: Services) -> None:
+    bus, seen = services.bus("shipping"), Seen()
+    bus.subscribe(OrderPlaced, publishers=["orders"])(seen)
+    await started(bus)
+    await services.bus("notifications").publish(OrderPlaced(order_id="free of charge"))
+    await services.bus("orders").publish(OrderPlaced(order_id="paid"))
+    await seen.count(1)
+    counters = bus.state().groups[0].counters
+    await until(lambda: counters.dead == {"unauthorized": 1})
+    assert [event.message.order_id for event in seen.events] == ["paid"]
+    [letter] = await services.dead("shipping")
+    assert letter.headers[DETAIL] == "it is of 'notifications'; the group takes it of orders alone"
+    with pytest.raises(InvalidValueError):
+        services.bus("shipping", outbox="other").subscribe(OrderPlaced, publishers=["Orders"])
+
+
+async def test_the_broker_can_keep_types_from_a_service(services: Services) -> None:
+    """By the topic permission to read, which counts when a queue is bound."""
+    rabbitmq, vhost = services.broker, services.vhost
+    topic = (EXCHANGE, r"^shipping\..+$")
+    await asyncio.to_thread(
+        rabbitmq.control, "set_topic_permissions", "-p", vhost, "shipping", *topic, r"^[^.]+\.shop\.v1\.OrderPlaced$"
+    )
+    try:
+        bus = services.bus("shipping")
+        bus.subscribe(OrderShipped)(Seen())
+        await bus.start()
+        await until(lambda: "the broker refuses" in bus.state().groups[0].broker)
+        await bus.close()
+        await services.subscribed("shipping", OrderPlaced)
+    finally:
+        await asyncio.to_thread(rabbitmq.control, "set_topic_permissions", "-p", vhost, "shipping", *topic, ".*")
+
+
 async def test_there_is_no_guest(services: Services) -> None:
     with pytest.raises(aio_pika.exceptions.AMQPConnectionError):
         await aio_pika.connect(
@@ -94,7 +136,8 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
     files = [directory / name for name in ("certificate.pem", "key.pem", "roots.pem")]
     for file, content in zip(files, (issued.chain, issued.key, authority.roots), strict=True):
         file.write_bytes(content)
-    with RabbitMQ(directory / "broker", ["orders", "shipping"], tls=(files[0], files[1], files[2])) as broker:
+    users = ["orders", "shipping", "notifications", CONTROL_PLANE]
+    with RabbitMQ(directory / "broker", users, tls=(files[0], files[1], files[2])) as broker:
         yield broker
 
 
@@ -123,6 +166,59 @@ async def test_events_travel_by_tls_and_the_brokers_certificate_is_verified(
     orders = services.bus("orders", broker=settings("orders", roots))
     await orders.start()
     await seen.count(1)
+
+
+async def test_a_control_plane_tells_of_certificates_and_rotations_as_itself(secure: RabbitMQ, tmp_path: Path) -> None:
+    assert secure.tls is not None
+    options = ControlPlaneOptions(
+        data_dir=tmp_path / "plane",
+        broker=secure.url,
+        broker_credentials=secure.credentials(CONTROL_PLANE),
+        broker_roots=secure.tls[2],
+    )
+    plane = ControlPlane(options)
+    await plane.start()
+    authority, seen = plane.authority, Seen()
+    assert authority is not None
+
+    async def client(service: str) -> Mesh:
+        token = await authority.create_token(service, 600.0, 1, "spiffe://mesh.internal/operator/test")
+        mesh = mesh_client.connect(
+            plane.address,
+            service=service,
+            enrolment=plane.enrolment_address,
+            token=token.text,
+            cache_dir="",
+            insecure=False,
+        )
+        return await stack.enter_async_context(mesh)
+
+    try:
+        async with AsyncExitStack() as stack:
+            bus = (await client("notifications")).events(
+                broker=secure.url,
+                credentials=secure.credentials("notifications"),
+                roots=secure.tls[2],
+                outbox=tmp_path / "outbox.sqlite",
+            )
+            bus.subscribe(event_pb2.CertificateIssued)(seen)
+            bus.subscribe(event_pb2.RootRotated)(seen)
+            await started(bus)
+            await client("web")
+            await authority.add_root()
+            await until(lambda: any(isinstance(event.message, event_pb2.RootRotated) for event in seen.events))
+            await until(lambda: any(event.message.DESCRIPTOR.name == "CertificateIssued" for event in seen.events))
+        rotated = next(each for each in seen.events if isinstance(each.message, event_pb2.RootRotated))
+        assert (rotated.message.step, len(rotated.message.roots)) == ("add", 2)
+        issued = {event.message.spiffe_id: event for event in seen.events if event.key == "web"}
+        event = issued["spiffe://mesh.internal/service/web"]
+        assert not event.message.renewal
+        assert event.message.expires.seconds > 0
+        assert event.source == "spiffe://mesh.internal/mesh/control-plane"
+        assert event.caller is not None
+        assert event.caller.is_control_plane
+    finally:
+        await plane.stop()
 
 
 @pytest.mark.parametrize(

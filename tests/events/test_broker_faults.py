@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from shop.v1.events_pb2 import OrderPlaced
 
-from mesh_client.events import Event, EventBus, inbox
+from mesh_client.core.events.state import RelayState
+from mesh_client.events import Event, EventBus, consumer, inbox
 from mesh_client.events import relay as relay_module
 from tests.events.conftest import USERS, VHOSTS
 from tests.events.services import Seen, Services, started, until
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mesh_client.events import OutboxState
 
 EVENTS, KEYS = 10_000, 500
+SETTLE = consumer.SETTLE
 _numbers = itertools.count()
 
 
@@ -36,9 +38,10 @@ def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
         yield broker
 
 
-@pytest.fixture(autouse=True)
-def no_wait_for_new_queues() -> None:
-    """Here there is one."""
+@pytest.fixture
+def new_queues_settle(no_wait_for_new_queues: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that kill the broker soon after."""
+    monkeypatch.setattr(consumer, "SETTLE", SETTLE)
 
 
 @pytest.fixture
@@ -87,6 +90,7 @@ async def publish_all(bus: EventBus, batch: int = 250) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("new_queues_settle")
 async def test_a_broker_that_is_killed_under_load_loses_nothing(services: Services, rabbitmq: RabbitMQ) -> None:
     """kill -9 while 10,000 events are published and handled."""
     books = Books(services.directory / "books.sqlite")
@@ -133,6 +137,7 @@ async def test_a_frozen_broker_holds_no_publisher_up(
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("new_queues_settle")
 async def test_a_broker_that_comes_back_gets_what_waited_also_across_restarts_of_the_service(
     services: Services, rabbitmq: RabbitMQ
 ) -> None:
@@ -144,7 +149,8 @@ async def test_a_broker_that_comes_back_gets_what_waited_also_across_restarts_of
     for number in range(100):
         await orders.publish(OrderPlaced(quantity=number), key="k")
     await until(lambda: "cannot be reached" in outbox(orders).broker)
-    assert (outbox(orders).events, outbox(orders).connected) == (0, False)  # as it was when it was opened
+    await until(lambda: outbox(orders).events == 100)
+    assert (outbox(orders).relay, outbox(orders).connected) == (RelayState.DISCONNECTED, False)
     await orders.close()
     again = services.bus("orders", max_events=100)
     await again.start()

@@ -110,6 +110,7 @@ async def test_the_status_shows_what_waits_in_an_outbox(services: Services) -> N
     result = CliRunner().invoke(app, ["events", "status", "orders", "--outbox", file], env={"COLUMNS": "240"})
     assert result.exit_code == 0
     assert f"outbox {file}" in result.stdout
+    assert "No broker is named" in result.stdout
     (services.directory / "other.sqlite").touch()
     other = await mesh(services, "status", "orders", "--outbox", str(services.directory / "other.sqlite"))
     assert "holds no outbox" in other.output

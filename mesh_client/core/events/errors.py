@@ -22,6 +22,8 @@ class DeadReason(enum.Enum):
     """Its body is larger than the group takes."""
     FORGED = "forged"
     """It names another publisher than the one whom the broker let in."""
+    UNAUTHORIZED = "unauthorized"
+    """Its publisher is none of those who may publish it to the group."""
     REJECTED = "rejected"
     """Its handler said that it is of no use."""
     ATTEMPTS = "attempts"

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from mesh_client.core.tally import Tally
+
+
+class RelayState(enum.Enum):
+    """Whether what is in an outbox goes to the broker from this process."""
+
+    CONNECTED = "connected"
+    """It does."""
+    DISCONNECTED = "disconnected"
+    """It would, but there is no connection now."""
+    STANDBY = "standby"
+    """Another process sends what is in the same outbox."""
+    NO_BROKER = "no_broker"
+    """No broker is configured: everything stays where it is."""
 
 
 @dataclass(slots=True)
@@ -45,8 +62,8 @@ class GroupCounters:
     """Events sent to wait behind one of their key that waits for another attempt."""
     dead: dict[str, int] = field(default_factory=dict)
     """Events sent to the dead-letter queue, by reason."""
-    handling_seconds: float = 0.0
-    """Time in handlers, all together."""
+    lag: Tally = field(default_factory=Tally)
+    """From publications to the first calls of their handlers, by the clocks of both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,7 @@ class OutboxState:
         relaying: whether it is this process that sends them.
         broker: state of the connection, in words.
         connected: whether there is one.
+        relay: the same as one of few.
     """
 
     name: str
@@ -78,6 +96,7 @@ class OutboxState:
     relaying: bool
     broker: str
     connected: bool
+    relay: RelayState
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class GroupState:
         waiting: deliveries that wait for one.
         lag: seconds from the publishing of the last event that a handler was called for to that call; None for none.
         counters: since the start.
-        edges: events handled, by publisher and message type.
+        handled: calls of handlers, how they ended and how long they took, by publisher and message type.
     """
 
     group: str
@@ -102,7 +121,12 @@ class GroupState:
     waiting: int
     lag: float | None
     counters: GroupCounters
-    edges: dict[tuple[str, str], int]
+    handled: Mapping[tuple[str, str], Tally]
+
+    @property
+    def edges(self) -> dict[tuple[str, str], int]:
+        """Events handled well, by publisher and message type."""
+        return {edge: tally.ok for edge, tally in self.handled.items() if tally.ok}
 
 
 @dataclass(frozen=True, slots=True)
