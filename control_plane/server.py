@@ -33,9 +33,12 @@ from control_plane.access import Access
 from control_plane.admin import AdminServicer
 from control_plane.catalog import Catalog
 from control_plane.credentials import add_port
+from control_plane.dashboard.links import DashboardLinks
+from control_plane.dashboard.options import DashboardOptions
 from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.identity.authority import AuthorityServicer
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import OperatorDrains
@@ -55,6 +58,7 @@ from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
 
 if TYPE_CHECKING:
+    from control_plane.dashboard.server import Dashboard
     from control_plane.metrics_server import MetricsServer
 
 _log = logging.getLogger(__name__)
@@ -98,6 +102,8 @@ class ControlPlane:
         """The last traces."""
         self._telemetry: Telemetry | None = None
         self._metrics: MetricsServer | None = None
+        self._links = DashboardLinks()
+        self._dashboard: Dashboard | None = None
         self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
         self._operations = OperationsServicer(
             options.control_plane_id,
@@ -106,6 +112,7 @@ class ControlPlane:
             log,
             self._drains,
             Diagnosis(options, self._catalog, self._hub, self.authority, self._registry.ask_consul),
+            self._links,
         )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
@@ -135,6 +142,11 @@ class ControlPlane:
     def metrics_address(self) -> str:
         """``host:port`` where metrics are served, once started; empty for nowhere."""
         return "" if self._metrics is None else self._metrics.address
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where the dashboard is, once started; empty for nowhere."""
+        return self._links.url
 
     @property
     def address(self) -> str:
@@ -232,6 +244,8 @@ class ControlPlane:
                 self._servers.append(each)
         if options.metrics_address is not None:
             await self._serve_metrics(options.metrics_address, self._telemetry)
+        if options.dashboard is not None:
+            await self._serve_dashboard(options.dashboard, admin, self._telemetry)
 
     async def _serve_metrics(self, address: str, telemetry: Telemetry) -> None:
         # These bring in an HTTP server, and what writes metrics.
@@ -251,6 +265,16 @@ class ControlPlane:
         )
         self._metrics = MetricsServer(ControlPlaneCollector(observed))
         await self._metrics.start(address)
+
+    async def _serve_dashboard(self, options: DashboardOptions, admin: AdminServicer, telemetry: Telemetry) -> None:
+        from control_plane.dashboard.server import Dashboard
+        from control_plane.dashboard.views import Servicers
+
+        authority = None if self.authority is None else AuthorityServicer(self.authority, self.access)
+        lifetime = self._options.identity.leaf_lifetime
+        servicers = Servicers(admin, telemetry.operators, self.traces.queries, authority, self.access, lifetime)
+        self._dashboard = Dashboard(servicers, self._links, self._options.data_dir)
+        await self._dashboard.start(options)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -363,6 +387,8 @@ class ControlPlane:
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_stores(self) -> None:
+        if self._dashboard is not None:
+            await self._dashboard.close()
         if self._metrics is not None:
             await self._metrics.close()
         if self.authority is not None:
@@ -395,6 +421,8 @@ async def serve(options: ControlPlaneOptions, log: OwnLog | None = None) -> None
             sys.stdout.write(f"mesh control-plane enrols on {plane.enrolment_address}\n")
         if plane.metrics_address:
             sys.stdout.write(f"mesh control-plane metrics at http://{plane.metrics_address}/metrics\n")
+        if plane.dashboard_url:
+            sys.stdout.write(f"mesh control-plane dashboard at {plane.dashboard_url}\n")
         sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
         sys.stdout.flush()
         failed = asyncio.create_task(plane.wait())
