@@ -6,7 +6,7 @@ Codes and keys of sessions are kept as hashes: what is kept is of no use to whoe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mesh_client.core.caller import Caller
@@ -116,16 +116,6 @@ class Sessions:
     def end(self, key: str) -> bool:
         """Ends a session; whether there was one."""
         return self._sessions.pop(_hashed(key), None) is not None
-
-    def end_of(self, workload_ids: Iterable[str]) -> bool:
-        """Ends the sessions and codes of these operators' credentials; whether a session was among them."""
-        gone = frozenset(workload_ids)
-        before = len(self._sessions)
-        self._codes, self._sessions = (
-            {hashed: each for hashed, each in kept.items() if each.identity.caller.workload_id not in gone}
-            for kept in (self._codes, self._sessions)
-        )
-        return len(self._sessions) != before
 
 
 def _alive(kept: Mapping[str, Session], now: float) -> dict[str, Session]:

@@ -47,11 +47,14 @@ export function table(label, columns, rows) {
   const body = rows.map((row) => {
     const cells = row.cells ?? row;
     return h("tr", { role: "row", "data-key": row.key ?? null, class: row.style ?? null }, cells.map((cell, index) =>
-      h("td", { role: "cell", class: shown[index].right, "data-label": shown[index].name }, h("span", {}, cell))));
+      h("td", { role: "cell", class: classes(shown[index].right, cell), "data-label": shown[index].name }, h("span", {}, cell))));
   });
   return h("div", { class: "scroll" }, h("table", { role: "table", "aria-label": label },
     h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, head)), h("tbody", { role: "rowgroup" }, body)));
 }
+
+/** Cells that say nothing are left out of cards. */
+const classes = (right, cell) => [right, [cell].flat(Infinity).every((part) => part === "" || part === "-") ? "empty" : ""].filter(Boolean).join(" ") || null;
 
 /** A word with a colour; the word says it too. */
 export function badge(text, style) {

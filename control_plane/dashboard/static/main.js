@@ -127,6 +127,10 @@ function signOut(why) {
 
 /** Asks who is signed in, then shows the page. */
 async function begin() {
+  if (location.hash.startsWith("#login=")) {
+    route();
+    return;
+  }
   let answer;
   try {
     answer = await fetch("/api/session");
@@ -135,8 +139,7 @@ async function begin() {
     return;
   }
   if (answer.status === 401) {
-    if (!location.hash.startsWith("#login=")) signOut("This dashboard is for operators.");
-    else route();
+    signOut("This dashboard is for operators.");
     return;
   }
   const { operator } = await answer.json();

@@ -111,7 +111,7 @@ function inForce({ kind, stored, published, edge }) {
 function editor(mine) {
   const shown = mine.diff?.document === mine.text;
   const busy = Boolean(mine.busy);
-  const area = h("textarea", { id: "document", "data-input": "document", rows: 16, spellcheck: "false", autocapitalize: "off", autocomplete: "off", "aria-describedby": "apply-hint" });
+  const area = h("textarea", { id: "document", "data-input": "document", rows: Math.min(Math.max(mine.text.split("\n").length + 1, 8), 28), spellcheck: "false", autocapitalize: "off", autocomplete: "off", "aria-describedby": "apply-hint" });
   area.value = mine.text;
   return [h("label", { for: "document" }, "Policy, YAML"), area,
     h("p", { class: "buttons" },

@@ -4,8 +4,8 @@ import { badge, h, link, printable, s, section, table } from "./dom.js";
 import { FIGURES, age, count, figures, grade, names, percent, rate, service, took, trouble, within } from "./format.js";
 
 const NOBODY = "-";
-const WIDE = { width: 160, height: 52, along: 250, across: 84 };
-const NARROW = { width: 104, height: 52, along: 128, across: 112 };
+const WIDE = { width: 160, height: 52, along: 290, across: 84 };
+const NARROW = { width: 104, height: 52, along: 132, across: 112 };
 
 export const topology = {
   nav: "topology",
@@ -59,14 +59,14 @@ function picture(status, edges, layers, narrow) {
   const places = new Map();
   layers.forEach((layer, depth) => {
     layer.forEach((name, index) => {
-      const across = (index + (most - layer.length) / 2) * (narrow ? size.across : size.across);
+      const across = (index + (most - layer.length) / 2) * size.across;
       places.set(name, narrow
         ? { x: 4 + across, y: 4 + depth * size.along }
         : { x: 4 + depth * size.along, y: 4 + across });
     });
   });
-  const width = narrow ? most * size.across : (layers.length - 1) * size.along + size.width + 8;
-  const height = narrow ? (layers.length - 1) * size.along + size.height + 8 : most * size.across;
+  const width = narrow ? (most - 1) * size.across + size.width + 8 : (layers.length - 1) * size.along + size.width + 8;
+  const height = narrow ? (layers.length - 1) * size.along + size.height + 8 : (most - 1) * size.across + size.height + 8;
   const known = new Map(status.services.map((each) => [each.service, each]));
   const drawn = edges.filter((edge) => (edge.caller || NOBODY) !== edge.service);
   return h("div", { class: "picture", "data-key": "picture" },
@@ -94,7 +94,8 @@ function line(edge, places, size, narrow) {
 function label(edge, places, size, narrow) {
   const a = from(places.get(edge.caller || NOBODY), size, narrow), b = to(places.get(edge.service), size, narrow);
   // Nearer to who is called: lines that come from one caller have parted there.
-  const x = a.x + (b.x - a.x) * 0.58, y = a.y + (b.y - a.y) * 0.58;
+  const share = narrow ? { x: 0.85, y: 0.6 } : { x: 0.55, y: 0.6 };
+  const x = a.x + (b.x - a.x) * share.x, y = a.y + (b.y - a.y) * share.y;
   const p95 = edge.calls.p95 === null ? "" : took(edge.calls.p95);
   const state = edge.breakers_open ? "breaker open" : edge.ejected.length ? `${edge.ejected.length} ejected` : "";
   const texts = [`${rate(edge.calls.rate)}/s ${percent(edge.calls)}`, p95, state].filter(Boolean);
