@@ -227,7 +227,9 @@ def set_up_chromium() -> None:
         unpacked = fetch(("chromium", "chromium-driver"), None, work, missing_dependencies=True)
     except UnavailableError as error:
         message = f"Chromium is not installed, and Debian's cannot be had: {error}\n"
-        raise SetupError(message + "As root: apt-get install --no-install-recommends chromium chromium-driver") from error
+        raise SetupError(
+            message + "As root: apt-get install --no-install-recommends chromium chromium-driver"
+        ) from error
     shutil.rmtree(CHROMIUM, ignore_errors=True)
     CHROMIUM.mkdir()
     unpacked.rename(CHROMIUM / "root")

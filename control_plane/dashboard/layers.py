@@ -18,8 +18,9 @@ def layers(services: Iterable[str], calls: Iterable[tuple[str, str]]) -> list[li
         services: those that may neither call nor be called too.
         calls: caller and called.
     """
-    edges = sorted({(caller, called) for caller, called in calls if caller != called})
-    names = sorted({*services, *(name for edge in edges for name in edge)})
+    distinct = set(calls)
+    names = sorted({*services, *(name for call in distinct for name in call)})
+    edges = sorted((caller, called) for caller, called in distinct if caller != called)
     below: dict[str, list[str]] = {name: [] for name in names}
     for caller, called in edges:
         below[caller].append(called)
@@ -77,7 +78,7 @@ def _ordered(made: list[list[str]], edges: list[tuple[str, str]]) -> list[list[s
         neighbours.setdefault(called, []).append(caller)
     for sweep in range(_SWEEPS):
         places = {name: (place + 0.5) / len(layer) for layer in made for place, name in enumerate(layer)}
-        for layer in made if sweep % 2 == 0 else reversed(made):
+        for layer in made[1:] if sweep % 2 == 0 else made[-2::-1]:
             layer.sort(key=lambda name: (_mean([places[each] for each in neighbours.get(name, [name])]), name))
             places |= {name: (place + 0.5) / len(layer) for place, name in enumerate(layer)}
     return made

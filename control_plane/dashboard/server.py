@@ -17,6 +17,7 @@ import grpc
 from aiohttp import web
 from cryptography import x509
 
+from control_plane.access import TOLD_AT_ONCE, TOLD_PER_SECOND
 from control_plane.addresses import split_address
 from control_plane.dashboard import session_file
 from control_plane.dashboard.actions import Actions
@@ -28,6 +29,7 @@ from control_plane.dashboard.requests import Doors, bracketed
 from control_plane.dashboard.sessions import Session
 from control_plane.dashboard.views import Servicers, Shown, Views
 from control_plane.files import read_given_secret
+from control_plane.identity.limits import CallerLimits
 from mesh_client.core.errors import ConfigError
 
 MAX_BODY = 1024 * 1024
@@ -47,6 +49,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Referrer-Policy": "no-referrer",
+    "Server": "grpc-mesh",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
@@ -86,6 +89,7 @@ class Dashboard:
         self._files = {path.name: path.read_bytes() for path in sorted(STATIC.iterdir()) if path.suffix in _TYPES}
         self._doors = Doors("127.0.0.1", 0, secure=False)
         self._streams = 0
+        self._told = CallerLimits(TOLD_PER_SECOND, TOLD_AT_ONCE)
         self._runner: web.AppRunner | None = None
 
     async def start(self, options: DashboardOptions) -> None:
@@ -187,9 +191,8 @@ class Dashboard:
         session = self._sessions.redeem(code, key, time.time()) if isinstance(code, str) else None
         if session is None or self._access.is_revoked(session.identity.caller):
             self._sessions.end(key)
-            _log.warning(
-                "a link to the dashboard was refused to %s: it is none, was used, or is too old", request.remote
-            )
+            if not self._told.take(request.remote or "", time.monotonic()):
+                _log.warning("a link to the dashboard is none, was used, or is too old; opened by %s", request.remote)
             raise web.HTTPUnauthorized(reason="the link has been used, or is older than a minute; `mesh dashboard`")
         await self._save()
         _log.info("%s signed in to the dashboard from %s", session.identity.caller, request.remote)

@@ -173,9 +173,7 @@ class Operator:
             grpc.aio.AioRpcError: nothing is known of it.
         """
         stub = traffic_pb2_grpc.TrafficServiceStub(self._channel)
-        return await stub.Explain(
-            traffic_pb2.ExplainRequest(service=service), timeout=_TIMEOUT, wait_for_ready=True
-        )
+        return await stub.Explain(traffic_pb2.ExplainRequest(service=service), timeout=_TIMEOUT, wait_for_ready=True)
 
     async def endpoints(self, service: str) -> set[str]:
         """Ids of the endpoints of a service; empty when it is not known."""

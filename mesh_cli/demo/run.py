@@ -165,7 +165,9 @@ async def _explained(operator: Operator) -> traffic_pb2.FailureGroup | None:
 def _tell_of_dashboard(system: System, explained: traffic_pb2.FailureGroup | None) -> None:
     out = console()
     if explained is not None:
-        out.print("\nOne of the failures that were caused on purpose, as `mesh explain payments` and the dashboard told it:")
+        out.print(
+            "\nOne of the failures that were caused on purpose, as `mesh explain payments` and the dashboard told it:"
+        )
         for line in failure(explained, told=False):
             out.print(Padding(line, (0, 0, 0, 2)))
     out.print(

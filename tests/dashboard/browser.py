@@ -51,9 +51,9 @@ class Browser:
         """Goes there."""
         self.send("POST", "/url", {"url": url})
 
-    def go(self, hash: str) -> None:
+    def go(self, page: str) -> None:
         """Goes to another page of the dashboard."""
-        self.script("location.hash = arguments[0]", hash)
+        self.script("location.hash = arguments[0]", page)
 
     def script(self, text: str, *arguments: Any) -> Any:
         """What a script returns."""
@@ -103,7 +103,10 @@ class Browser:
 
     def focused(self) -> str:
         """What the element that has the focus says."""
-        return str(self.script("return document.activeElement.innerText || document.activeElement.id").strip())
+        found = self.script(
+            "const has = document.activeElement; return has.innerText || has.getAttribute('aria-label') || has.id || ''"
+        )
+        return str(found).strip()
 
     def tab_to(self, text: str, most: int = 60) -> None:
         """Presses the tabulator key until the focus is on what says this."""

@@ -68,7 +68,9 @@ def test_whoever_does_something_says_from_where_and_sends_json() -> None:
         assert status(LOCAL, "POST", {**POST, "Content-Type": kind}) == 415
 
 
-@pytest.mark.parametrize(("site", "expected"), [("same-origin", 0), ("none", 0), ("same-site", 403), ("cross-site", 403)])
+@pytest.mark.parametrize(
+    ("site", "expected"), [("same-origin", 0), ("none", 0), ("same-site", 403), ("cross-site", 403)]
+)
 def test_what_the_browser_says_of_the_asking_page_counts(site: str, expected: int) -> None:
     assert status(LOCAL, "GET", {**OWN, "Sec-Fetch-Site": site}) == expected
     assert status(LOCAL, "GET", {**OWN, "Sec-Fetch-Site": site}, api=False) == 0, "a link to the page may be anywhere"

@@ -1,4 +1,4 @@
-"""One-time codes and sessions: used once, for a minute and for twelve hours, and ended with the operator's credentials."""
+"""One-time codes and sessions: good once and for a minute, and for twelve hours; never longer than the certificate."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def exactly_the_living_are_found(self) -> None:
-        assert all((self.sessions.find(key, self.now) is not None) == (end > self.now) for key, end in self.alive.items())
+        assert all(
+            (self.sessions.find(key, self.now) is not None) == (end > self.now) for key, end in self.alive.items()
+        )
         assert len(self.sessions.kept) <= MAX_SESSIONS
 
 

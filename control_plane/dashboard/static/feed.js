@@ -11,12 +11,13 @@ export class Feed {
     this.heardAt = performance.now();
     this.source = null;
     this.timer = null;
+    this.paused = false;
   }
 
   /** Milliseconds since the control plane was heard, once that is too long; else 0. */
   get stale() {
     const silent = performance.now() - this.heardAt;
-    return this.address !== null && silent > STALE ? silent : 0;
+    return this.address !== null && !this.paused && silent > STALE ? silent : 0;
   }
 
   watch(view, parameters) {
@@ -32,10 +33,13 @@ export class Feed {
 
   /** A page that nobody sees needs no stream; browsers allow six of one host. */
   pause() {
+    this.paused = true;
     this.disconnect();
   }
 
   resume() {
+    this.paused = false;
+    this.heardAt = performance.now();
     if (this.address !== null) this.connect();
   }
 
@@ -47,6 +51,7 @@ export class Feed {
 
   connect() {
     this.disconnect();
+    if (this.paused) return;
     const address = this.address;
     const source = (this.source = new EventSource(address));
     source.addEventListener("state", ({ data }) => {
