@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gateway import guard
 from tests import leaks
 
 CHROMIUM = Path(__file__).parents[2] / ".tools" / "chromium"
@@ -104,7 +107,8 @@ class Browser:
     def focused(self) -> str:
         """What the element that has the focus says."""
         found = self.script(
-            "const has = document.activeElement; return has.innerText || has.getAttribute('aria-label') || has.id || ''"
+            "const has = document.activeElement; if (has === document.body) return '';"
+            "return has.innerText || has.getAttribute('aria-label') || has.id || ''"
         )
         return str(found).strip()
 
@@ -137,12 +141,12 @@ class Browser:
         path.write_bytes(base64.b64decode(data))
 
     def problems(self) -> list[str]:
-        """What the console has complained about since it was asked last, but for servers that cannot be reached."""
+        """What the console has complained about since it was asked last, but for servers that are gone, and refusals."""
         found = self.send("POST", "/se/log", {"type": "browser"})
         return [
             each["message"]
             for each in found
-            if each["level"] in ("SEVERE", "WARNING") and "net::ERR" not in each["message"]
+            if not any(expected in each["message"] for expected in ("net::ERR", "(Bad Request)"))
         ]
 
     def _find(self, selector: str) -> str:
@@ -159,7 +163,8 @@ class Elements:
     def __call__(self, selector: str) -> list[str]:
         """What the elements that a selector names say."""
         found: list[str] = self._browser.script(
-            "return [...document.querySelectorAll(arguments[0])].map((each) => each.innerText)", selector
+            "return [...document.querySelectorAll(arguments[0])].map((each) => each.innerText ?? each.textContent)",
+            selector,
         )
         return found
 
@@ -170,7 +175,7 @@ def chromium(directory: Path) -> Iterator[Browser]:
 
     It outlives single tests, with all its processes.
     """
-    command = [str(CHROMIUM / "chromedriver"), "--port=0", "--log-level=WARNING"]
+    command = guarded(str(CHROMIUM / "chromedriver"), "--port=0", "--log-level=WARNING")
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     leaks.keep(driver.pid)
     try:
@@ -196,6 +201,11 @@ def chromium(directory: Path) -> Iterator[Browser]:
     finally:
         driver.terminate()
         driver.communicate(timeout=PATIENCE)
+
+
+def guarded(*command: str) -> list[str]:
+    """A command whose process ends with this one, however that ends."""
+    return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command]
 
 
 def eventually(condition: Callable[[], Any], patience: float = PATIENCE) -> Any:

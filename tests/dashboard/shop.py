@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
@@ -22,7 +23,9 @@ import mesh_client
 from mesh_cli.client import AdminClient
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
+from tests import leaks
 from tests.control_plane.otlp import export, otlp_request, otlp_span
+from tests.dashboard.browser import eventually, guarded
 from tests.ports import held_address
 
 CALLER = "web"
@@ -32,7 +35,6 @@ PAUSE = 0.05
 """Seconds between two orders."""
 TIMEOUT = 20.0
 
-_READY = re.compile(r"^mesh control-plane listening on ")
 _SERVES = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 
 Result = TypeVar("Result")
@@ -50,6 +52,7 @@ class Shop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="shop")
         self._thread.start()
         self._supervisor = Supervisor(directory)
+        self._control_plane: subprocess.Popen[bytes] | None = None
         self._load: asyncio.Task[None] | None = None
         self._mesh: mesh_client.Mesh | None = None
 
@@ -70,7 +73,12 @@ class Shop:
             *("--listen", self.address, "--enrol-listen", self.enrolment_address),
             *("--dashboard-listen", self.dashboard_address, "--otlp-listen", self.otlp_address),
         ]
-        self.processes["control-plane"] = self.run(self._start("control-plane", command, {}, _READY))
+        # By no event loop: its process, and what waits for it, would outlive the test that restarts it.
+        with (self.directory / "control-plane.log").open("ab") as log:
+            before = log.tell()
+            self._control_plane = subprocess.Popen(guarded(*command), stdout=log, stderr=log, env=_inherited())
+        leaks.keep(self._control_plane.pid)
+        eventually(lambda: "mesh control-plane listening on " in self.log("control-plane", before))
 
     def start(self, service: str, number: int) -> None:
         """Starts one instance."""
@@ -85,13 +93,19 @@ class Shop:
         name, command = f"{service}-{number}", [sys.executable, "-m", f"services.{service}"]
         self.processes[name] = self.run(self._start(name, command, environment, _SERVES))
 
-    def kill(self, name: str) -> None:
+    def kill_control_plane(self) -> None:
         """``kill -9``."""
+        if self._control_plane is not None:
+            self._control_plane.kill()
+            self._control_plane.wait()
+
+    def kill(self, name: str) -> None:
+        """``kill -9`` of an instance."""
         self.run(self.processes[name].kill())
 
-    def log(self, name: str) -> str:
-        """What a process has written."""
-        return (self.directory / f"{name}.log").read_text()
+    def log(self, name: str, beyond: int = 0) -> str:
+        """What a process has written, without the first bytes."""
+        return (self.directory / f"{name}.log").read_bytes()[beyond:].decode()
 
     def send_trace(self, number: int, text: str, error: str) -> None:
         """Sends a trace of two spans that nobody made, from outside of the mesh."""
@@ -117,6 +131,7 @@ class Shop:
         try:
             self.run(self._end())
         finally:
+            self.kill_control_plane()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -132,8 +147,7 @@ class Shop:
     async def _start(
         self, name: str, command: list[str], environment: dict[str, str], ready: re.Pattern[str]
     ) -> Process:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "SHOP_"))}
-        process = await self._supervisor.start(name, command, inherited | environment, ready)
+        process = await self._supervisor.start(name, command, _inherited() | environment, ready)
         await process.wait_ready()
         return process
 
@@ -164,6 +178,10 @@ class Shop:
         if self._mesh is not None:
             await self._mesh.__aexit__(None, None, None)
         await self._supervisor.kill_all()
+
+
+def _inherited() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MESH_", "SHOP_"))}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def show(browser: Browser, page: str) -> None:
 
 def test_a_link_opens_the_topology_with_live_calls(browser: Browser, shop: Shop, tmp_path: Path) -> None:
     show(browser, "")
-    assert "login" not in browser.script("return location.href + JSON.stringify(performance.getEntries())")
+    assert "login=" not in browser.script("return location.href")
     browser.until("return document.querySelectorAll('svg .line.good').length === 3")
     placed = browser.element("svg .node .name")
     assert placed == ["web", "orders", "inventory", "payments"]
@@ -110,7 +111,7 @@ def test_a_policy_is_checked_compared_applied_and_acknowledged(browser: Browser,
     assert browser.script(apply)
 
     browser.type("#document", "service: orders\nretry: {max_attempts: 4}\n")
-    browser.sees_no_more("retry.max_attempts")
+    browser.sees_no_more("retry.max_attempts", "main")
     browser.click("[data-action=diff]")
     browser.sees("-  max_attempts: 3", "+  max_attempts: 4", "instances received within the last")
     browser.screenshot(tmp_path / "difference.png")
@@ -123,7 +124,9 @@ def test_a_policy_is_checked_compared_applied_and_acknowledged(browser: Browser,
     browser.click("[data-action=apply]")
     browser.sees("Applied", "Stored as version 1", "3 of 3 have acknowledged it")
     browser.screenshot(tmp_path / "applied.png")
-    assert "operator/demo at dashboard:127.0.0.1 stored the policy of orders" in shop.log("control-plane")
+    assert re.search(
+        r"operator/demo \(workload \w+\) at dashboard:127.0.0.1 stored the policy of orders", shop.log("control-plane")
+    )
     show(browser, "policies")
     browser.sees("its own", "3 of 3")
 
@@ -139,7 +142,9 @@ def test_failures_are_grouped_by_reason_and_explained(browser: Browser, shop: Sh
     browser.sees("tried payments-1 at 127.0.0.1", "payments pretends to be out of order")
     before = browser.element("h2")
     browser.until("return document.querySelector('h2').innerText !== arguments[0]", before[0])
-    assert browser.script("return document.querySelector('details').open"), "what is open stays open over updates"
+    assert browser.script("return document.querySelectorAll('details[open]').length") == 1, (
+        "what is open stays open over updates"
+    )
     show(browser, "service/payments")
     browser.sees("breaker", "open in", "What was found")
     show(browser, "")
@@ -165,10 +170,10 @@ def test_a_killed_instance_is_watched_going(browser: Browser, shop: Shop, tmp_pa
 def test_old_data_is_said_to_be_old_and_comes_back(browser: Browser, shop: Shop, tmp_path: Path) -> None:
     show(browser, "")
     browser.until("return document.querySelectorAll('svg .line').length === 3")
-    shop.kill("control-plane")
+    shop.kill_control_plane()
     browser.sees("The control plane does not answer. What you see is old.", "s old; trying again")
     assert browser.script("return document.querySelectorAll('svg .line').length") == 3
-    assert float(browser.script("return getComputedStyle(document.getElementById('main')).opacity")) < 1.0
+    browser.until("return getComputedStyle(document.getElementById('main')).opacity < 0.6")
     browser.screenshot(tmp_path / "stale.png")
     shop.start_control_plane()
     browser.sees_no_more("The control plane does not answer")
