@@ -141,7 +141,7 @@ class Browser:
         path.write_bytes(base64.b64decode(data))
 
     def problems(self) -> list[str]:
-        """What the console has complained about since it was asked last, but for servers that are gone, and refusals."""
+        """What the console has complained about since last time, without servers that are gone, and refusals."""
         found = self.send("POST", "/se/log", {"type": "browser"})
         return [
             each["message"]

@@ -150,8 +150,8 @@ async def link(world: World, name: str = "alice") -> str:
 async def test_files_are_for_everybody_and_nothing_else_is(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, client):
         assert "<main" in (await client.get("/"))[1]
-        for path in STATIC.iterdir():
-            assert (await client.get(f"/{path.name}")) == (200, path.read_text())
+        for file in STATIC.iterdir():
+            assert (await client.get(f"/{file.name}")) == (200, file.read_text())
         for path in ("/api/session", "/api/feed/topology", "/api/feed/service?service=orders"):
             status, answer = await client.get(path)
             assert status == 401
@@ -295,8 +295,8 @@ async def test_the_feed_tells_what_is_and_that_nothing_has_changed(tmp_path: Pat
         await client.sign_in(await link(world))
         async with client.feed("failures") as feed:
             name, data = await feed.next()
-            clock, _, state = data.partition("\n")
-            assert (name, json.loads(state)) == ("state", {"groups": []})
+            clock, _, text = data.partition("\n")
+            assert (name, json.loads(text)) == ("state", {"groups": []})
             name, later = await feed.next()
             assert name == "beat"
             assert 1_000 <= int(later) - int(clock) <= 4_000
