@@ -15,7 +15,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONSAFEPATH PIP_PREFIX PIP_REQUIRE_VIRTUALENV 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: python ## virtual environment, packages, stubs, Consul, RabbitMQ, PostgreSQL
+setup: python ## virtual environment, packages, stubs, Consul, RabbitMQ, PostgreSQL, Chromium
 	@$(PYTHON) -m tools.setup
 
 demo: python ## start the whole system, break it on purpose, show what happens

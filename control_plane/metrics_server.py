@@ -8,8 +8,8 @@ import logging
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder
 
+from control_plane.addresses import split_address
 from control_plane.metrics import Collected, ControlPlaneCollector
-from control_plane.options import split_address
 from mesh_client.core.errors import ConfigError
 
 PATH = "/metrics"

@@ -6,7 +6,9 @@ import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from control_plane.addresses import split_address
 from control_plane.catalog import CatalogSettings
+from control_plane.dashboard.options import DashboardOptions
 from control_plane.identity.options import IdentityOptions
 from control_plane.traces.settings import TraceSettings
 from mesh_client.core.errors import ConfigError
@@ -46,6 +48,8 @@ class ControlPlaneOptions:
     """Where the token is read from instead, and again when Consul does not accept it any more."""
     metrics_address: str | None = None
     """Where Prometheus metrics are served, ``host:port``; port 0 for any free one. None: nowhere."""
+    dashboard: DashboardOptions | None = None
+    """Where the dashboard is. None: there is none."""
     max_streams: int = 10_000
     """Discovery streams at once; further ones are refused with RESOURCE_EXHAUSTED. 1 to 1000000."""
     debounce_quiet: float = 0.02
@@ -71,6 +75,8 @@ class ControlPlaneOptions:
         _, port = split_address(self.address)
         if self.metrics_address is not None:
             split_address(self.metrics_address, "metrics_address")
+        if self.dashboard is not None:
+            self.dashboard.check(insecure=self.insecure)
         if self.enrolment_address is not None:
             split_address(self.enrolment_address)
             if self.insecure:
@@ -127,19 +133,3 @@ class ControlPlaneOptions:
         """Options of the certificate authority, in full."""
         consul = "" if self.registry == EMBEDDED else self.registry
         return replace(self.identity, data_dir=self.data_dir, consul=consul)
-
-
-def split_address(address: str, name: str = "address") -> tuple[str, int]:
-    """Host and port of ``host:port``.
-
-    Args:
-        address: the text.
-        name: what it is, for the error.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host) != host.startswith("["):
-        raise ConfigError(f"{name}: {address!r} is not allowed; expected host:port, an IPv6 host in brackets")
-    return host.removeprefix("[").removesuffix("]"), int(port)

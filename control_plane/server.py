@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import logging
-import signal
-import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING
 
@@ -33,9 +29,12 @@ from control_plane.access import Access
 from control_plane.admin import AdminServicer
 from control_plane.catalog import Catalog
 from control_plane.credentials import add_port
+from control_plane.dashboard.links import DashboardLinks
+from control_plane.dashboard.options import DashboardOptions
 from control_plane.discovery import StreamHub
 from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
+from control_plane.identity.authority import AuthorityServicer
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import OperatorDrains
@@ -55,6 +54,7 @@ from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
 
 if TYPE_CHECKING:
+    from control_plane.dashboard.server import Dashboard
     from control_plane.event_publisher import EventPublisher
     from control_plane.metrics_server import MetricsServer
 
@@ -100,6 +100,8 @@ class ControlPlane:
         self._telemetry: Telemetry | None = None
         self._metrics: MetricsServer | None = None
         self._events: EventPublisher | None = None
+        self._links = DashboardLinks()
+        self._dashboard: Dashboard | None = None
         self._drains = OperatorDrains(self._catalog, self._hub, options.data_dir)
         self._operations = OperationsServicer(
             options.control_plane_id,
@@ -108,6 +110,7 @@ class ControlPlane:
             log,
             self._drains,
             Diagnosis(options, self._catalog, self._hub, self.authority, self._registry.ask_consul),
+            self._links,
         )
         self._unread = {self._source.name, self._policies.name}
         self._policy_wait: asyncio.TimerHandle | None = None
@@ -142,6 +145,11 @@ class ControlPlane:
     def metrics_address(self) -> str:
         """``host:port`` where metrics are served, once started; empty for nowhere."""
         return "" if self._metrics is None else self._metrics.address
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where the dashboard is, once started; empty for nowhere."""
+        return self._links.url
 
     @property
     def address(self) -> str:
@@ -244,6 +252,8 @@ class ControlPlane:
                 self._servers.append(each)
         if options.metrics_address is not None:
             await self._serve_metrics(options.metrics_address, self._telemetry)
+        if options.dashboard is not None:
+            await self._serve_dashboard(options.dashboard, admin, self._telemetry)
 
     def _publish_events(self) -> EventPublisher | None:
         if not self._options.broker:
@@ -279,6 +289,16 @@ class ControlPlane:
         )
         self._metrics = MetricsServer(ControlPlaneCollector(observed))
         await self._metrics.start(address)
+
+    async def _serve_dashboard(self, options: DashboardOptions, admin: AdminServicer, telemetry: Telemetry) -> None:
+        from control_plane.dashboard.server import Dashboard
+        from control_plane.dashboard.views import Servicers
+
+        authority = None if self.authority is None else AuthorityServicer(self.authority, self.access)
+        lifetime = self._options.identity.leaf_lifetime
+        servicers = Servicers(admin, telemetry.operators, self.traces.queries, authority, self.access, lifetime)
+        self._dashboard = Dashboard(servicers, self._links, self._options.data_dir)
+        await self._dashboard.start(options)
 
     async def stop(self, grace: float = 1.0) -> None:
         """Ends streams with UNAVAILABLE so that clients go elsewhere, lets other calls finish, closes the registry.
@@ -397,50 +417,11 @@ class ControlPlane:
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_stores(self) -> None:
+        if self._dashboard is not None:
+            await self._dashboard.close()
         if self._metrics is not None:
             await self._metrics.close()
         if self.authority is not None:
             await self.authority.close()
         if self._registry.database is not None:
             await self._registry.database.close()
-
-
-async def serve(options: ControlPlaneOptions, log: OwnLog | None = None) -> None:
-    """Runs a control plane until SIGTERM or SIGINT; says on standard output when it listens.
-
-    Args:
-        options: what the operator chose.
-        log: of this process, for operators.
-
-    Raises:
-        ConfigError: it cannot start as asked.
-    """
-    # A collection of everything that thousands of streams hold takes longer than sending a change to them, and what a
-    # stream leaves behind is freed without one.
-    gc.set_threshold(100_000, 50, 100)
-    plane = ControlPlane(options, log=log)
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
-    await plane.start()
-    try:
-        if plane.enrolment_address:
-            sys.stdout.write(f"mesh control-plane enrols on {plane.enrolment_address}\n")
-        if plane.metrics_address:
-            sys.stdout.write(f"mesh control-plane metrics at http://{plane.metrics_address}/metrics\n")
-        sys.stdout.write(f"mesh control-plane listening on {plane.address}\n")
-        sys.stdout.flush()
-        failed = asyncio.create_task(plane.wait())
-        signalled = asyncio.create_task(asked.wait())
-        try:
-            await asyncio.wait([failed, signalled], return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
-                failed.result()
-        finally:
-            signalled.cancel()
-            failed.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await failed
-    finally:
-        await plane.stop()

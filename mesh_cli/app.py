@@ -11,6 +11,7 @@ import typer
 
 from mesh_cli import ca, control_plane, edge, events, gateway, logs, operator, policy, removals, token
 from mesh_cli.check.command import check
+from mesh_cli.dashboard import dashboard
 from mesh_cli.drain import drain
 from mesh_cli.endpoints import endpoints
 from mesh_cli.explain import explain
@@ -58,6 +59,7 @@ app.command(epilog="Example: mesh tap orders --status UNAVAILABLE --slow 100ms -
 app.command(epilog="Example: mesh explain orders")(explain)
 app.command(epilog="Example: mesh diff orders.yaml")(diff)
 app.command(epilog="Example: mesh trace --errors --slow 200ms")(trace)
+app.command(epilog="Example: mesh dashboard")(dashboard)
 app.command(epilog="Example: mesh check --control-plane 10.0.0.2:7070,10.0.0.3:7070")(check)
 app.command(epilog="Example: mesh drain orders orders-1")(drain)
 app.add_typer(policy.app, name="policy")

@@ -67,6 +67,35 @@ def control_plane(
             show_default=False,
         ),
     ] = None,
+    dashboard_listen: Annotated[
+        str | None,
+        typer.Option(
+            "--dashboard-listen",
+            metavar="HOST:PORT",
+            help="Where the dashboard is, such as 127.0.0.1:7080; `mesh dashboard` opens it. Default: nowhere.",
+            show_default=False,
+        ),
+    ] = None,
+    dashboard_certificate: Annotated[
+        Path | None,
+        typer.Option(
+            "--dashboard-certificate",
+            exists=True,
+            dir_okay=False,
+            help="PEM file of the certificate that browsers see. Beyond 127.0.0.1 there is no dashboard without one.",
+            show_default=False,
+        ),
+    ] = None,
+    dashboard_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--dashboard-key",
+            exists=True,
+            dir_okay=False,
+            help="PEM file of its key, with mode 0600.",
+            show_default=False,
+        ),
+    ] = None,
     trust_domain: Annotated[
         str,
         typer.Option(
@@ -257,14 +286,17 @@ def control_plane(
     """
     try:
         from control_plane.catalog import CatalogSettings
+        from control_plane.dashboard.options import DashboardOptions
         from control_plane.identity.options import IdentityOptions
         from control_plane.options import ControlPlaneOptions
-        from control_plane.server import serve
+        from control_plane.process import serve
         from control_plane.traces.settings import TraceSettings
         from control_plane.traces.store import TraceLimits
         from mesh_client.grpc_log import adopt_grpc_log
     except ModuleNotFoundError as error:
         raise missing_extra(error) from None
+    if dashboard_listen is None and (dashboard_certificate is not None or dashboard_key is not None):
+        raise typer.BadParameter("--dashboard-certificate and --dashboard-key go with --dashboard-listen")
     try:
         options = ControlPlaneOptions(
             address=listen,
@@ -273,6 +305,9 @@ def control_plane(
             insecure=insecure,
             enrolment_address=enrol_listen,
             metrics_address=metrics_listen,
+            dashboard=None
+            if dashboard_listen is None
+            else DashboardOptions(dashboard_listen, dashboard_certificate, dashboard_key),
             identity=IdentityOptions(
                 trust_domain=trust_domain,
                 leaf_lifetime=leaf_lifetime,

@@ -8,28 +8,25 @@ import math
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ParamSpec, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec
 
 import typer
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from control_plane import message_json
 from mesh_client.core.errors import MeshError
 
-Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
+Json = message_json.Json
+seconds, moment, to_json = message_json.seconds, message_json.moment, message_json.to_json
 
 Parameters = ParamSpec("Parameters")
 
 PIPE_WIDTH = 200
 """Columns of what is not written to a terminal: a table is never cut for `grep`."""
-
-
-_POLICIES = frozenset({"mesh.v1.ServicePolicy", "mesh.v1.EdgePolicy"})
 
 
 class Failure(MeshError):  # noqa: N818 - it is an outcome of a command whose message has been written already
@@ -65,16 +62,6 @@ def add_row(to: Table, *cells: str | Text) -> None:
     to.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells))
 
 
-def seconds(duration: Duration) -> float:
-    """A protobuf duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
-
-
-def moment(value: Timestamp) -> str:
-    """A protobuf timestamp as RFC 3339 has it, to the second, UTC; a dash for none."""
-    return f"{value.ToDatetime():%Y-%m-%dT%H:%M:%SZ}" if value.seconds else "-"
-
-
 def age(value: float | Duration) -> str:
     """A span of time in its two largest units: ``3.2s``, ``42s``, ``4m12s``, ``2h05m``, ``3d04h``."""
     span = seconds(value) if isinstance(value, Duration) else value
@@ -96,47 +83,6 @@ def count(number: int, noun: str) -> str:
         return f"1 {noun}"
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number} {plural}"
-
-
-def to_json(message: Message, *, sparse: bool = False) -> dict[str, Json]:
-    """A message in the command's JSON form: protobuf's field names, durations in seconds, timestamps as in RFC 3339.
-
-    Fields without presence are always there. A message field that is not set is null.
-
-    Args:
-        message: what to convert.
-        sparse: leave out what is not set or empty, as in a policy, where that means the default.
-    """
-    made: dict[str, Json] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        choices = {} if field.enum_type is None else {choice.number: choice.name for choice in field.enum_type.values}
-        if field.has_presence and not message.HasField(field.name):
-            if not sparse:
-                made[field.name] = None
-        elif not field.is_repeated:
-            made[field.name] = _value(value, choices, sparse)
-        elif value or not sparse:
-            is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-            made[field.name] = (
-                {key: _value(value[key], choices, sparse) for key in sorted(value)}
-                if is_map
-                else [_value(item, choices, sparse) for item in value]
-            )
-    return made
-
-
-def _value(value: object, choices: Mapping[int, str], sparse: bool) -> Json:
-    if isinstance(value, Duration):
-        return round(seconds(value), 9)
-    if isinstance(value, Timestamp):
-        fraction = f"{value.nanos / 1e9:.9f}".rstrip("0").lstrip("0") if value.nanos else ""
-        return moment(value).replace("Z", f"{fraction}Z")
-    if isinstance(value, Message):
-        return to_json(value, sparse=sparse or value.DESCRIPTOR.full_name in _POLICIES)
-    if isinstance(value, int) and value in choices:
-        return choices[value]
-    return cast("Json", value)
 
 
 def write_json(value: Json, *, compact: bool = False) -> None:

@@ -1,91 +1,36 @@
-"""Policies as people read them: YAML, the effective policy with every default, and the difference of two."""
+"""Policies on a terminal: the settings that differ from the defaults, and the difference of two in colours."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Iterator
 
-import yaml
 from rich.text import Text
 
-from mesh_cli.output import Json, printable, to_json
-from mesh_cli.policy_kind import Message
-from mesh_client.core.edge_policy import EdgePolicy
-from mesh_client.core.errors import InvalidPolicyError
-from mesh_client.core.policy import ServicePolicy
-from mesh_client.core.policy_base import Policy
+from control_plane import policy_text
+from control_plane.policy_text import Message, model_of
+from mesh_cli.output import Json, printable
 
-_MODELS: Mapping[str, type[Policy]] = {"mesh.v1.ServicePolicy": ServicePolicy, "mesh.v1.EdgePolicy": EdgePolicy}
+stated, effective, to_yaml, stated_yaml = (
+    policy_text.stated,
+    policy_text.effective,
+    policy_text.to_yaml,
+    policy_text.stated_yaml,
+)
+
 _DIFF_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
-_CONTEXT = 3
-
-
-def _model(policy: Message) -> type[Policy]:
-    return _MODELS[policy.DESCRIPTOR.full_name]
-
-
-def stated(policy: Message) -> dict[str, Json]:
-    """What a policy message states, as its YAML form has it; durations are numbers of seconds."""
-    return to_json(policy, sparse=True)
-
-
-def effective(policy: Message) -> dict[str, Json]:
-    """The policy with every default filled in, as clients obey it.
-
-    What this version of the model does not accept is shown as it is: a newer control plane may know more.
-    """
-    document = stated(policy)
-    try:
-        return cast("dict[str, Json]", _model(policy).parse(document).dump())
-    except InvalidPolicyError:
-        return document
 
 
 def settings(policy: Message) -> list[str]:
     """Names of the top-level settings that differ from the defaults."""
     full = effective(policy)
-    named_by = _model(policy).NAMED_BY
-    defaults = _model(policy).parse({named_by: full.get(named_by, "defaults")}).dump()
+    named_by = model_of(policy).NAMED_BY
+    defaults = model_of(policy).parse({named_by: full.get(named_by, "defaults")}).dump()
     return [name for name, value in full.items() if name != named_by and defaults.get(name) != value]
-
-
-def to_yaml(document: dict[str, Json]) -> str:
-    """A policy as YAML in the model's order of fields."""
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines, such as keys, as blocks."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def stated_yaml(policy: Message) -> str:
-    """A stored policy as YAML that `mesh policy apply` takes, without what it leaves to the defaults."""
-    document = stated(policy)
-    try:
-        model = _model(policy).parse(document)
-    except InvalidPolicyError:
-        return to_yaml(document)
-    return to_yaml({model.NAMED_BY: model.name, **model.model_dump(mode="json", exclude_defaults=True)})
 
 
 def difference(before: dict[str, Json], after: dict[str, Json], before_name: str, after_name: str) -> Iterator[str]:
     """A unified diff of two policies, line by line, without line ends; nothing when they are equal."""
-    return difflib.unified_diff(
-        to_yaml(before).splitlines(),
-        to_yaml(after).splitlines(),
-        printable(before_name),
-        printable(after_name),
-        n=_CONTEXT,
-        lineterm="",
-    )
+    return policy_text.difference(before, after, printable(before_name), printable(after_name))
 
 
 def coloured(line: str) -> Text:

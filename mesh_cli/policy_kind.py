@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from mesh.v1 import admin_pb2, edge_pb2, policy_pb2
 
+from control_plane import policy_text
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.policy_base import Policy
 
-Message = policy_pb2.ServicePolicy | edge_pb2.EdgePolicy
+Message = policy_text.Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ async def _up(consul: bool) -> int:
     out = console()
     out.print("starting ...")
     async with running_system(consul, _LEAF_LIFETIME) as (system, _):
-        _describe(system, out)
+        _describe(system, out, await system.identities.dashboard_link())
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
         out.print("stopping ...")
@@ -45,7 +45,7 @@ async def _up(consul: bool) -> int:
     return 0
 
 
-def _describe(system: System, out: Console) -> None:
+def _describe(system: System, out: Console, link: str) -> None:
     rows = table("instance", "identity", "address", "process", "log")
     for instance in system.instances:
         identity = Principal.service(DEFAULT_TRUST_DOMAIN, instance.service).spiffe_id
@@ -53,6 +53,8 @@ def _describe(system: System, out: Console) -> None:
     out.print(rows)
     out.print(f"\ncontrol plane  {system.address}, enrolment {system.enrolment_address}")
     out.print(f"operator       {system.identities.operator}", soft_wrap=True)
+    out.print(f"dashboard      {link}", soft_wrap=True)
+    out.print("               That link signs you in, once, within a minute; `mesh dashboard` writes another.")
     if system.edge_url:
         out.print(f"edge           {system.edge_url}, its API at {system.edge_url}/openapi.json", soft_wrap=True)
     if system.consul_address:
@@ -66,6 +68,7 @@ def _describe(system: System, out: Console) -> None:
 Try in another terminal:
   export MESH_CONTROL_PLANE={system.address}
   export MESH_OPERATOR={system.identities.operator}
+  mesh dashboard           # a link to look at all of it in a browser
   mesh status --watch
   mesh endpoints orders
   mesh policy get orders

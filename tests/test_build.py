@@ -41,6 +41,9 @@ def test_the_wheel_carries_code_stubs_and_type_information(wheel: zipfile.Path) 
         "mesh/v1/py.typed",
     }
     expected |= {
+        f"control_plane/dashboard/static/{path.name}" for path in (ROOT / "control_plane/dashboard/static").iterdir()
+    }
+    expected |= {
         f"{package}/{name}"
         for package in ("mesh_client", "control_plane", "gateway")
         for name in ("__init__.py", "py.typed")

@@ -155,7 +155,7 @@ def test_a_violation_is_found(path: str, source: str) -> None:
             "import mesh_client\nfrom services.orders import store\nfrom shop.v1 import orders_pb2",
         ),
         ("services/orders/store.py", "import sqlite3\nfrom services.common import database"),
-        ("mesh_cli/control_plane.py", "from control_plane.server import serve\nimport typer"),
+        ("mesh_cli/control_plane.py", "from control_plane.process import serve\nimport typer"),
     ],
 )
 def test_what_is_allowed_is_not_reported(path: str, source: str) -> None:

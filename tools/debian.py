@@ -16,10 +16,14 @@ class UnavailableError(Exception):
     """A package cannot be had here. The message says what was tried, and is meant for people."""
 
 
-def fetch(packages: Sequence[str], suite: str | None, work: Path) -> Path:
+def fetch(packages: Sequence[str], suite: str | None, work: Path, *, missing_dependencies: bool = False) -> Path:
     """Downloads packages and unpacks them below ``work``, which is emptied first; the directory they are unpacked to.
 
-    What they depend on is not fetched. ``suite`` is a Debian release such as ``bullseye``; None for this machine's own.
+    Args:
+        packages: their names.
+        suite: a Debian release such as ``bullseye``; None for this machine's own.
+        work: where it is done.
+        missing_dependencies: fetch what they depend on and what is not installed too.
 
     Raises:
         UnavailableError: this is no Debian, it has no usable source, or the download failed.
@@ -46,6 +50,9 @@ def fetch(packages: Sequence[str], suite: str | None, work: Path) -> Path:
     apt_get = ["apt-get", "-q", *(f"-o{key}={value}" for key, value in settings.items())]
     # Without this, apt takes an index that it could not fetch for a warning.
     _run([*apt_get, "-oAPT::Update::Error-Mode=any", "update"], work)
+    if missing_dependencies:
+        simulated = _run([*apt_get, "-s", "--no-install-recommends", "install", *packages], work)
+        packages = [line.split()[1] for line in simulated.splitlines() if line.startswith("Inst ")]
     _run([*apt_get, "download", *packages], work / "deb")
     for archive in (work / "deb").glob("*.deb"):
         _run(["dpkg", "-x", str(archive), str(unpacked)], work)
@@ -133,7 +140,7 @@ def _one_line(text: str) -> list[dict[str, str]]:
     return stanzas
 
 
-def _run(command: list[str], directory: Path) -> None:
+def _run(command: list[str], directory: Path) -> str:
     environment = os.environ | {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
         command,
@@ -150,3 +157,4 @@ def _run(command: list[str], directory: Path) -> None:
         problems = [line for line in done.stdout.splitlines() if line.startswith(("E:", "W:", "Err:", "dpkg"))]
         tail = "\n".join(f"    {line}" for line in problems[-5:])
         raise UnavailableError(f"{' '.join(word for word in command if not word.startswith('-'))} failed:\n{tail}")
+    return done.stdout

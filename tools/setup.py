@@ -8,6 +8,7 @@ Needs Debian 12 with Python 3.11 or newer, make and git; root or not. What is al
 - ``.tools/consul/consul``: a real Consul
 - ``.tools/rabbitmq/``: a real RabbitMQ, unless one is installed
 - ``.tools/postgresql/``: a real PostgreSQL, unless one is installed; the tests that need it are skipped without
+- ``.tools/chromium/``: a real Chromium with its driver, which tests of the dashboard look through
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ POSTGRES_PACKAGES = (
     *("libk5crypto3", "libkrb5support0", "libkeyutils1", "liblz4-1", "libzstd1"),
 )
 """PostgreSQL and what it needs beyond what every Debian has."""
+CHROMIUM = TOOLS / "chromium"
+CHROMIUM_PROGRAMS = ("chromium", "chromedriver")
 
 
 class SetupError(Exception):
@@ -59,7 +62,9 @@ def main() -> None:
     """Sets up what is missing; exits with 1 and a message when something cannot be had."""
     parser = argparse.ArgumentParser(description="Makes a checkout ready for work.")
     parser.add_argument(
-        "--servers-optional", action="store_true", help="go on without Consul or RabbitMQ when they cannot be had"
+        "--servers-optional",
+        action="store_true",
+        help="go on without Consul or RabbitMQ when they cannot be had, and without what only tests need",
     )
     arguments = parser.parse_args()
     TOOLS.mkdir(exist_ok=True)
@@ -75,16 +80,23 @@ def main() -> None:
                     if not arguments.servers_optional:
                         raise
                     report(f"going on without {name}: {error}")
-            try:
-                set_up_postgresql()
-            except SetupError as error:
-                report(f"going on without PostgreSQL, which some tests would use: {error}")
+            if not arguments.servers_optional:
+                set_up_for_tests()
         except SetupError as error:
             sys.exit(f"set-up: {error}")
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"set-up: `{' '.join(map(str, error.cmd))}` failed with {error.returncode}; its messages are above"
             )
+
+
+def set_up_for_tests() -> None:
+    """What tests alone need."""
+    set_up_chromium()
+    try:
+        set_up_postgresql()
+    except SetupError as error:
+        report(f"going on without PostgreSQL, which some tests would use: {error}")
 
 
 def set_up_packages() -> None:
@@ -242,6 +254,54 @@ def find_postgres() -> Path | None:
         if found:
             return max(found, key=lambda path: path.parent.name.zfill(4))
     return None
+
+
+def set_up_chromium() -> None:
+    """A Chromium: what MESH_CHROMIUM and MESH_CHROMEDRIVER name, else those on PATH, else Debian's."""
+    named = [os.environ.get(f"MESH_{name.upper()}") for name in CHROMIUM_PROGRAMS]
+    there = all(works(CHROMIUM / name, "--version") for name in CHROMIUM_PROGRAMS)
+    if there and not any(named):
+        return
+    found = [path or shutil.which(name) for path, name in zip(named, CHROMIUM_PROGRAMS, strict=True)]
+    if all(path is not None and works(Path(path), "--version") for path in found):
+        CHROMIUM.mkdir(exist_ok=True)
+        for path, name in zip(found, CHROMIUM_PROGRAMS, strict=True):
+            link = CHROMIUM / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(path or "").resolve())
+        return
+    if any(named):
+        raise SetupError("MESH_CHROMIUM and MESH_CHROMEDRIVER have to name a Chromium and its driver, which run")
+    report("Chromium from Debian")
+    work = TOOLS / "chromium-download"
+    try:
+        unpacked = fetch(("chromium", "chromium-driver"), None, work, missing_dependencies=True)
+    except UnavailableError as error:
+        message = f"Chromium is not installed, and Debian's cannot be had: {error}\n"
+        raise SetupError(
+            message + "As root: apt-get install --no-install-recommends chromium chromium-driver"
+        ) from error
+    shutil.rmtree(CHROMIUM, ignore_errors=True)
+    CHROMIUM.mkdir()
+    unpacked.rename(CHROMIUM / "root")
+    shutil.rmtree(work)
+    for name, program in zip(CHROMIUM_PROGRAMS, ("usr/lib/chromium/chromium", "usr/bin/chromedriver"), strict=True):
+        script = CHROMIUM / name
+        script.write_text(_CHROMIUM_SCRIPT.format(program=program))
+        script.chmod(0o755)
+    if not all(works(CHROMIUM / name, "--version") for name in CHROMIUM_PROGRAMS):
+        raise SetupError("Debian's Chromium does not run here. As root: apt-get install chromium chromium-driver")
+
+
+_CHROMIUM_SCRIPT = """#!/bin/sh
+# Runs what was unpacked beside it, with the libraries that this machine does not have.
+root="$(dirname "$(readlink -f "$0")")/root"
+for directory in "$root"/usr/lib/*-linux-gnu "$root"/usr/lib/*-linux-gnu/pulseaudio; do
+    LD_LIBRARY_PATH="$LD_LIBRARY_PATH${{LD_LIBRARY_PATH:+:}}$directory"
+done
+export LD_LIBRARY_PATH
+exec "$root/{program}" "$@"
+"""
 
 
 def digest(*paths: Path) -> str:

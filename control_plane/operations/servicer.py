@@ -14,6 +14,8 @@ from mesh.v1 import operations_pb2_grpc
 
 from control_plane.access import Access, caller
 from control_plane.access import Context as AnyContext
+from control_plane.dashboard.links import DashboardLinks
+from control_plane.dashboard.sessions import TooManyCodesError
 from control_plane.operations.attendance import Attendances, Context, Stream
 from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import DrainRefusedError, OperatorDrains, UnknownEndpointError
@@ -21,7 +23,7 @@ from control_plane.operations.own_log import OwnLog, OwnProcess
 from control_plane.operations.roster import CONTROL_PLANE, means
 from control_plane.operations.tails import Tails, TooManyTailsError
 from control_plane.registry import DEFAULT_DRAIN_TIMEOUT, MAX_DRAIN_TIMEOUT
-from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.log_levels import DEFAULT_DURATION, check_duration, check_logger
 from mesh_client.core.model import check_service_name
 
@@ -31,6 +33,7 @@ _ListContext = grpc.aio.ServicerContext[pb.ListProcessesRequest, pb.ListProcesse
 
 _DrainContext = grpc.aio.ServicerContext[pb.DrainEndpointsRequest, pb.DrainEndpointsResponse]
 _DiagnosisContext = grpc.aio.ServicerContext[pb.GetDiagnosisRequest, pb.GetDiagnosisResponse]
+_LinkContext = grpc.aio.ServicerContext[pb.CreateDashboardLinkRequest, pb.CreateDashboardLinkResponse]
 _UndrainContext = grpc.aio.ServicerContext[pb.UndrainEndpointsRequest, pb.UndrainEndpointsResponse]
 
 _log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         log: the control plane's own log; None for one that cannot be asked.
         drains: takes endpoints out of what clients get.
         diagnosis: knows whether all is well.
+        links: to the dashboard.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
         log: OwnLog | None,
         drains: OperatorDrains,
         diagnosis: Diagnosis,
+        links: DashboardLinks,
     ) -> None:
+        self._links = links
         self._drains = drains
         self._diagnosis = diagnosis
         self._attendances = Attendances(access, max_streams)
@@ -153,6 +159,19 @@ class OperationsServicer(operations_pb2_grpc.OperationsServiceServicer):
     ) -> pb.GetDiagnosisResponse:
         """Facts on which `mesh check` decides."""
         return await self._diagnosis.gather("" if self._own is None else self._own.key.process)
+
+    async def CreateDashboardLink(
+        self, request: pb.CreateDashboardLinkRequest, context: _LinkContext
+    ) -> pb.CreateDashboardLinkResponse:
+        """A link to the dashboard, as whoever asks."""
+        try:
+            answer = self._links.create(context)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except TooManyCodesError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        _log.info("%s asked for a link to the dashboard", _who(context))
+        return answer
 
     async def close(self) -> None:
         """Ends every stream, so that processes go to another control plane at once."""

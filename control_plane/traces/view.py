@@ -34,6 +34,7 @@ class TraceView:
         store: the traces; None when none are kept.
         intake: what fills it; likewise.
         links: to Jaeger.
+        queries: TraceQueryService.
         port: of the plain port, once it is bound; 0 without one.
     """
 
@@ -47,12 +48,12 @@ class TraceView:
         if settings.limits is not None:
             self.store = TraceStore(settings.limits)
             self.intake = Intake(self.store, Reporters(settings.report_limits), self._changes.notify)
+        self.queries = TraceQueryServicer(self.store, self.intake, self.links, self._changes, access)
         self.port = 0
 
     def add_mesh_services(self, server: grpc.aio.Server) -> list[FileDescriptor]:
         """Adds what is on the mesh port to a server that is not started. Returns the files that describe it."""
-        queries = TraceQueryServicer(self.store, self.intake, self.links, self._changes, self._access)
-        trace_pb2_grpc.add_TraceQueryServiceServicer_to_server(queries, server)
+        trace_pb2_grpc.add_TraceQueryServiceServicer_to_server(self.queries, server)
         if self.intake is None:
             return [trace_pb2.DESCRIPTOR]
         OtlpReceiver(self.intake, self._access).add_to(server)

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import authority_pb2 as pb
+from mesh.v1 import operations_pb2
 
 from mesh_cli.client import AdminClient
 from mesh_cli.credentials import OperatorCredentials
@@ -86,6 +87,15 @@ class Identities:
         request = pb.RotateTrustRootRequest(step=step)
         answer = await self._ask(lambda client: client.call(client.authority.RotateTrustRoot, request))
         return answer.authority
+
+    async def dashboard_link(self) -> str:
+        """A link that opens the dashboard as the operator, once.
+
+        Raises:
+            MeshError: the control plane did not answer, or refused.
+        """
+        request = operations_pb2.CreateDashboardLinkRequest()
+        return await self._ask(lambda client: client.call(client.operations.CreateDashboardLink, request).url)
 
     async def _ask(self, ask: Callable[[AdminClient], Result]) -> Result:
         def work() -> Result:

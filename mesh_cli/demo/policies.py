@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from mesh.v1 import admin_pb2, admin_pb2_grpc
+from mesh.v1 import admin_pb2, admin_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_POLICY
 
 from mesh_cli.client import CHANNEL_OPTIONS
@@ -165,6 +165,15 @@ class Operator:
             timeout=_TIMEOUT,
             wait_for_ready=True,
         )
+
+    async def explain(self, service: str) -> traffic_pb2.ExplainResponse:
+        """Why calls to a service fail, or did.
+
+        Raises:
+            grpc.aio.AioRpcError: nothing is known of it.
+        """
+        stub = traffic_pb2_grpc.TrafficServiceStub(self._channel)
+        return await stub.Explain(traffic_pb2.ExplainRequest(service=service), timeout=_TIMEOUT, wait_for_ready=True)
 
     async def endpoints(self, service: str) -> set[str]:
         """Ids of the endpoints of a service; empty when it is not known."""

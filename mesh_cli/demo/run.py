@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import grpc
+from mesh.v1 import traffic_pb2
+from rich.padding import Padding
 
 import mesh_client
 from mesh_cli.demo import policies
@@ -26,6 +28,7 @@ from mesh_cli.demo.stage import FULL, QUICK, Profile, Scenario, Stage
 from mesh_cli.demo.system import CUSTOMERS, System, has_edge
 from mesh_cli.demo.view import Screen
 from mesh_cli.output import console, write_error
+from mesh_cli.traffic_form import failure
 from mesh_client.core.errors import MeshError
 from mesh_client.mesh import Mesh
 
@@ -135,17 +138,43 @@ async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
                 for task in background:
                     task.cancel()
                 await asyncio.wait(background)
+        explained = await _explained(operator)
         promises += await _shut_down(system, screen)
         promises.append(at_most("demo.time", "the whole demo", time.monotonic() - began, TIME_LIMIT, "s"))
         broken = [promise for promise in promises if not promise.ok]
         logs = _keep_logs(system) if broken else None
     console().print(closing_table(promises))
+    _tell_of_dashboard(system, explained)
     if json_file is not None:
         write_json(promises, json_file)
     if broken:
         write_error(f"broken: {', '.join(promise.id for promise in broken)}; the logs are in {logs}")
         return 1
     return 0
+
+
+async def _explained(operator: Operator) -> traffic_pb2.FailureGroup | None:
+    """One way in which calls failed, because the demo had them fail, that says what to do."""
+    try:
+        answer = await operator.explain("payments")
+    except grpc.aio.AioRpcError:
+        return None
+    return next((group for group in answer.failures if group.explanation and group.remedy), None)
+
+
+def _tell_of_dashboard(system: System, explained: traffic_pb2.FailureGroup | None) -> None:
+    out = console()
+    if explained is not None:
+        out.print(
+            "\nOne of the failures that were caused on purpose, as `mesh explain payments` and the dashboard told it:"
+        )
+        for line in failure(explained, told=False):
+            out.print(Padding(line, (0, 0, 0, 2)))
+    out.print(
+        f"\nThe dashboard was at {system.dashboard_url} while it ran. `mesh up` keeps everything running, and writes a "
+        "link that opens it.",
+        soft_wrap=True,
+    )
 
 
 def _keep_logs(system: System) -> Path:

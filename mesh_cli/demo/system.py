@@ -105,6 +105,8 @@ class System:
         """``host:port`` of the control plane."""
         self.enrolment_address = ""
         """``host:port`` where workloads get their first certificates."""
+        self.dashboard_address = ""
+        """``host:port`` of the control plane's dashboard."""
         self.edge_url = ""
         """Where the edge takes requests by REST; empty without an edge."""
         self.identities = Identities(directory)
@@ -123,7 +125,9 @@ class System:
 
     async def __aenter__(self) -> Self:
         # A restarted control plane must find its ports free, so nobody else gets them meanwhile.
-        self.address, self.enrolment_address = (_address(self._ports.enter_context(_held_port())) for _ in range(2))
+        self.address, self.enrolment_address, self.dashboard_address = (
+            _address(self._ports.enter_context(_held_port())) for _ in range(3)
+        )
         self.broker = Broker.find(
             ROOT,
             self.directory / "broker",
@@ -167,6 +171,11 @@ class System:
     ) -> None:
         await self._supervisor.kill_all()
         self._ports.close()
+
+    @property
+    def dashboard_url(self) -> str:
+        """Where the dashboard is, which asks who somebody is."""
+        return f"http://{self.dashboard_address}/"
 
     @property
     def registry(self) -> str:
@@ -213,6 +222,8 @@ class System:
             self.address,
             "--enrol-listen",
             self.enrolment_address,
+            "--dashboard-listen",
+            self.dashboard_address,
             "--leaf-lifetime",
             f"{self._leaf_lifetime}s",
             "--registry",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from control_plane.identity.options import IdentityOptions
 from control_plane.options import ControlPlaneOptions
-from control_plane.server import serve
+from control_plane.process import serve
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)

@@ -46,6 +46,21 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_dashboard_that_others_could_reach_is_wrong_use(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MESH_INSECURE")
+    options = ("control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path))
+    shown = run(*options, "--dashboard-listen", "0.0.0.0:7080")
+    assert (shown.exit_code, "plaintext" in shown.stderr) == (2, True)
+    shown = run(*options, "--insecure", "--dashboard-listen", "10.0.0.1:7080")
+    assert (shown.exit_code, "identity (insecure)" in " ".join(shown.stderr.replace("│", " ").split())) == (2, True)
+    certificate = tmp_path / "certificate.pem"
+    certificate.touch()
+    shown = run(*options, "--dashboard-certificate", str(certificate))
+    assert (shown.exit_code, "--dashboard-listen" in shown.stderr) == (2, True)
+
+
 def test_a_port_that_is_taken_is_a_failure_with_a_reason(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from control_plane.options import ControlPlaneOptions, split_address
+from control_plane.addresses import split_address
+from control_plane.options import ControlPlaneOptions
 from mesh_client.core.errors import ConfigError
 
 

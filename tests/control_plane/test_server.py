@@ -204,21 +204,21 @@ class TestFailures:
 SERVE = """
 import asyncio
 from control_plane.options import ControlPlaneOptions
-from control_plane.server import serve
+from control_plane.process import serve
 asyncio.run(serve(ControlPlaneOptions(insecure=True)))
 """
 
 FAIL = """
 import asyncio
-from control_plane import server
+from control_plane import process
 from control_plane.options import ControlPlaneOptions
 
-class Broken(server.ControlPlane):
+class Broken(process.ControlPlane):
     def _emit(self, event):
         raise ZeroDivisionError("a defect")
 
-server.ControlPlane = Broken
-asyncio.run(server.serve(ControlPlaneOptions(insecure=True)))
+process.ControlPlane = Broken
+asyncio.run(process.serve(ControlPlaneOptions(insecure=True)))
 """
 
 

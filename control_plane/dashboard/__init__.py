@@ -1,0 +1,1 @@
+"""The dashboard: a web page that shows operators what the control plane knows, and its server."""
