@@ -89,10 +89,17 @@ class System:
         consul: register with a real Consul in place of the embedded registry.
         layout: what to run.
         leaf_lifetime: how long certificates are good, seconds.
+        tracing: have services send traces to the control plane.
     """
 
     def __init__(
-        self, directory: Path, *, consul: bool = False, layout: Layout | None = None, leaf_lifetime: int = 86_400
+        self,
+        directory: Path,
+        *,
+        consul: bool = False,
+        layout: Layout | None = None,
+        leaf_lifetime: int = 86_400,
+        tracing: bool = False,
     ) -> None:
         self.directory = directory
         self.layout = layout or Layout()
@@ -113,6 +120,7 @@ class System:
         """Of the instances that were asked to stop, by name."""
         self._consul = consul
         self._leaf_lifetime = leaf_lifetime
+        self._tracing = {"MESH_TRACING": "1"} if tracing else {}
         self._supervisor = Supervisor(directory)
         self._ports = ExitStack()
         self.broker: Broker | None = None
@@ -270,6 +278,7 @@ class System:
             "SHOP_DATABASE": str(self.database(service)),
             "SHOP_INSTANCE": name,
             "SHOP_WEIGHT": str(self.layout.weight(service, number)),
+            **self._tracing,
             **({} if self.broker is None else self.broker.environment(service)),
         }
         process = await self._supervisor.start(
