@@ -20,6 +20,7 @@ from mesh_cli.demo.broker import Broker, hold_broker_ports
 from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
+from mesh_client.core.events.topology import CONTROL_PLANE
 
 SERVICES = ("orders", "inventory", "payments")
 
@@ -126,7 +127,7 @@ class System:
             ROOT,
             self.directory / "broker",
             hold_broker_ports(self._ports, _held_port),
-            ("orders", *EVENT_SERVICES, CUSTOMERS),
+            ("orders", *EVENT_SERVICES, CUSTOMERS, CONTROL_PLANE),
         )
         # It takes longest to start.
         broker = None if self.broker is None else asyncio.create_task(self.broker.set_up(self._supervisor))
@@ -218,9 +219,10 @@ class System:
             "--data-dir",
             str(self._data_dir),
         ]
-        self._control_plane = await self._supervisor.start(
-            "control-plane", command, self._environment(), _CONTROL_PLANE_READY
-        )
+        environment = self._environment()
+        if self.broker is not None:
+            environment |= self.broker.environment(CONTROL_PLANE)
+        self._control_plane = await self._supervisor.start("control-plane", command, environment, _CONTROL_PLANE_READY)
         await self._control_plane.wait_ready()
 
     async def kill_control_plane(self) -> None:
