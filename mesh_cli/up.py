@@ -36,7 +36,7 @@ async def _up(consul: bool) -> int:
 
     out = console()
     out.print("starting ...")
-    async with running_system(consul, _LEAF_LIFETIME) as (system, _):
+    async with running_system(consul, _LEAF_LIFETIME, tracing=True) as (system, _):
         _describe(system, out, await system.identities.dashboard_link())
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -71,10 +71,11 @@ Try in another terminal:
   mesh dashboard           # a link to look at all of it in a browser
   mesh status --watch
   mesh endpoints orders
+  mesh trace               # once there are calls{rest}
   mesh policy get orders
   mesh policy check reviews shop.v1.PaymentService/Charge
   mesh logs orders --follow
-  mesh ca status           # who is who, with every certificate{rest}
+  mesh ca status           # who is who, with every certificate
   kill -9 {victim.process.pid}       # {victim.name} dies
   kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on
   kill -USR1 {outage}    # payments fails as a whole; -USR2 ends that

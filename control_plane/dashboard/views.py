@@ -278,7 +278,7 @@ def _subscriptions(status: admin_pb2.GetStatusResponse, service: str, types: Ite
 
 
 def _is_current(subscription: admin_pb2.SubscriptionStatus) -> bool:
-    return subscription.acknowledged_version == subscription.current_version
+    return bool(subscription.current_version) and subscription.acknowledged_version == subscription.current_version
 
 
 def _policy_counts(status: admin_pb2.GetStatusResponse) -> dict[str, tuple[int, int]]:

@@ -74,12 +74,14 @@ def run_interruptible(main: Callable[[], Coroutine[object, object, int]]) -> int
 
 
 @contextlib.asynccontextmanager
-async def running_system(consul: bool, leaf_lifetime: int) -> AsyncIterator[tuple[System, Operator]]:
+async def running_system(
+    consul: bool, leaf_lifetime: int, *, tracing: bool = False
+) -> AsyncIterator[tuple[System, Operator]]:
     """A running system with its policies in force. Its directory goes, unless something went wrong."""
     directory = Path(tempfile.mkdtemp(prefix="grpc-mesh-"))
     try:
         async with (
-            System(directory, consul=consul, leaf_lifetime=leaf_lifetime) as system,
+            System(directory, consul=consul, leaf_lifetime=leaf_lifetime, tracing=tracing) as system,
             Operator(system.address, system.identities) as operator,
         ):
             edge = None
@@ -169,7 +171,7 @@ def _tell_of_dashboard(system: System, explained: traffic_pb2.FailureGroup | Non
             "\nOne of the failures that were caused on purpose, as `mesh explain payments` and the dashboard told it:"
         )
         for line in failure(explained, told=False):
-            out.print(Padding(line, (0, 0, 0, 2)))
+            out.print(Padding(line, (0, 0, 0, 2), expand=False))
     out.print(
         f"\nThe dashboard was at {system.dashboard_url} while it ran. `mesh up` keeps everything running, and writes a "
         "link that opens it.",

@@ -22,6 +22,7 @@ from mesh_cli.demo.broker import Broker, hold_broker_ports
 from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
+from mesh_client.core.events.topology import CONTROL_PLANE
 
 SERVICES = ("orders", "inventory", "payments")
 
@@ -91,10 +92,17 @@ class System:
         consul: register with a real Consul in place of the embedded registry.
         layout: what to run.
         leaf_lifetime: how long certificates are good, seconds.
+        tracing: have services send traces to the control plane.
     """
 
     def __init__(
-        self, directory: Path, *, consul: bool = False, layout: Layout | None = None, leaf_lifetime: int = 86_400
+        self,
+        directory: Path,
+        *,
+        consul: bool = False,
+        layout: Layout | None = None,
+        leaf_lifetime: int = 86_400,
+        tracing: bool = False,
     ) -> None:
         self.directory = directory
         self.layout = layout or Layout()
@@ -115,6 +123,7 @@ class System:
         """Of the instances that were asked to stop, by name."""
         self._consul = consul
         self._leaf_lifetime = leaf_lifetime
+        self._tracing = {"MESH_TRACING": "1"} if tracing else {}
         self._supervisor = Supervisor(directory)
         self._ports = ExitStack()
         self.broker: Broker | None = None
@@ -132,7 +141,7 @@ class System:
             ROOT,
             self.directory / "broker",
             hold_broker_ports(self._ports, _held_port),
-            ("orders", *EVENT_SERVICES, CUSTOMERS),
+            ("orders", *EVENT_SERVICES, CUSTOMERS, CONTROL_PLANE),
         )
         # It takes longest to start.
         broker = None if self.broker is None else asyncio.create_task(self.broker.set_up(self._supervisor))
@@ -231,9 +240,10 @@ class System:
             "--data-dir",
             str(self._data_dir),
         ]
-        self._control_plane = await self._supervisor.start(
-            "control-plane", command, self._environment(), _CONTROL_PLANE_READY
-        )
+        environment = self._environment()
+        if self.broker is not None:
+            environment |= self.broker.environment(CONTROL_PLANE)
+        self._control_plane = await self._supervisor.start("control-plane", command, environment, _CONTROL_PLANE_READY)
         await self._control_plane.wait_ready()
 
     async def kill_control_plane(self) -> None:
@@ -272,6 +282,7 @@ class System:
             "SHOP_DATABASE": str(self.database(service)),
             "SHOP_INSTANCE": name,
             "SHOP_WEIGHT": str(self.layout.weight(service, number)),
+            **self._tracing,
             **({} if self.broker is None else self.broker.environment(service)),
         }
         process = await self._supervisor.start(

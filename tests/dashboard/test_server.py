@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
-from mesh.v1 import authority_pb2, authority_pb2_grpc, operations_pb2, operations_pb2_grpc
+from mesh.v1 import authority_pb2, authority_pb2_grpc, discovery_pb2, operations_pb2, operations_pb2_grpc
 from yarl import URL
 
 from control_plane.dashboard.options import DashboardOptions
@@ -26,7 +26,7 @@ from control_plane.server import ControlPlane
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.identity import Principal
 from tests.certificates import TestAuthority
-from tests.control_plane.test_secure_server import DENIED, TIMEOUT, World, refusal
+from tests.control_plane.test_secure_server import DENIED, TIMEOUT, World, refusal, register, watch
 from tests.control_plane.test_secure_server import running as running_plane
 
 POLICY = "service: orders\ntimeout: 2s\n"
@@ -316,6 +316,36 @@ async def test_the_feed_tells_what_is_and_that_nothing_has_changed(tmp_path: Pat
             async with client.feed(view) as feed:
                 assert words in (await feed.state())["error"]["details"]
         assert (await client.get(f"/api/feed/service?service={'x' * 301}"))[0] == 404
+
+
+async def test_services_and_who_follows_them_are_shown(tmp_path: Path) -> None:
+    async with running(tmp_path) as (world, client):
+        await client.sign_in(await link(world))
+        channel, _ = await world.workload("orders")
+        lease = await register(channel, "orders")
+        await lease.read()
+        follower = await watch(channel, discovery_pb2.Node(id="orders-1", service="orders"))
+        await follower.read()
+        async with client.feed("service?service=orders") as feed:
+            while not (state := await feed.state())["endpoints"]["endpoints"]:
+                pass
+        assert [each["endpoint"]["id"] for each in state["endpoints"]["endpoints"]] == ["one"]
+        assert (state["subscriptions"]["all"], state["subscriptions"]["current"]) == (1, 0)
+        (row,) = state["subscriptions"]["rows"]
+        assert (row["node_id"], row["type"]) == ("orders-1", "RESOURCE_TYPE_SERVICE_ENDPOINTS")
+        assert {each["subject"] for each in state["explanation"]["findings"]} >= {"endpoints"}
+        async with client.feed("topology") as feed:
+            assert (await feed.state())["layers"] == [["orders"]]
+        async with client.feed("policies") as feed:
+            (policy,) = (await feed.state())["services"]
+        assert (policy["service"], policy["followers"], policy["current"]) == ("orders", 0, 0)
+        async with client.feed("policy?kind=service&name=orders") as feed:
+            state = await feed.state()
+        assert (state["stored"], state["published"] != "") == (None, True)
+        async with client.feed("traces?service=orders&errors=1&slow=5") as feed:
+            assert (await feed.state())["traces"] == []
+        lease.cancel()
+        follower.cancel()
 
 
 async def test_whoever_is_revoked_or_signs_out_is_told_nothing_more(tmp_path: Path) -> None:

@@ -90,6 +90,9 @@ export function subscriptionState(subscription) {
   return badge(subscription.acknowledged_version ? "behind" : "waiting", "poor");
 }
 
+/** Endpoints that somebody who calls has ejected; empty for none. */
+export const ejected = (edge) => (edge.ejected.length ? badge(names(edge.ejected), "poor") : "-");
+
 /** What is wrong with calls of one service to another; empty when nothing is. */
 export function trouble(edge) {
   const told = [];

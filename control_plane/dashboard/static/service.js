@@ -2,7 +2,7 @@
 
 import { badge, h, link, section, table } from "./dom.js";
 import { failure, findings } from "./explanation.js";
-import { FIGURES, age, count, figures, method, service as linked, subscriptionState, trouble, within, word } from "./format.js";
+import { FIGURES, age, count, ejected, figures, method, service as linked, subscriptionState, within, word } from "./format.js";
 
 export const service = {
   nav: "topology",
@@ -68,10 +68,10 @@ const ejection = (load) => (load?.ejected_by ? badge(`by ${count(load.ejected_by
 function callers({ service: name, traffic }) {
   const rows = traffic.edges.filter((edge) => edge.service === name).map((edge) => ({
     key: edge.caller,
-    cells: [linked(edge.caller), ...figures(edge.calls), edge.retries || "-", edge.in_flight || "-", breaker(edge), trouble(edge)],
+    cells: [linked(edge.caller), ...figures(edge.calls), edge.retries || "-", edge.in_flight || "-", breaker(edge), ejected(edge)],
   }));
   if (!rows.length) return h("p", {}, "Nobody has called it within the last 10 minutes.");
-  return table("Callers", ["Caller", ...FIGURES, ">Retries", ">In flight", "Breaker", "State"], rows);
+  return table("Callers", ["Caller", ...FIGURES, ">Retries", ">In flight", "Breaker", "Ejected"], rows);
 }
 
 const breaker = (edge) => (edge.breakers_open ? badge(`open in ${edge.breakers_open} of ${edge.processes}`, "bad") : badge("closed", "plain"));
@@ -84,9 +84,9 @@ function methods({ traffic }) {
 
 function callees({ service: name, traffic }) {
   const rows = traffic.edges.filter((edge) => edge.caller === name).map((edge) => ({
-    key: edge.service, cells: [linked(edge.service), ...figures(edge.calls), edge.retries || "-", breaker(edge), trouble(edge)],
+    key: edge.service, cells: [linked(edge.service), ...figures(edge.calls), edge.retries || "-", breaker(edge), ejected(edge)],
   }));
-  return rows.length ? section("callees", "What it calls", table("What it calls", ["Service", ...FIGURES, ">Retries", "Breaker", "State"], rows)) : null;
+  return rows.length ? section("callees", "What it calls", table("What it calls", ["Service", ...FIGURES, ">Retries", "Breaker", "Ejected"], rows)) : null;
 }
 
 /** Subscriptions, those that lag first. */
