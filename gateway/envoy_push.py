@@ -34,6 +34,8 @@ LOOK_INTERVAL = 0.01
 """Seconds between looks at what it has applied."""
 WATCH_INTERVAL = 5.0
 """Seconds between looks at whether Envoy still has what it was told."""
+REASON_PATIENCE = 1.0
+"""Seconds for Envoy's log to say why it refuses something."""
 _REFUSALS = ("rejected", "Error", "error")
 
 
@@ -186,16 +188,22 @@ class EnvoyPusher:
                         if count > (before.get(name, 0) if count >= before.get(name, 0) else 0)
                     ]
                     if refused:
-                        raise PushRejectedError(self._refusal(refused, started, secrets), again=AGAIN)
+                        raise PushRejectedError(await self._refusal(refused, started, secrets), again=AGAIN)
                     await asyncio.sleep(LOOK_INTERVAL)
         except TimeoutError:
             missing = sorted(name for name, version in wanted.items() if found.versions.get(name) != version)
             what = trouble or f"Envoy has not applied {', '.join(missing) or 'everything'} for {APPLY_TIMEOUT:.0f} s"
             raise PushFailedError(what) from None
 
-    def _refusal(self, refused: Sequence[str], started: float, secrets: Iterable[str]) -> str:
-        words = () if self._process is None else self._process.said(started)
-        said = [text for text in words if any(word in text for word in _REFUSALS)]
+    async def _refusal(self, refused: Sequence[str], started: float, secrets: Iterable[str]) -> str:
+        said: list[str] = []
+        if self._process is not None:
+            # It counts what it refuses before it says why.
+            give_up = time.monotonic() + REASON_PATIENCE
+            while not said and time.monotonic() < give_up:
+                said = [text for text in self._process.said(started) if any(word in text for word in _REFUSALS)]
+                if not said:
+                    await asyncio.sleep(LOOK_INTERVAL)
         where = ", ".join(name.removesuffix(".update_rejected") for name in sorted(refused))
         return fit_for_logs(f"Envoy refuses {where}: {'; '.join(said) or 'its log says why'}", secrets)
 

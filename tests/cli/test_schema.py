@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 
 from mesh_cli.policy_actions import schema as schema_of
 from mesh_cli.policy_kind import EDGE, SERVICE, PolicyKind
@@ -147,6 +147,7 @@ def test_valid_policies_of_edges_satisfy_their_schema(document: str) -> None:
     assert check(document, EDGE) == []
 
 
+@settings(max_examples=30)  # policies of edges are large
 @given(edge_policies)
 def test_any_whole_policy_of_an_edge_satisfies_the_schema(policy: EdgePolicy) -> None:
     assert check(json.dumps(policy.dump()), EDGE) == []

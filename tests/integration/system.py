@@ -314,7 +314,8 @@ async def status_in_which(
 ) -> admin_pb2.GetStatusResponse:
     """The status of a control plane, once it is as expected. What another process does cannot set an event here."""
     async with administration(address) as admin:
-        answer = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=5.0)
+        # A channel that was refused while it was away would say so again for a while.
+        answer = await admin.GetStatus(admin_pb2.GetStatusRequest(), timeout=PATIENCE, wait_for_ready=True)
         try:
             async with asyncio.timeout(PATIENCE):
                 while not condition(answer):
