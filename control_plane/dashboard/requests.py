@@ -64,8 +64,9 @@ class Doors:
         """
         if not is_loopback(self.host):
             return None
-        names = {self.host, _LOOPBACK_NAME, "127.0.0.1", "::1"}
-        return frozenset(f"{bracketed(name)}:{self.port}" for name in names)
+        names = {bracketed(name) for name in (self.host, _LOOPBACK_NAME, "127.0.0.1", "::1")}
+        named = {f"{name}:{self.port}" for name in names}
+        return frozenset(named | names if self.port == (443 if self.secure else 80) else named)
 
     def refusal(self, method: str, headers: Mapping[str, str], *, api: bool) -> Refusal | None:
         """Why a request is refused; None for one that is answered.

@@ -183,6 +183,10 @@ def test_every_promise_is_kept_and_nothing_is_left(tmp_path: Path, registry: str
     assert broken.keys() <= TIMED, demo.output
     assert code == (1 if broken else 0), demo.output
     assert bool(left) == bool(broken), "logs are kept of a demo that broke a promise, and of no other"
+    end = demo.output.partition("One of the failures that were caused on purpose")[2]
+    assert "calls of demo to payments, shop.v1.PaymentService/Charge: UNAVAILABLE" in end
+    assert "-> " in end
+    assert "The dashboard was at http://127.0.0.1:" in end
     assert promises.keys() == PROMISES | (EVENTS if broker else WITHOUT_BROKER)
     assert all(row.keys() == {"id", "promise", "value", "unit", "goal", "ok", "note"} for row in promises.values())
 
@@ -270,6 +274,11 @@ def test_up_runs_until_it_is_interrupted(registry: str, broker: bool) -> None:
             "inventory": 3,
             "payments": 2,
         }
+        dashboard, _, code = up.output.partition("dashboard      ")[2].split()[0].partition("/#login=")
+        said = {"Content-Type": "application/json", "Origin": dashboard}
+        signing_in = urllib.request.Request(f"{dashboard}/api/login", json.dumps({"code": code}).encode(), said)
+        with urllib.request.urlopen(signing_in, timeout=10) as answer:
+            assert json.load(answer) == {"operator": "demo"}
         assert ("/ui/" in up.output) == (registry == "consul")
         edge = up.output.partition("edge           ")[2].split(",")[0]
         with urllib.request.urlopen(f"{edge}/v1/stock/espresso-beans", timeout=10) as answer:

@@ -159,6 +159,7 @@ class Shop:
             token_file=self.identities.token_file(CALLER),
             insecure=False,
             cache_dir="",
+            load_reports=0.2,
         ).__aenter__()
         self._load = asyncio.create_task(self._place_orders(OrderServiceStub(self._mesh.channel("orders"))))
 

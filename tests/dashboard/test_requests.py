@@ -49,6 +49,14 @@ def test_other_names_are_not(host: str) -> None:
     assert status(LOCAL, "POST", {**POST, "Host": host, "Origin": f"http://{host}"}) == 421
 
 
+@pytest.mark.parametrize(("port", "secure", "scheme"), [(80, False, "http"), (443, True, "https")])
+def test_at_the_port_of_its_scheme_no_port_is_named(port: int, secure: bool, scheme: str) -> None:
+    doors = Doors("127.0.0.1", port, secure=secure)
+    for host in ("127.0.0.1", "[::1]", f"localhost:{port}"):
+        assert status(doors, "POST", {**JSON, "Host": host, "Origin": f"{scheme}://{host}"}) == 0
+    assert status(doors, "GET", {"Host": "evil.example"}) == 421
+
+
 def test_beyond_loopback_the_certificate_says_which_names_are_right() -> None:
     assert status(PUBLIC, "GET", {"Host": "mesh.example"}) == 0
     assert status(PUBLIC, "POST", {**JSON, "Host": "mesh.example", "Origin": "https://mesh.example"}) == 0

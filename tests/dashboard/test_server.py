@@ -68,6 +68,10 @@ class Client:
         async with self._session.post(self._at(path), data=data, headers=said) as answer:
             return answer.status, await _content(answer)
 
+    async def status(self, path: str) -> int:
+        async with self._session.get(self._at(path)) as answer:
+            return answer.status
+
     async def sign_in(self, link: str) -> int:
         return (await self.post("/api/login", {"code": link.partition("#login=")[2]}))[0]
 
@@ -316,6 +320,19 @@ async def test_the_feed_tells_what_is_and_that_nothing_has_changed(tmp_path: Pat
             async with client.feed(view) as feed:
                 assert words in (await feed.state())["error"]["details"]
         assert (await client.get(f"/api/feed/service?service={'x' * 301}"))[0] == 404
+
+
+async def test_so_many_pages_and_no_more_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.dashboard.server.MAX_STREAMS", 1)
+    async with running(tmp_path) as (world, client):
+        await client.sign_in(await link(world))
+        async with client.feed("failures") as feed:
+            await feed.state()
+            status, refused = await client.get("/api/feed/failures")
+            assert (status, refused["error"]["code"]) == (503, "RESOURCE_EXHAUSTED")
+        async with asyncio.timeout(TIMEOUT):
+            while await client.status("/api/feed/failures") != 200:
+                await asyncio.sleep(0.05)
 
 
 async def test_services_and_who_follows_them_are_shown(tmp_path: Path) -> None:
