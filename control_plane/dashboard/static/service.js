@@ -53,7 +53,7 @@ function endpoints({ endpoints: listed, traffic }) {
     rows.push({ key: gone.endpoint_id, style: "gone", cells: [gone.endpoint_id, "-", badge("not registered", "poor"), ejection(gone), ...figures(gone.attempts), "-", "-", "-"] });
   }
   if (!rows.length) return h("p", {}, "It has no endpoints.");
-  return table("Endpoints", ["Endpoint", "Address", "Health", "Ejected", ">Attempts/s", ...FIGURES.slice(1), ">Weight", "Zone and labels", ">Unchanged for"], rows);
+  return table("Endpoints", ["Endpoint", "Address", "Health", "Ejected", ">Attempts/s", ...FIGURES.slice(1), ">Weight", "Labels", ">For"], rows);
 }
 
 function health(each) {
