@@ -21,7 +21,7 @@ import grpc.aio
 from mesh_client.context import CALLER_METADATA_KEY, InboundCall, inbound, parse_peer_ip
 from mesh_client.core.authorization import HEALTH_METHODS
 from mesh_client.core.caller import Caller
-from mesh_client.core.policy import ServicePolicy
+from mesh_client.core.policy import RateLimit, ServicePolicy
 from mesh_client.core.rate_limit import ConcurrencyGate, RateLimiter
 from mesh_client.core.retry import PUSHBACK_KEY
 from mesh_client.core.served import NOBODY, ServedBook
@@ -281,21 +281,20 @@ class Admission:
                     self._rng.uniform(*SHED_PUSHBACK),
                 )
             elif self._limiter is not None:
-                refusal = self._limit_rate(self._limiter, caller, method.name, context)
-                if refusal is not None:
+                name = _claimed_name(context) if caller is None else caller.name
+                verdict = self._limiter.take(name, method.name, time.monotonic())
+                if verdict.limit is not None:
+                    refusal = _exceeded(name, verdict.limit, verdict.retry_after)
                     self.book.rate_limited += 1
                     self._gate.leave()
             if refusal is None and self._gate.in_flight > self.book.peak:
                 self.book.peak = self._gate.in_flight
         if refusal is None:
+            tally = None
+            if method.tallies is not None:
+                tally = method.tallies.get(NOBODY if caller is None else caller.name) or self._tally(method, caller)
             remaining, now = context.time_remaining(), time.monotonic()
-            call = InboundCall(
-                None if remaining is None else now + remaining,
-                context.peer(),
-                caller,
-                now,
-                None if method.tallies is None else self._tally(method, caller),
-            )
+            call = InboundCall(None if remaining is None else now + remaining, context.peer(), caller, now, tally)
             if self._tracing is not None and method.tallies is not None:
                 name = "" if caller is None else caller.name
                 call.trace = self._tracing.served(method.name, context.invocation_metadata(), call.peer, name)
@@ -342,18 +341,14 @@ class Admission:
         with self._lock:
             yield self.book
 
-    @staticmethod
-    def _limit_rate(limiter: RateLimiter, caller: Caller | None, method: str, context: CallContext) -> Refusal | None:
-        name = _claimed_name(context) if caller is None else caller.name
-        verdict = limiter.take(name, method, time.monotonic())
-        if verdict.limit is None:
-            return None
-        return Refusal(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"{name} exceeds {verdict.limit.requests_per_second:g} calls a second to {verdict.limit.method} of this "
-            f"instance; next in {verdict.retry_after:.3f} s",
-            verdict.retry_after,
-        )
+
+def _exceeded(name: str, limit: RateLimit, retry_after: float) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        f"{name} exceeds {limit.requests_per_second:g} calls a second to {limit.method} of this instance; next in "
+        f"{retry_after:.3f} s",
+        retry_after,
+    )
 
 
 def _claimed_name(context: CallContext) -> str:

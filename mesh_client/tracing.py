@@ -219,8 +219,17 @@ class Tracing:
             peer: where it comes from, as gRPC says it.
             caller: service that calls, as its certificate says; empty for nobody.
         """
-        parent, told = _inbound(metadata)
-        if parent is None and told:
+        header = state = None
+        told = False
+        for key, value in metadata:
+            if key == TRACEPARENT:
+                header = value
+            elif key == TRACESTATE:
+                state = value
+            elif key == "user-agent":
+                told = USER_AGENT_MARK in value
+        parent = None if header is None else _parse(header, state)
+        if told and parent is None:
             otel_context.attach(_UNSAMPLED_CONTEXT)
             return None
         name = method[1:]
@@ -262,20 +271,11 @@ def _headers(context: SpanContext) -> tuple[tuple[str, str], ...]:
     return ((TRACEPARENT, header),)
 
 
-def _inbound(metadata: Iterable[tuple[str, Any]]) -> tuple[SpanContext | None, bool]:
-    """The trace that a call belongs to; without one, whether its client would have said so."""
-    header = state = None
-    told = False
-    for key, value in metadata:
-        if key == TRACEPARENT:
-            header = value
-        elif key == TRACESTATE:
-            state = value
-        elif key == "user-agent":
-            told = USER_AGENT_MARK in value
+def _parse(header: object, state: object) -> SpanContext | None:
+    """The parent that a call's trace context names; None when it is not as W3C has it."""
     match = _TRACEPARENT.fullmatch(header) if isinstance(header, str) else None
     if match is None:
-        return None, told
+        return None
     context = SpanContext(
         int(match[1], 16),
         int(match[2], 16),
@@ -283,7 +283,7 @@ def _inbound(metadata: Iterable[tuple[str, Any]]) -> tuple[SpanContext | None, b
         trace_flags=TraceFlags(int(match[3], 16) & _KNOWN_FLAGS),
         trace_state=trace.TraceState.from_header([state]) if isinstance(state, str) else None,
     )
-    return (context, told) if context.is_valid else (None, told)
+    return context if context.is_valid else None
 
 
 def _end(span: Span, code: str, details: str | None, *, error: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.identity import Kind, Principal
@@ -19,20 +19,21 @@ class Caller:
     Attributes:
         principal: who it is.
         workload_id: which workload of theirs, 16 hex digits; constant through renewals.
+        name: as authorization rules name it: the service's name, ``operator:NAME`` or ``mesh:control-plane``.
     """
 
     principal: Principal
     workload_id: str
+    name: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Servers look at it several times a call.
+        object.__setattr__(self, "name", self.principal.caller)
 
     @property
     def spiffe_id(self) -> str:
         """The SPIFFE ID."""
         return self.principal.spiffe_id
-
-    @property
-    def name(self) -> str:
-        """As authorization rules name it: the service's name, ``operator:NAME`` or ``mesh:control-plane``."""
-        return self.principal.caller
 
     @property
     def service(self) -> str | None:

@@ -103,7 +103,12 @@ class RateLimiter:
             return ADMITTED
         bucket = rule.shared
         if bucket is None:
-            bucket = self._bucket(rule, caller, now)
+            key = (rule.number, caller)
+            bucket = self._buckets.get(key)
+            if bucket is None:
+                bucket = self._new_bucket(key, rule, now)
+            else:
+                self._buckets.move_to_end(key)
         wait = bucket.take(now)
         return Verdict(rule.limit, wait) if wait else ADMITTED
 
@@ -113,12 +118,7 @@ class RateLimiter:
             self._matches[method] = found
         return found
 
-    def _bucket(self, rule: _Rule, caller: str, now: float) -> TokenBucket:
-        key = (rule.number, caller)
-        bucket = self._buckets.get(key)
-        if bucket is not None:
-            self._buckets.move_to_end(key)
-            return bucket
+    def _new_bucket(self, key: tuple[int, str], rule: _Rule, now: float) -> TokenBucket:
         bucket = self._buckets[key] = rule.bucket(now)
         if len(self._buckets) > self._max_buckets:
             self._buckets.popitem(last=False)
