@@ -30,7 +30,6 @@ MAX_EVENTS = MAX_ATTRIBUTES = 128
 """What one span holds at most, as with the SDK."""
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
-_TRACE_ID_LIMIT = (1 << 64) - 1
 _FOLLOWING = re.compile(
     r"ParentBased\{root:(?:TraceIdRatioBased\{(?P<share>[0-9.e+-]+)\}|(?P<always>AlwaysO(?:n|ff))Sampler),"
     r"remoteParentSampled:AlwaysOnSampler,remoteParentNotSampled:AlwaysOffSampler,"
@@ -42,8 +41,11 @@ _FOLLOWING = re.compile(
 class Spans(Protocol):
     """Makes spans."""
 
-    def root(self, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span | None:
-        """A span without a parent; None when the trace is not sampled."""
+    def draw(self) -> int:
+        """The id of a trace that begins now; 0 when it is not sampled."""
+
+    def root(self, trace_id: int, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span:
+        """A span without a parent, of the trace that was drawn; it may be one that records nothing."""
 
     def child(self, parent: SpanContext, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span | None:
         """A span below another one, in this process or elsewhere; None when the trace is not sampled."""
@@ -55,8 +57,13 @@ class SdkSpans:
     def __init__(self, tracer: trace.Tracer) -> None:
         self._tracer = tracer
 
-    def root(self, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span | None:
-        """A span without a parent; it may be one that records nothing, which then tells others so."""
+    def draw(self) -> int:
+        """Not 0: the tracer draws when it makes the span, and asks the sampler then."""
+        return 1
+
+    def root(self, trace_id: int, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span:
+        """A span without a parent, of any trace; it may be one that records nothing, which then tells others so."""
+        del trace_id
         return self._tracer.start_span(name, Context(), kind, attributes)
 
     def child(self, parent: SpanContext, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span | None:
@@ -78,11 +85,13 @@ class LightSpans:
         self._tracer = tracer
         self._bound = bound
 
-    def root(self, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span | None:
-        """A span without a parent; None when the trace is not sampled."""
-        trace_id = getrandbits(128) or 1
-        if trace_id & _TRACE_ID_LIMIT >= self._bound:
-            return None
+    def draw(self) -> int:
+        """The id of a trace that begins now; 0 when it is not sampled, by the lower half of the id."""
+        low = getrandbits(64)
+        return 0 if low >= self._bound else (getrandbits(64) << 64 | low) or 1
+
+    def root(self, trace_id: int, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span:
+        """A span without a parent, of the trace that was drawn."""
         context = SpanContext(trace_id, getrandbits(64) or 1, is_remote=False, trace_flags=_SAMPLED)
         return LightSpan(self._tracer, context, None, name, kind, attributes)
 

@@ -51,6 +51,8 @@ UNSAMPLED = NonRecordingSpan(
 """The span of everything that no trace is kept of: what looks for a parent finds that its trace is not sampled."""
 _NOTHING = otel_context.Context()
 _UNSAMPLED_CONTEXT = trace.set_span_in_context(UNSAMPLED, otel_context.Context())
+(_SPAN_KEY,) = _UNSAMPLED_CONTEXT
+"""Of the current span in a context. `trace.get_current_span` takes four steps to it."""
 
 
 class CallTrace(Protocol):
@@ -191,20 +193,21 @@ class Tracing:
             service: whom it is for.
             method: full name with leading slash.
         """
-        current = trace.get_current_span()
+        current = otel_context.get_current().get(_SPAN_KEY)
         if current is UNSAMPLED:
             return None
-        parent = current.get_span_context()
+        parent = current.get_span_context() if isinstance(current, Span) else None
         name = method[1:]
-        attributes = {"rpc.system.name": "grpc", "rpc.method": name, "mesh.service": service}
-        if parent.is_valid:
-            span = self._spans.child(parent, name, SpanKind.INTERNAL, attributes)
+        span: Span | None
+        if parent is not None and parent.is_valid:
+            span = self._spans.child(parent, name, SpanKind.INTERNAL, _attributes(name, service))
             if span is None:
                 return PassedOn(parent)
         else:
-            span = self._spans.root(name, SpanKind.INTERNAL, attributes)
-            if span is None:
+            trace_id = self._spans.draw()
+            if not trace_id:
                 return None
+            span = self._spans.root(trace_id, name, SpanKind.INTERNAL, _attributes(name, service))
         if not span.is_recording():
             made = span.get_span_context()
             return PassedOn(made) if made.is_valid else None
@@ -229,26 +232,19 @@ class Tracing:
             elif key == "user-agent":
                 told = USER_AGENT_MARK in value
         parent = None if header is None else _parse(header, state)
-        if told and parent is None:
+        trace_id = 0 if told or parent is not None else self._spans.draw()
+        if parent is None and not trace_id:
             otel_context.attach(_UNSAMPLED_CONTEXT)
             return None
         name = method[1:]
-        attributes = {
-            "rpc.system.name": "grpc",
-            "rpc.method": name,
-            "network.peer.address": parse_peer_ip(peer),
-            "mesh.service": self._service,
-        }
+        attributes = _attributes(name, self._service)
+        attributes["network.peer.address"] = parse_peer_ip(peer)
         if caller:
             attributes["mesh.caller"] = caller
-        span: Span | None
         if parent is not None:
             span = self._spans.child(parent, name, SpanKind.SERVER, attributes) or NonRecordingSpan(parent)
         else:
-            span = self._spans.root(name, SpanKind.SERVER, attributes)
-        if span is None:
-            otel_context.attach(_UNSAMPLED_CONTEXT)
-            return None
+            span = self._spans.root(trace_id, name, SpanKind.SERVER, attributes)
         otel_context.attach(trace.set_span_in_context(span, otel_context.Context()))
         return ServedCall(span) if span.is_recording() else None
 
@@ -262,6 +258,10 @@ def current_trace_id() -> str:
     """The id of the running call's trace in hexadecimal, if it is sampled; else empty."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid and context.trace_flags & _SAMPLED else ""
+
+
+def _attributes(method: str, service: str) -> dict[str, str]:
+    return {"rpc.system.name": "grpc", "rpc.method": method, "mesh.service": service}
 
 
 def _headers(context: SpanContext) -> tuple[tuple[str, str], ...]:

@@ -96,7 +96,7 @@ def test_a_span_of_the_mesh_is_exported_as_one_of_the_sdk_is(world: World) -> No
 
 
 def test_a_span_records_until_it_ends(world: World) -> None:
-    span = world.spans.root("work", SpanKind.INTERNAL, {})
+    span = world.spans.root(world.spans.draw(), "work", SpanKind.INTERNAL, {})
     assert span is not None
     assert span.is_recording()
     span.end()
@@ -108,7 +108,7 @@ def test_what_went_well_stays_well(world: World) -> None:
         [Status(StatusCode.OK), Status(StatusCode.ERROR, "no")],
         [Status(StatusCode.ERROR, "no"), Status(StatusCode.OK)],
     ):
-        span = world.spans.root("work", SpanKind.INTERNAL, {})
+        span = world.spans.root(world.spans.draw(), "work", SpanKind.INTERNAL, {})
         assert span is not None
         for status in statuses:
             span.set_status(status)
@@ -117,7 +117,7 @@ def test_what_went_well_stays_well(world: World) -> None:
 
 
 def test_a_span_is_bounded(world: World) -> None:
-    span = world.spans.root("work", SpanKind.INTERNAL, {"first": 0})
+    span = world.spans.root(world.spans.draw(), "work", SpanKind.INTERNAL, {"first": 0})
     assert span is not None
     for number in range(2 * MAX_ATTRIBUTES):
         span.set_attribute(f"a{number}", number)
@@ -135,7 +135,7 @@ def test_processors_see_it_begin(world: World) -> None:
             span.set_attribute("marked", True)
 
     world.provider.add_span_processor(Marking())
-    span = world.spans.root("work", SpanKind.INTERNAL, {})
+    span = world.spans.root(world.spans.draw(), "work", SpanKind.INTERNAL, {})
     assert span is not None
     span.end()
     assert dict(world.finished[0].attributes or {}) == {"marked": True}
@@ -161,7 +161,7 @@ def test_samplers_that_do_not_just_follow_the_parent_are_asked(sampler: Sampler,
 def test_a_trace_is_sampled_or_not_as_a_whole() -> None:
     on, off = World(ParentBased(ALWAYS_ON)), World(ParentBased(ALWAYS_OFF))
     assert on.spans.child(UNSAMPLED_PARENT, "work", SpanKind.SERVER, {}) is None
-    assert off.spans.root("work", SpanKind.SERVER, {}) is None
+    assert off.spans.draw() == 0
     below = off.spans.child(PARENT, "work", SpanKind.SERVER, {})
     assert below is not None
     assert below.get_span_context().trace_id == PARENT.trace_id
@@ -172,9 +172,11 @@ def test_a_trace_is_sampled_or_not_as_a_whole() -> None:
 def test_roots_are_sampled_as_the_sdk_samples_them() -> None:
     sampler = TraceIdRatioBased(0.3)
     world = World(ParentBased(sampler))
-    made = [world.spans.root("work", SpanKind.INTERNAL, {}) for _ in range(2000)]
-    sampled = [span.get_span_context() for span in made if span is not None]
-    assert 500 < len(sampled) < 700
-    assert all(sampler.should_sample(None, each.trace_id, "").decision.is_sampled() for each in sampled)
-    assert len({each.trace_id for each in sampled}) == len(sampled)
+    drawn = [trace_id for _ in range(2000) if (trace_id := world.spans.draw())]
+    assert 500 < len(drawn) < 700
+    assert all(sampler.should_sample(None, trace_id, "").decision.is_sampled() for trace_id in drawn)
+    assert len(set(drawn)) == len(drawn)
+    assert min(drawn).bit_length() > 64
+    span = world.spans.root(drawn[0], "work", SpanKind.INTERNAL, {})
+    assert span.get_span_context().trace_id == drawn[0]
     world.provider.shutdown()
