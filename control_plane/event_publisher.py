@@ -111,6 +111,7 @@ class EventPublisher:
     Attributes:
         published: events that were put into the outbox, by type.
         dropped: events that there was no room for.
+        begun: whether the registry and the policies have been read, so that what happens from then on is an event.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class EventPublisher:
             max_events=MAX_EVENTS,
             max_bytes=MAX_BYTES,
         )
-        self._begun = self._stopping = False
+        self.begun = self._stopping = False
         self._waiting: deque[MeshEvent] = deque()
         self._wake = asyncio.Event()
         self._told_at = -TELL_EVERY
@@ -170,7 +171,7 @@ class EventPublisher:
             self._detector.endpoints(name, service.records)
         for name in self._book.names:
             self._look_at_policy(name)
-        self._begun = True
+        self.begun = True
         if self._authority is not None:
             self._detector.roots(self._authority.bundle.fingerprints, self._authority.bundle.signing_root)
 
@@ -201,14 +202,14 @@ class EventPublisher:
 
     def policy_changed(self, name: str) -> None:
         """Something was stored, or deleted, under the name."""
-        if self._begun:
+        if self.begun:
             self._add(self._look_at_policy(name))
 
     # -- what happens
 
     def _endpoints_changed(self, snapshot: Snapshot, changed: Iterable[tuple[ResourceKind, str]]) -> None:
         del snapshot
-        if not self._begun:
+        if not self.begun:
             return
         services = self._catalog.view(asyncio.get_running_loop().time()).services
         for kind, name in sorted(changed, key=lambda each: each[1]):
@@ -241,7 +242,7 @@ class EventPublisher:
         )
 
     def _trust_changed(self) -> None:
-        if self._authority is not None and self._begun:
+        if self._authority is not None and self.begun:
             bundle = self._authority.bundle
             self._add(self._detector.roots(bundle.fingerprints, bundle.signing_root))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 import grpc.aio
 
-from mesh_client.context import CALLER_METADATA_KEY
+from mesh_client.context import CALLER_METADATA_KEY, LATE_WITHIN
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.trace_parent import trace_id
 from mesh_client.handlers import WrappingHandler, parts, wrap_methods
@@ -234,7 +234,7 @@ class AccessLog:
 def _code_of(error: BaseException, context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """How a call ends whose handler raises."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
-        return "DEADLINE_EXCEEDED" if _is_late(context) else "CANCELLED"
+        return "DEADLINE_EXCEEDED" if _is_late(context, LATE_WITHIN) else "CANCELLED"
     return _unless_ok(context)
 
 
@@ -249,10 +249,10 @@ def _outcome(context: SyncContext) -> str:
     return "DEADLINE_EXCEEDED" if _is_late(context) else status_name(context.code(), "OK")
 
 
-def _is_late(context: Any) -> bool:
-    """Whether the call's deadline has passed."""
+def _is_late(context: Any, within: float = 0.0) -> bool:
+    """Whether the call's deadline has passed, or does so within so many seconds."""
     remaining: float | None = context.time_remaining()
-    return remaining is not None and remaining <= 0.0
+    return remaining is not None and remaining <= within
 
 
 def _size(message: object) -> int | None:

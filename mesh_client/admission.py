@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 import grpc.aio
 
-from mesh_client.context import CALLER_METADATA_KEY, InboundCall, inbound, parse_peer_ip
+from mesh_client.context import CALLER_METADATA_KEY, LATE_WITHIN, InboundCall, inbound, parse_peer_ip
 from mesh_client.core.authorization import HEALTH_METHODS
 from mesh_client.core.caller import Caller
 from mesh_client.core.policy import RateLimit, ServicePolicy
@@ -255,7 +255,7 @@ class Admission:
 
     @staticmethod
     def _interrupted(call: InboundCall) -> str:
-        late = call.deadline is not None and time.monotonic() >= call.deadline
+        late = call.deadline is not None and time.monotonic() >= call.deadline - LATE_WITHIN
         code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
         if call.trace is not None:
             call.trace.ended(code)

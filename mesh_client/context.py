@@ -23,6 +23,10 @@ PREVIOUS_ATTEMPTS_KEY = "mesh-previous-attempts"
 """Metadata of a retry: how many attempts of the call came before. gRPC strips its own ``grpc-previous-rpc-attempts``
 from what an application sends."""
 
+LATE_WITHIN = 0.05
+"""Seconds. Whoever cancels a call so shortly before its deadline is late: the caller's own timer was set before the
+call was on its way, and what it sends then may come before the server's timer says so."""
+
 
 class Cancellable(Protocol):
     """An outbound call, as far as its scope needs to know it."""

@@ -60,6 +60,9 @@ async def running(options: ControlPlaneOptions) -> AsyncIterator[ControlPlane]:
     plane = ControlPlane(options)
     await plane.start()
     try:
+        publisher = plane.event_publisher
+        if publisher is not None:
+            await until(lambda: publisher.begun)
         yield plane
     finally:
         await plane.stop()
