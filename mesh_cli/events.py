@@ -266,12 +266,7 @@ def replay(
     chosen = _chosen(events, everything)
     letters = _dead_letters(service, group, broker, credentials, roots, insecure=insecure)
     done = _ask(letters, lambda letters: letters.replay(chosen))
-    if chosen and not done:
-        _none(chosen[0])
-    if as_json:
-        write_json({"sent_back": done})
-        return
-    console().print(f"{count(done, 'event')} sent back.")
+    _report(done, chosen, "sent back", as_json=as_json)
 
 
 @dead.command(epilog="Example: mesh events dead purge shipping 5f0c9a1b2c3d4e5f")
@@ -291,12 +286,17 @@ def purge(
     chosen = _chosen(events, everything)
     letters = _dead_letters(service, group, broker, credentials, roots, insecure=insecure)
     done = _ask(letters, lambda letters: letters.purge(chosen))
+    _report(done, chosen, "deleted", as_json=as_json)
+
+
+def _report(done: int, chosen: list[str], what: str, *, as_json: bool) -> None:
+    """Says what became of how many events; fails when those that were named are not there."""
     if chosen and not done:
         _none(chosen[0])
     if as_json:
-        write_json({"deleted": done})
-        return
-    console().print(f"{count(done, 'event')} deleted.")
+        write_json({what.replace(" ", "_"): done})
+    else:
+        console().print(f"{count(done, 'event')} {what}.")
 
 
 def _none(event: str) -> NoReturn:
