@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, cast
@@ -19,6 +19,7 @@ from mesh.v1 import discovery_pb2
 from control_plane.access import Access, Caller
 from control_plane.access import caller as connected_caller
 from control_plane.convert import ResponseEncoder, request_from_proto
+from control_plane.drain_wait import EDGES_BACK_WITHIN, DrainResult, DrainWait
 from control_plane.events import EndpointDrained, EndpointUndrained
 from control_plane.publisher import Publisher
 from control_plane.snapshot import DeltaCache, Snapshot
@@ -47,16 +48,6 @@ _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class DrainResult:
-    """How a drain ended."""
-
-    acknowledged: int
-    """Subscribers that acknowledged a version without the endpoint, or never had it."""
-    pending: tuple[str, ...]
-    """Node ids of those that have not."""
-
-
-@dataclass(frozen=True, slots=True)
 class ClientState:
     """One connected client as operators see it."""
 
@@ -78,6 +69,11 @@ REFUSAL_PATIENCE = 1.0
 
 def _nothing() -> None:
     """Nobody watches."""
+
+
+def _no_edges(_service: str, _subscribers: Mapping[str, int]) -> Sequence[str]:
+    """There are none."""
+    return ()
 
 
 class HubFigures:
@@ -135,6 +131,10 @@ class _Stream:
         node = self.subscriptions.node
         return node.id if node is not None else self.peer
 
+    def may_hold(self, service: str, endpoint_id: str) -> bool:
+        """Whether it may have an endpoint that was published."""
+        return self.subscriptions.may_hold_endpoint(service, endpoint_id)
+
     def identify(self, access: Access, caller: Caller) -> None:
         """The stream is somebody's: it ends when they are revoked."""
         revoked = partial(self.end, grpc.StatusCode.PERMISSION_DENIED, "the workload has been revoked")
@@ -155,38 +155,6 @@ class _Stream:
         self.task.cancel()
 
 
-class _DrainWait:
-    """Somebody waits until no stream holds an endpoint."""
-
-    __slots__ = ("acknowledged", "done", "endpoint_id", "pending", "service")
-
-    def __init__(self, service: str, endpoint_id: str, streams: Sequence[_Stream]) -> None:
-        self.service = service
-        self.endpoint_id = endpoint_id
-        self.pending = {stream for stream in streams if self._holds(stream)}
-        self.acknowledged = len(streams) - len(self.pending)
-        self.done = asyncio.Event()
-        if not self.pending:
-            self.done.set()
-
-    def look(self, stream: _Stream) -> None:
-        """The stream's state changed. One that comes back with an old version held is waited for too."""
-        if self._holds(stream):
-            self.pending.add(stream)
-        elif stream in self.pending:
-            self.acknowledged += 1
-            self.forget(stream)
-
-    def forget(self, stream: _Stream) -> None:
-        """The stream is no longer waited for."""
-        self.pending.discard(stream)
-        if not self.pending:
-            self.done.set()
-
-    def _holds(self, stream: _Stream) -> bool:
-        return stream.subscriptions.may_hold_endpoint(self.service, self.endpoint_id)
-
-
 class StreamHub:
     """Knows every open stream, wakes those that a new snapshot concerns, and whom a drain waits for.
 
@@ -197,6 +165,8 @@ class StreamHub:
         max_streams: further streams are refused.
         max_subscriptions: limit of each stream.
         access: who may watch as which service; by default there are no identities.
+        edges_missing: takes a service, and how many streams of each service's nodes have subscribed to its endpoints;
+            names the edges that send calls to it and of which more must come. By default there are no edges.
     """
 
     def __init__(
@@ -207,6 +177,7 @@ class StreamHub:
         max_streams: int = 10_000,
         max_subscriptions: int = MAX_SUBSCRIPTIONS,
         access: Access | None = None,
+        edges_missing: Callable[[str, Mapping[str, int]], Sequence[str]] = _no_edges,
     ) -> None:
         self._access = access or Access(None)
         self._publisher = publisher
@@ -218,7 +189,10 @@ class StreamHub:
         self._streams: dict[_Stream, None] = {}
         self._open: Counter[str] = Counter()
         self._subscribers: dict[tuple[ResourceKind, str], dict[_Stream, None]] = {}
-        self._drains: list[_DrainWait] = []
+        self._drains: list[DrainWait] = []
+        self._edges_missing = edges_missing
+        self._came: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._edges_back_at = 0.0
         self.figures = HubFigures()
         self.on_rejection: Callable[[str, SubscriptionState], None] | None = None
         """Called with the client's name and the subscription, whenever one rejects a resource."""
@@ -269,26 +243,39 @@ class StreamHub:
         self._emit(EndpointUndrained(service, endpoint_id))
         self._publisher.publish_now()
 
+    def opened(self) -> None:
+        """Clients reach this control plane from now on; those of one before it come back."""
+        self._edges_back_at = asyncio.get_running_loop().time() + EDGES_BACK_WITHIN
+
     async def wait_drained(self, service: str, endpoint_id: str, timeout: float) -> DrainResult:
         """Waits until no subscriber can hold the endpoint any more.
 
-        A subscriber that disconnects is not waited for.
+        A subscriber that disconnects is not waited for. Edges that send calls to the service and have not come back yet
+        are, for `EDGES_BACK_WITHIN` seconds after `opened`.
 
         Args:
             service: the endpoint's service.
             endpoint_id: its id.
             timeout: seconds; then it returns with those who are still pending.
         """
-        drain = _DrainWait(service, endpoint_id, list(self._subscribers.get((ResourceKind.ENDPOINTS, service), ())))
-        self._drains.append(drain)
-        try:
-            async with asyncio.timeout(timeout):
-                await drain.done.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._drains.remove(drain)
-        return DrainResult(drain.acknowledged, tuple(sorted(stream.node_id for stream in drain.pending)))
+        loop = asyncio.get_running_loop()
+        drain = DrainWait(service, endpoint_id, list(self._subscribers.get((ResourceKind.ENDPOINTS, service), ())))
+        with contextlib.ExitStack() as stack:
+            if loop.time() < self._edges_back_at and (missing := self._missing(service)):
+                _log.info(
+                    "the drain of %s of %s waits for edge %s to come back", endpoint_id, service, ", ".join(missing)
+                )
+                drain.expect(missing)
+                stack.callback(loop.call_at(self._edges_back_at, drain.expect, ()).cancel)
+            self._drains.append(drain)
+            stack.callback(self._drains.remove, drain)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await drain.done.wait()
+        return drain.result()
+
+    def _missing(self, service: str) -> Sequence[str]:
+        return self._edges_missing(service, self._came.get(service, Counter()))
 
     def close(self) -> None:
         """Ends every stream with UNAVAILABLE, so that clients go to another control plane at once."""
@@ -359,6 +346,8 @@ class StreamHub:
             self._index(stream, request.kind, effect)
             for drain in self._drains:
                 drain.look(stream)
+                if drain.edges:
+                    drain.expect(self._missing(drain.service))
             if stream.subscriptions.ready():
                 stream.wake.set()
 
@@ -423,6 +412,12 @@ class StreamHub:
             self._unindex(stream, kind, name)
         for name in effect.subscribed:
             self._subscribers.setdefault((kind, name), {})[stream] = None
+        node = stream.subscriptions.node
+        if asyncio.get_running_loop().time() >= self._edges_back_at:
+            self._came.clear()
+        elif kind is ResourceKind.ENDPOINTS and node is not None:
+            for name in effect.subscribed:
+                self._came[name][node.service] += 1
 
     def _unindex(self, stream: _Stream, kind: ResourceKind, name: str) -> None:
         stream.changed.pop((kind, name), None)

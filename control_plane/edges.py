@@ -123,6 +123,24 @@ class EdgeHub:
         names = {*self.book.names, *(follower.edge for follower in self._followers)}
         return [self._state(name) for name in sorted(names)]
 
+    def missing(self, service: str, came: Mapping[str, int]) -> list[str]:
+        """Edges that send calls to a service, and of which fewer gateways have come for its endpoints than must come.
+
+        That is one at least, and as many as follow the edge's policy now.
+
+        Args:
+            service: which one.
+            came: how many streams of the nodes of each service have subscribed to its endpoints.
+        """
+        names = []
+        for edge in sorted(self.book.names):
+            policy, _ = self.book.policy(edge)
+            there = sum(came.get(name, 0) for name in policy.followers)
+            following = sum(follower.edge == edge for follower in self._followers)
+            if service in policy.upstreams and there < max(1, following):
+                names.append(edge)
+        return names
+
     @property
     def streams(self) -> int:
         """Gateways that follow an edge now."""

@@ -91,10 +91,15 @@ class ControlPlane:
         """Who signs certificates; None without identity."""
         self.access = Access(None) if self.authority is None else Access(self.authority.trust_domain, self.authority)
         """Who may do what."""
-        self._hub = StreamHub(
-            self._publisher, self._emit, options.control_plane_id, options.max_streams, access=self.access
-        )
         self._edges = EdgeHub(self.access)
+        self._hub = StreamHub(
+            self._publisher,
+            self._emit,
+            options.control_plane_id,
+            options.max_streams,
+            access=self.access,
+            edges_missing=self._edges.missing,
+        )
         self.traces = TraceView(options.traces, self.access)
         """The last traces."""
         self._telemetry: Telemetry | None = None
@@ -246,6 +251,7 @@ class ControlPlane:
             self.enrolment_port = add_port(enrolment, options.enrols_at, authority.enrolment_credentials())
             self.port = add_port(server, options.address, authority.mesh_credentials())
         plain = self.traces.plain_server()
+        self._hub.opened()
         for each in (enrolment, server, plain):
             if each is not None:
                 await each.start()
@@ -414,6 +420,9 @@ class ControlPlane:
     def _compile(self, previous: Snapshot, now: float) -> tuple[Snapshot, float | None]:
         view = self._catalog.view(now)
         services = {name: service.published for name, service in view.services.items()}
+        for name in self._book.names:  # a service that handles events need not be registered for calls
+            if self._book.is_provisional(name) or self._book.policy(name)[0].events:
+                services.setdefault(name, ())
         return build_snapshot(services, self._book.policy, previous), view.next_deadline
 
     async def _close_stores(self) -> None:

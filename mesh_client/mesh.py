@@ -148,6 +148,7 @@ class Mesh:
                 outbox=outbox,
                 max_events=max_events,
                 max_bytes=max_bytes,
+                follow_policy=self._resolver.follow_policy,
             )
             if self._resolver.reports is not None:
                 self._resolver.reports.events = self._bus

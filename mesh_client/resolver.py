@@ -224,6 +224,24 @@ class Resolver:
             callback(target.service.policy)
         return lambda: watchers.remove(callback)
 
+    def follow_policy(self, service: str, callback: Callable[[ServicePolicy], None]) -> Callable[[], None]:
+        """As `watch_policy`, but with the defaults when the mesh does not know the service. It may repeat itself."""
+        known = self.target(service).service
+
+        def heard(_: object) -> None:
+            if known.resolution is Resolution.UNKNOWN:
+                callback(ServicePolicy(service=service))
+            elif known.resolution is Resolution.ACTIVE and not known.policy_provisional:
+                callback(known.policy)
+
+        ends = self.watch_policy(service, heard), self.watch_endpoints(service, heard)
+
+        def stop() -> None:
+            for end in ends:
+                end()
+
+        return stop
+
     def watch_endpoints(self, service: str, callback: Callable[[EndpointsResource | None], None]) -> Callable[[], None]:
         """Calls back with the endpoints of a service, now if it is known, and at each change; None when it is unknown.
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
-from shop.v1.orders_pb2 import ORDER_STATE_PLACED, Order, PlaceOrderRequest
+from shop.v1.orders_pb2 import ORDER_STATE_PLACED, GetOrderRequest, Order, PlaceOrderRequest
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
 from mesh_cli.demo.edge import RestError, RestOrders
@@ -42,13 +41,15 @@ class Tally:
     """Those of them that were placed by REST, through the edge."""
     repeated: int = 0
     """How often the edge gave no answer, so that an order was placed again."""
+    looked_up: int = 0
+    """Orders that were looked up by gRPC, and were as they had been placed."""
     failures: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     taken_by: Counter[str] = field(default_factory=Counter)
 
     @property
     def failed(self) -> int:
-        """Orders that the customer could not place."""
+        """Orders that the customer could not place, or not look up."""
         return len(self.failures)
 
     def slowest_percent(self) -> float:
@@ -61,11 +62,17 @@ class Tally:
 
     def rest(self) -> str:
         """In words, what went through the edge; empty when nothing did."""
-        return f"; {self.by_rest} by REST, {self.repeated} of them placed again" if self.by_rest else ""
+        if not self.by_rest:
+            return ""
+        return f"; {self.by_rest} by REST, {self.repeated} placed again, {self.looked_up} looked up by gRPC"
 
 
 class Customers:
-    """Places orders, each once: half of those of `run` by REST through the edge, if there is one, all others by gRPC.
+    """Places orders, each once.
+
+    Those of `run` go by REST through the edge, if there is one, and each is looked up by gRPC through the mesh client
+    as soon as it is placed: both ways into the mesh are under load all the time. What is measured of the mesh client
+    itself, `burst` and `place`, goes by gRPC, as everything does without an edge.
 
     Args:
         channel: a channel to orders.
@@ -76,7 +83,6 @@ class Customers:
     def __init__(self, channel: grpc.aio.Channel, rate: float, rest: RestOrders | None = None) -> None:
         self.rate = rate
         self._rest = rest
-        self._turn = itertools.count()
         self.total = Tally()
         self.orders: list[Order] = []
         """Every order that was placed."""
@@ -97,7 +103,7 @@ class Customers:
             if not self._open.is_set():  # closed again before this task had its turn
                 continue
             if len(self._in_flight) < MAX_IN_FLIGHT:
-                task = asyncio.create_task(self._one(self._rest if next(self._turn) % 2 else None))
+                task = asyncio.create_task(self._one(self._rest))
                 self._in_flight.add(task)
                 task.add_done_callback(self._in_flight.discard)
             due = max(due + 1.0 / self.rate, time.monotonic() - 1.0 / self.rate)
@@ -172,23 +178,41 @@ class Customers:
                 order, repeated = await rest.place(key, SKU, CALL_TIMEOUT)
                 self._remember(order)
         except (grpc.aio.AioRpcError, RejectedError, RestError) as error:
-            failure = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
             for tally in tallies:
-                tally.failures.append(failure)
+                tally.failures.append(_in_words(error))
             self.unanswered.append(key)
-        else:
-            elapsed = time.monotonic() - began
-            for tally in tallies:
-                tally.placed += 1
-                tally.by_rest += rest is not None
-                tally.repeated += repeated
-                tally.latencies.append(elapsed)
-                tally.taken_by[order.taken_by] += 1
+            self._finished.set()
+            return
+        elapsed = time.monotonic() - began
+        for tally in tallies:
+            tally.placed += 1
+            tally.by_rest += rest is not None
+            tally.repeated += repeated
+            tally.latencies.append(elapsed)
+            tally.taken_by[order.taken_by] += 1
         self._finished.set()
+        if rest is not None:
+            await self._look_up(order, tallies)
+
+    async def _look_up(self, order: Order, tallies: Sequence[Tally]) -> None:
+        try:
+            found = await self._stub.GetOrder(GetOrderRequest(order_id=order.order_id), timeout=CALL_TIMEOUT)
+            if found.order != order:
+                raise RejectedError("it is not what was placed")
+        except (grpc.aio.AioRpcError, RejectedError) as error:
+            for tally in tallies:
+                tally.failures.append(f"looked up: {_in_words(error)}")
+        else:
+            for tally in tallies:
+                tally.looked_up += 1
 
     async def _settle(self) -> None:
         if self._in_flight:
             await asyncio.wait(self._in_flight)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
 
 
 def new_key() -> str:

@@ -198,7 +198,9 @@ async def _set_up(
     # The first order shows that orders knows inventory and payments.
     await customers.place("first")
     if rest is not None:
-        screen.tell(f"the edge takes orders by REST at {rest.url}; half of them go through it from now on")
+        screen.tell(
+            f"the edge takes orders by REST at {rest.url}; from now on they go through it, and are looked up by gRPC"
+        )
     return stage
 
 

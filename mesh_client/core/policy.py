@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from mesh_client.core.errors import InvalidValueError
+from mesh_client.core.events.topology import CONTROL_PLANE, check_group
 from mesh_client.core.identity import OPERATOR_PREFIX, check_operator_name
 from mesh_client.core.model import MAX_WEIGHT, StatusCode, check_service_name
 from mesh_client.core.policy_base import DnsLabel, Duration, Model, Percent, Policy, PositiveDuration
@@ -21,6 +22,7 @@ ANYBODY = "*"
 """Caller of an authorization rule that stands for everybody with an identity of the mesh."""
 
 _METHOD = re.compile(r"\*|[A-Za-z_][\w.]*/(?:\*|[A-Za-z_]\w*)")
+_EVENT_TYPE = re.compile(r"\*|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.(?:\*|[A-Za-z_]\w*)")
 _METADATA_KEY = re.compile(r"^[a-z0-9_.-]{1,64}$")
 
 
@@ -297,6 +299,69 @@ class AuthorizationRule(Model):
     """What."""
 
 
+def _event_type_pattern(value: str) -> str:
+    if not _EVENT_TYPE.fullmatch(value):
+        raise ValueError("expected 'package.Message', 'package.*' or '*'")
+    return value
+
+
+def _group_pattern(value: str) -> str:
+    if value != "*":
+        try:
+            check_group(value)
+        except InvalidValueError as error:
+            raise ValueError(f"expected '*' or {error.expected}") from None
+    return value
+
+
+def _publisher(value: str) -> str:
+    if value != CONTROL_PLANE:
+        try:
+            check_service_name(value)
+        except InvalidValueError:
+            raise ValueError(f"expected the name of a service or '{CONTROL_PLANE}'") from None
+    return value
+
+
+EventTypePattern = Annotated[str, AfterValidator(_event_type_pattern)]
+Publisher = Annotated[str, AfterValidator(_publisher)]
+"""Who publishes events: the name of a service, or ``mesh:control-plane``."""
+
+
+class EventHandling(Model):
+    """How handlers of the events that it matches work, beside what their code says."""
+
+    type: EventTypePattern = "*"
+    publishers: Annotated[tuple[Publisher, ...], Field(max_length=1000)] = ()
+    """Whose events are taken; those of others are dead letters. Empty for everybody's that the code takes."""
+    timeout: Annotated[PositiveDuration, Field(le=3600.0)] | None = None
+    """Time that a handler has, in place of the one that its code gives it."""
+    max_attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Attempts in all, if the code's are not fewer; then the event is a dead letter."""
+
+
+class EventGroup(Model):
+    """How a group of the service's consumers works, beside what its code says."""
+
+    group: Annotated[str, AfterValidator(_group_pattern)] = "*"
+    paused: bool = False
+    """Whether handlers are not called: events wait in the group's queue."""
+    max_in_flight: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Handlers at once in each instance, if the code's are not fewer."""
+    handlers: Annotated[tuple[EventHandling, ...], Field(max_length=200)] = ()
+    """By type of event; the first match wins."""
+
+    def handling(self, message_type: str) -> EventHandling:
+        """How handlers of a type of event work."""
+        return next((each for each in self.handlers if _type_matches(each.type, message_type)), NO_HANDLING)
+
+
+NO_HANDLING = EventHandling()
+"""The code alone says how events are handled."""
+NO_GROUP = EventGroup()
+"""Likewise of a whole group."""
+
+
 class ServicePolicy(Policy):
     """How clients call one service, and what its servers admit. The defaults are what a service without policy gets."""
 
@@ -317,6 +382,18 @@ class ServicePolicy(Policy):
     server_concurrency_limit: ConcurrencyLimit = ConcurrencyLimit()
     authorization: Annotated[tuple[AuthorizationRule, ...], Field(max_length=200)] = ()
     """Who may call what; with one rule or more, calls that no rule allows are refused."""
+    events: Annotated[tuple[EventGroup, ...], Field(max_length=200)] = ()
+    """How the service's groups handle events; the first match wins."""
+
+    def event_group(self, name: str) -> EventGroup:
+        """How a group of the service's consumers works."""
+        return next((each for each in self.events if each.group in ("*", name)), NO_GROUP)
+
+
+def _type_matches(pattern: str, message_type: str) -> bool:
+    if pattern == "*":
+        return True
+    return message_type.startswith(pattern[:-1]) if pattern.endswith(".*") else message_type == pattern
 
 
 def method_matches(pattern: str, method: str) -> bool:

@@ -24,7 +24,7 @@ from mesh_client.core.events.state import EventsState
 from mesh_client.core.events.topology import CONTROL_PLANE, Group, check_member
 from mesh_client.core.load_report import Consumer
 from mesh_client.events.broker import Broker
-from mesh_client.events.consumer import GroupConsumer, Subscription
+from mesh_client.events.consumer import GroupConsumer
 from mesh_client.events.event import Handler
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
@@ -32,12 +32,14 @@ from mesh_client.events.publisher import WORKLOAD, source_of
 from mesh_client.events.relay import Outbox
 from mesh_client.events.schema import schema_version
 from mesh_client.events.settings import BrokerSettings
+from mesh_client.events.subscription import Subscription
 from mesh_client.events.tracing import EventTracing
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from mesh_client.core.identity import Principal
+    from mesh_client.core.policy import ServicePolicy
     from mesh_client.identity import IdentityState
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,17 @@ MAX_OUTBOX_BYTES = 256 << 20
 MAX_EVENT_BYTES = 1 << 20
 FLUSH_TIMEOUT = 2.0
 """Seconds for which a service that stops waits for its outbox to become empty, while there is a broker."""
+
+
+FollowPolicy = Callable[[str, Callable[["ServicePolicy"], None]], Callable[[], None]]
+"""Calls back with the policy of a service, the defaults for one that the mesh does not know, and at each change.
+
+Returns what ends that.
+"""
+
+
+def _nothing() -> None:
+    """Nothing is followed."""
 
 
 class Publisher(Protocol):
@@ -90,6 +103,7 @@ class EventBus:
         max_events: int = MAX_EVENTS,
         max_bytes: int = MAX_OUTBOX_BYTES,
         max_event_bytes: int = MAX_EVENT_BYTES,
+        follow_policy: FollowPolicy | None = None,
         tracer_provider: TracerProvider | None = None,
         rng: Random | None = None,
     ) -> None:
@@ -101,6 +115,8 @@ class EventBus:
         store = SqliteOutbox(Path(outbox)) if isinstance(outbox, str | Path) else outbox
         self._outbox = Outbox(store, self._broker, service, max_events, max_bytes, self._rng)
         self._max_event_bytes = max_event_bytes
+        self._follow_policy = follow_policy
+        self._stop_following: Callable[[], None] = _nothing
         self._opening: asyncio.Task[None] | None = None
         self._subscriptions: dict[str, dict[str, Subscription]] = {}
         self._options: dict[str, GroupOptions] = {}
@@ -257,11 +273,21 @@ class EventBus:
         self._started = True
         identity = self._transport.identity
         trust_domain = None if identity is None else identity.principal.trust_domain
+        # As servers do: whoever proves who they are also learns first whom they may listen to.
+        waits = identity is not None and self._follow_policy is not None
         for name, handlers in self._subscriptions.items():
             group, options = Group(self.service, name), self._options.get(name, GroupOptions())
-            consumer = GroupConsumer(self._broker, group, options, handlers, trust_domain, self._tracing, self._rng)
+            consumer = GroupConsumer(
+                self._broker, group, options, handlers, trust_domain, self._tracing, self._rng, waits=waits
+            )
             self._consumers[name] = consumer
             consumer.start()
+        if self._consumers and self._follow_policy is not None:
+            self._stop_following = self._follow_policy(self.service, self._obey)
+
+    def _obey(self, policy: ServicePolicy) -> None:
+        for name, consumer in self._consumers.items():
+            consumer.obey(policy.event_group(name))
 
     async def drain(self, grace: float = 10.0) -> None:
         """Stops calling handlers: those that run finish, and their events are acknowledged. Publishing goes on.
@@ -279,6 +305,7 @@ class EventBus:
         if self._closed:
             return
         self._closed = True
+        self._stop_following()
         await self.drain()
         if self._opening is None:
             return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.events.bus import EventBus
+from mesh_client.events.bus import EventBus, FollowPolicy
 from mesh_client.events.outbox import OutboxStore
 from mesh_client.events.settings import OUTBOX, broker_settings
 
@@ -29,6 +29,7 @@ def make_bus(
     outbox: str | Path | OutboxStore | None,
     max_events: int,
     max_bytes: int,
+    follow_policy: FollowPolicy | None = None,
 ) -> EventBus:
     """A bus; arguments as for `mesh_client.mesh.Mesh.events`.
 
@@ -52,6 +53,7 @@ def make_bus(
         store,
         max_events=max_events,
         max_bytes=max_bytes,
+        follow_policy=follow_policy,
         tracer_provider=tracer_provider,
     )
 

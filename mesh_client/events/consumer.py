@@ -12,9 +12,7 @@ from random import Random
 from typing import Any
 
 import aio_pika
-import grpc
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
-from google.protobuf.message import Message
 
 from mesh_client.context import InboundCall, inbound
 from mesh_client.core.events.envelope import Envelope
@@ -22,6 +20,7 @@ from mesh_client.core.events.errors import DeadReason, UnusableEventError
 from mesh_client.core.events.lanes import Defer, Delivery, Lanes, Run
 from mesh_client.core.events.state import GroupCounters, GroupState
 from mesh_client.core.events.topology import EXCHANGE, Group, binding_key
+from mesh_client.core.policy import NO_GROUP, EventGroup
 from mesh_client.core.served import ServedBook
 from mesh_client.events.broker import (
     CONNECT_TIMEOUT,
@@ -41,14 +40,17 @@ from mesh_client.events.delivery import (
     DETAIL,
     REASON,
     attempt_of,
+    code_of,
     copy_of,
     publisher_name,
 )
-from mesh_client.events.event import Event, Handler
+from mesh_client.events.event import Event
 from mesh_client.events.options import GroupOptions
+from mesh_client.events.pause import Permission, first_of
 from mesh_client.events.publisher import check_publisher, proven_user
 from mesh_client.events.relay import end
 from mesh_client.events.schema import decode
+from mesh_client.events.subscription import Subscription
 from mesh_client.events.tracing import EventTracing, failed
 
 logger = logging.getLogger(__name__)
@@ -56,18 +58,10 @@ logger = logging.getLogger(__name__)
 SETTLE = 2.0
 """Seconds that a new queue has before anything may get into it. RabbitMQ writes the name of a new quorum queue to the
 disk up to a second later; killed before that it forgets what it had confirmed to be in the queue (seen with 3.10)."""
+_PAUSED = "paused by the service's policy"
+_WAITS = "waits to hear from a control plane what the service's policy is"
 _MAX_DETAIL = 500
 _RETURN_TIMEOUT = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Subscription:
-    """A handler, what it is for, and whose events it takes; empty for everybody's."""
-
-    message_class: type[Message]
-    handler: Handler[Any]
-    timeout: float
-    publishers: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -92,6 +86,7 @@ class GroupConsumer:
         trust_domain: of the mesh; None in plaintext.
         tracing: makes the spans of handlers.
         rng: of jitter and suspicion.
+        waits: whether to begin only once it is known what the service's policy says, by `obey`.
 
     Attributes:
         counters: since the start.
@@ -107,6 +102,8 @@ class GroupConsumer:
         trust_domain: str | None,
         tracing: EventTracing,
         rng: Random,
+        *,
+        waits: bool = False,
     ) -> None:
         self.counters = GroupCounters()
         self.book = ServedBook()
@@ -118,6 +115,8 @@ class GroupConsumer:
         self._trust_domain = trust_domain
         self._backoff = Backoff(rng)
         self._lanes = Lanes(options.concurrency, tuple(options.retries.delays), rng, ordered=options.ordered)
+        self._policy = NO_GROUP
+        self._permission = Permission(given=not waits)
         self._taken: dict[Delivery, _Taken] = {}
         self._handlers: set[asyncio.Task[None]] = set()
         self._settling: set[asyncio.Task[Any]] = set()
@@ -130,6 +129,18 @@ class GroupConsumer:
         self._words = "not connected yet" if broker is not None else "no broker is configured (MESH_BROKER)"
         self._connected = False
         self._lag: float | None = None
+
+    def obey(self, policy: EventGroup) -> None:
+        """Works by this policy from now on; handlers that run finish by the one before."""
+        if policy.paused and not self._policy.paused:
+            logger.warning("the group %s is paused by the service's policy: its events wait", self._group.queue)
+        elif self._policy.paused and not policy.paused:
+            logger.info("the group %s goes on", self._group.queue)
+        self._policy = policy
+        own = self._options.concurrency
+        self._lanes.concurrency = min(own, policy.max_in_flight or own)
+        self._permission.put(not policy.paused)
+        self._go_on()
 
     def start(self) -> None:
         """Begins to consume, in the background, now and whenever the broker can be reached."""
@@ -175,10 +186,14 @@ class GroupConsumer:
 
     async def _run(self, broker: Broker) -> None:
         while True:
+            if not self._permission.given:
+                self._words, self._connected = _PAUSED if self._policy.paused else _WAITS, False
+                await self._permission.until_given()
             try:
                 async with broker.connection(f"group {self._group.name}") as (connection, credentials):
                     check_user(credentials, self._group.service)
                     await self._session(connection)
+                continue
             except FAILURES as error:
                 self._lost(explain(error, broker.settings))
             except Exception:
@@ -195,7 +210,7 @@ class GroupConsumer:
         self._words, self._connected = words, False
 
     async def _session(self, connection: AbstractConnection) -> None:
-        """Consumes until the connection breaks, which it raises."""
+        """Consumes until the group is paused, or the connection breaks, which it raises."""
         broken = self._broken = asyncio.get_running_loop().create_future()
 
         def closed(_: object, error: BaseException | None) -> None:
@@ -212,11 +227,14 @@ class GroupConsumer:
         try:
             queue = await self._declare(channel, fresh=fresh)
             await channel.set_qos(prefetch_count=self._options.ahead, timeout=CONNECT_TIMEOUT)
-            await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
+            tag = await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
             logger.info("the group %s gets events", self._group.queue)
             self._words, self._connected = "connected", True
             self._backoff.reset()
-            await broken
+            await self._permission.until_taken(broken)
+            await queue.cancel(tag, timeout=CONNECT_TIMEOUT)
+            while self._handlers:  # what was not begun is given back with the channel
+                await first_of(broken, *self._handlers)
         finally:
             end(broken)
             self._broken = self._exchange = None
@@ -265,7 +283,7 @@ class GroupConsumer:
 
     def _go_on(self) -> None:
         """Does what the lanes say now."""
-        if self._draining:
+        if self._draining or not self._permission.given:
             return
         for action in self._lanes.next(asyncio.get_running_loop().time()):
             work = self._handle(action.delivery) if isinstance(action, Run) else self._defer(action)
@@ -311,11 +329,8 @@ class GroupConsumer:
             raise UnusableEventError(
                 DeadReason.UNKNOWN_TYPE, f"the group has no handler for {envelope.type}, only for {self._types()}"
             )
-        if subscription.publishers and user not in subscription.publishers:
-            allowed = ", ".join(sorted(subscription.publishers))
-            raise UnusableEventError(
-                DeadReason.UNAUTHORIZED, f"it is of {user!r}; the group takes it of {allowed} alone"
-            )
+        policy = self._policy.handling(envelope.type)
+        subscription.check_publisher(user, policy)
         if len(message.body) > self._options.max_bytes:
             raise UnusableEventError(
                 DeadReason.TOO_LARGE, f"{len(message.body)} bytes, at most {self._options.max_bytes} are taken"
@@ -335,13 +350,13 @@ class GroupConsumer:
         if attempt == 1:
             self.counters.lag.succeeded(lag)
         tally = self.book.tally(self.book.of(f"/{envelope.type}"), publisher_name(envelope.source, user))
-        code, began = "OK", time.monotonic()
-        call = InboundCall(began + subscription.timeout, caller=caller)
+        code, began, timeout = "OK", time.monotonic(), policy.timeout or subscription.timeout
+        call = InboundCall(began + timeout, caller=caller)
         token = inbound.set(call)
         size, queue, group = len(message.body), self._group.queue, self._group.name
         try:
             with self._tracing.handling(envelope, size, message.headers, queue, group, attempt) as span:
-                limit = asyncio.timeout(subscription.timeout)
+                limit = asyncio.timeout(timeout)
                 try:
                     async with limit:
                         await subscription.handler(event)
@@ -350,12 +365,12 @@ class GroupConsumer:
                     if not limit.expired():
                         raise
                     self.counters.timed_out += 1
-                    raise TimeoutError(f"the handler took more than {subscription.timeout:g} s") from None
+                    raise TimeoutError(f"the handler took more than {timeout:g} s") from None
                 except Exception as error:
                     failed(span, error)
                     raise
         except BaseException as error:
-            code = _code(error)
+            code = code_of(error)
             raise
         finally:
             call.cancel()
@@ -366,15 +381,15 @@ class GroupConsumer:
         """Sends an event to wait for its next attempt; at which level, or None when there is none."""
         self.counters.failed += 1
         words = f"{type(error).__name__}: {error}"
-        level = self._options.retries.level(attempt)
-        event_id = taken.envelope.id if taken.envelope else ""
+        retries, envelope = self._options.retries, taken.envelope
+        event_id, message_type = (envelope.id, envelope.type) if envelope else ("", "")
+        attempts = min(retries.attempts, self._policy.handling(message_type).max_attempts or retries.attempts)
+        level = retries.level(attempt) if attempt < attempts else None
         if level is None:
             logger.error("event %s is dead after %d attempts: %s", event_id, attempt, words, exc_info=error)
             await self._bury(taken, DeadReason.ATTEMPTS, f"{attempt} attempts, the last: {words}")
             return None
-        logger.warning(
-            "event %s failed, attempt %d of %d: %s", event_id, attempt, self._options.retries.attempts, words
-        )
+        logger.warning("event %s failed, attempt %d of %d: %s", event_id, attempt, attempts, words)
         await self._move(taken, self._retry_queue(level), {ATTEMPT: attempt + 1})
         self.counters.retried += 1
         return level
@@ -429,14 +444,3 @@ class GroupConsumer:
 
     def _types(self) -> str:
         return ", ".join(sorted(self._subscriptions))
-
-
-def _code(error: BaseException) -> str:
-    """How a call of a handler ended, as calls of methods do."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return str(error.code().name)
-    if isinstance(error, TimeoutError):
-        return "DEADLINE_EXCEEDED"
-    if isinstance(error, UnusableEventError):
-        return "INVALID_ARGUMENT"
-    return "UNKNOWN" if isinstance(error, Exception) else "CANCELLED"

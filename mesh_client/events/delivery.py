@@ -6,8 +6,10 @@ import re
 from typing import Any
 
 import aio_pika
+import grpc
 from aio_pika.abc import AbstractIncomingMessage
 
+from mesh_client.core.events.errors import UnusableEventError
 from mesh_client.core.tally import OTHER
 from mesh_client.events.publisher import PLAINTEXT, PUBLISHER, proven_user
 
@@ -61,3 +63,14 @@ def attempt_of(message: AbstractIncomingMessage) -> int:
     """How often a handler was called for it, counting the next time."""
     attempt = message.headers.get(ATTEMPT, 1)
     return attempt if isinstance(attempt, int) and attempt > 0 else 1
+
+
+def code_of(error: BaseException) -> str:
+    """How a call of a handler ended, as calls of methods do."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return str(error.code().name)
+    if isinstance(error, TimeoutError):
+        return "DEADLINE_EXCEEDED"
+    if isinstance(error, UnusableEventError):
+        return "INVALID_ARGUMENT"
+    return "UNKNOWN" if isinstance(error, Exception) else "CANCELLED"

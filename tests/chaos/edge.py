@@ -14,7 +14,6 @@ from typing import Any, Self
 import aiohttp
 from mesh.v1 import admin_pb2, admin_pb2_grpc
 from mesh.v1.edge_service_pb2 import EDGE_OUTCOME_APPLIED
-from mesh.v1.resource_pb2 import RESOURCE_TYPE_SERVICE_ENDPOINTS
 
 from mesh_cli.demo.supervisor import Process
 from tests.chaos.secure_mesh import PATIENCE, SecureMesh
@@ -91,28 +90,6 @@ class Edge:
             while not condition(found := await self.status()):
                 await asyncio.sleep(0.05)  # what happens in other processes sets no event here
         return found
-
-    async def follows(self, service: str) -> None:
-        """Returns when the gateway has acknowledged the service's endpoints, so that drains wait for it.
-
-        It comes back to a control plane that was away by two streams, each in its own time.
-        """
-
-        def acknowledged(status: admin_pb2.GetStatusResponse) -> bool:
-            return any(
-                (each.service, each.type) == (service, RESOURCE_TYPE_SERVICE_ENDPOINTS)
-                and each.acknowledged_version == each.current_version != ""
-                for client in status.clients
-                if client.service == "edge"
-                for each in client.subscriptions
-            )
-
-        async with asyncio.timeout(PATIENCE), self.secure.operator_channel() as channel:
-            stub = admin_pb2_grpc.AdminServiceStub(channel)
-            while not acknowledged(
-                await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=10.0, wait_for_ready=True)
-            ):
-                await asyncio.sleep(0.05)  # what happens in other processes sets no event here
 
     async def obeys(self, version: str) -> None:
         """Returns when the gateway reports that it has applied this version."""

@@ -12,6 +12,8 @@ from mesh_client.core.policy import (
     Backoff,
     CircuitBreaker,
     ConcurrencyLimit,
+    EventGroup,
+    EventHandling,
     FaultAbort,
     FaultDelay,
     FaultInjection,
@@ -45,6 +47,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "routes.split": WeightedSubset,
     "rate_limits": RateLimit,
     "authorization": AuthorizationRule,
+    "events": EventGroup,
+    "events.handlers": EventHandling,
 }
 
 VALID: dict[type[BaseModel], dict[str, object]] = {

@@ -77,8 +77,8 @@ class World:
         self.registry = registry_pb2_grpc.RegistryServiceStub(channel)
         self.channel = channel
 
-    def client(self, node: str = "client") -> Client:
-        return Client(self.plane.address, node)
+    def client(self, node: str = "client", service: str = "") -> Client:
+        return Client(self.plane.address, node, service)
 
 
 @asynccontextmanager
@@ -98,8 +98,9 @@ async def running(options: ControlPlaneOptions | None = None, source: HandSource
 class Client:
     """One raw stream on a connection of its own."""
 
-    def __init__(self, address: str, node: str) -> None:
+    def __init__(self, address: str, node: str, service: str = "") -> None:
         self.node = node
+        self.service = service
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
         self.channel = grpc.aio.insecure_channel(address, options=options)
         self.call = discovery_pb2_grpc.DiscoveryServiceStub(self.channel).DeltaResources()
@@ -116,7 +117,7 @@ class Client:
 
     async def send(self, request: Request) -> None:
         if not request.HasField("node"):
-            request.node.id = self.node
+            request.node.id, request.node.service = self.node, self.service
         async with asyncio.timeout(BOUND):
             await self.call.write(request)
 

@@ -86,10 +86,13 @@ class Lanes:
         delays: seconds of each retry level.
         ordered: whether keys have lanes; otherwise every event has its own.
         rng: whom to suspect first.
+
+    Attributes:
+        concurrency: may be changed at any time; handlers that run go on.
     """
 
     def __init__(self, concurrency: int, delays: tuple[float, ...], rng: Random, *, ordered: bool = True) -> None:
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._delays = delays
         self._ordered = ordered
         self._rng = rng
@@ -126,7 +129,7 @@ class Lanes:
     def next(self, now: float) -> Iterator[Run | Defer]:
         """What to do now, in this order."""
         while self._ready:
-            if self._alone or self._running >= self._concurrency:
+            if self._alone or self._running >= self.concurrency:
                 deferring = next((name for name in self._ready if self._defers(self._lanes[name], now)), None)
                 if deferring is None:
                     return
