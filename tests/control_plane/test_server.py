@@ -126,6 +126,21 @@ class TestRegistries:
                     assert await call.code() is grpc.StatusCode.OK
         await plane.stop()
 
+    async def test_a_policy_about_events_makes_a_service_known_that_serves_no_calls(self) -> None:
+        async with running() as world, world.client() as client:
+            await client.subscribe("shipping")
+            for _ in ("policy", "endpoints"):
+                response = await client.read()
+                assert response.removed == ["shipping"]
+                await client.acknowledge(response)
+            document = "{service: shipping, events: [{paused: true}]}"
+            await world.admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document=document), timeout=BOUND)
+            policy = (await client.next(POLICY)).resources[0]
+            assert policy.policy.events[0].paused
+            await client.next()
+            await world.admin.ApplyPolicy(admin_pb2.ApplyPolicyRequest(document="service: shipping"), timeout=BOUND)
+            assert (await client.next(POLICY)).removed == ["shipping"]
+
     async def test_with_consul_it_starts_although_nobody_answers_and_says_so(self) -> None:
         with_consul = ControlPlaneOptions(insecure=True, registry="consul://127.0.0.1:1")
         plane = ControlPlane(with_consul)

@@ -18,6 +18,8 @@ from mesh_client.core.policy import (
     Backoff,
     CircuitBreaker,
     ConcurrencyLimit,
+    EventGroup,
+    EventHandling,
     FaultAbort,
     FaultDelay,
     FaultInjection,
@@ -132,6 +134,22 @@ authorization_rules = st.builds(
     callers=st.lists(st.sampled_from(["*", "gateway", "operator:anna", "x" * 63]), min_size=1, max_size=3).map(tuple),
     methods=st.lists(methods, min_size=1, max_size=3).map(tuple),
 )
+event_groups = st.builds(
+    EventGroup,
+    group=st.sampled_from(["*", "shipping", "x" * 63]),
+    paused=st.booleans(),
+    max_in_flight=st.none() | st.integers(1, 1000),
+    handlers=st.lists(
+        st.builds(
+            EventHandling,
+            type=st.sampled_from(["*", "shop.v1.*", "shop.v1.OrderPlaced"]),
+            publishers=st.lists(st.sampled_from(["orders", "mesh:control-plane"]), max_size=2).map(tuple),
+            timeout=st.none() | st.floats(1e-9, 3_600.0),
+            max_attempts=st.none() | st.integers(1, 100),
+        ),
+        max_size=2,
+    ).map(tuple),
+)
 policies = st.builds(
     ServicePolicy,
     service=st.sampled_from(["orders", "0", "a-b", "x" * 63]),
@@ -146,6 +164,7 @@ policies = st.builds(
     rate_limits=st.lists(rate_limits, max_size=2).map(tuple),
     server_concurrency_limit=concurrency_limits,
     authorization=st.lists(authorization_rules, max_size=2).map(tuple),
+    events=st.lists(event_groups, max_size=2).map(tuple),
 )
 
 
@@ -275,6 +294,20 @@ def test_durations_are_sent_as_protobuf_writes_them(seconds: float, text: str) -
             "authorization[0].methods[1]",
             "expected 'package.Service/Method'",
         ),
+        ({"service": "a", "events": [{"group": "Reports"}]}, "events[0].group", "expected '*' or a DNS label"),
+        ({"service": "a", "events": [{"max_in_flight": 0}]}, "events[0].max_in_flight", "greater than or equal to 1"),
+        ({"service": "a", "events": [{"handlers": [{"type": "OrderPlaced"}]}]}, "events[0].handlers[0].type", "'*'"),
+        ({"service": "a", "events": [{"handlers": [{"type": "shop.*.A"}]}]}, "events[0].handlers[0].type", "'*'"),
+        (
+            {"service": "a", "events": [{"handlers": [{"publishers": ["operator:anna"]}]}]},
+            "events[0].handlers[0].publishers[0]",
+            "expected the name of a service or 'mesh:control-plane'",
+        ),
+        (
+            {"service": "a", "events": [{"handlers": [{"timeout": "2h"}]}]},
+            "events[0].handlers[0].timeout",
+            "less than or equal to 3600",
+        ),
     ],
 )
 def test_a_bad_field_is_refused_with_its_path(document: dict[str, Any], path: str, message: str) -> None:
@@ -344,3 +377,42 @@ def test_methods_are_given_with_or_without_their_leading_slash() -> None:
 )
 def test_patterns_cover_methods(pattern: str, method: str, matches: bool) -> None:
     assert method_matches(pattern, method) is matches
+
+
+def test_the_first_group_and_handler_that_match_say_how_events_are_handled() -> None:
+    policy = ServicePolicy.parse(
+        {
+            "service": "shipping",
+            "events": [
+                {"group": "reports", "paused": True},
+                {
+                    "max_in_flight": 4,
+                    "handlers": [
+                        {"type": "shop.v1.OrderPlaced", "timeout": "5s"},
+                        {"type": "shop.v1.*", "timeout": "6s"},
+                        {"timeout": "7s"},
+                    ],
+                },
+                {"group": "shipping", "paused": True},
+            ],
+        }
+    )
+    assert policy.event_group("reports") == EventGroup(group="reports", paused=True)
+    group = policy.event_group("shipping")
+    assert (group.max_in_flight, group.paused) == (4, False)
+    times = {
+        "shop.v1.OrderPlaced": 5.0,
+        "shop.v1.OrderPlacedAgain": 6.0,
+        "shop.v1.inner.A": 6.0,
+        "shop.v10.A": 7.0,
+        "A": 7.0,
+    }
+    assert {each: group.handling(each).timeout for each in times} == times
+
+
+def test_without_a_match_the_code_alone_says_how_events_are_handled() -> None:
+    policy = ServicePolicy.parse(
+        {"service": "shipping", "events": [{"group": "reports", "handlers": [{"type": "a.B"}]}]}
+    )
+    assert policy.event_group("shipping") == EventGroup()
+    assert policy.event_group("reports").handling("a.C") == EventHandling()

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from mesh_client.core.events.topology import Group
 from mesh_client.events import Event, EventBus
+from mesh_client.events.bus import Identified
 from mesh_client.events.settings import BrokerSettings
 from mesh_client.transport import PlaintextTransport
 from tests.integration.rabbitmq import ADMIN, RabbitMQ
@@ -60,11 +61,19 @@ class Services:
         address = ("127.0.0.1", self.broker.ports.amqp, self.vhost)
         return BrokerSettings((address,), secure=False, credentials_file=self.broker.credentials(service))
 
-    def bus(self, service: str, *, broker: bool | BrokerSettings = True, outbox: str = "", **options: Any) -> EventBus:
-        """A bus that has not been started."""
+    def bus(
+        self,
+        service: str,
+        *,
+        broker: bool | BrokerSettings = True,
+        outbox: str = "",
+        transport: Identified | None = None,
+        **options: Any,
+    ) -> EventBus:
+        """A bus that has not been started, by default without identity."""
         settings = self.settings(service) if broker is True else (broker or None)
         path = self.directory / (outbox or f"{service}.sqlite")
-        made = EventBus(service, PlaintextTransport(), settings, path, **options)
+        made = EventBus(service, transport or PlaintextTransport(), settings, path, **options)
         self.stack.push_async_callback(made.close)
         return made
 

@@ -47,6 +47,17 @@ class World:
         return self.next()
 
 
+def test_the_concurrency_can_change_while_handlers_run() -> None:
+    world = World(2)
+    world.arrive("a1", "b1", "c1", "d1")
+    assert world.next() == ["a1", "b1"]
+    world.lanes.concurrency = 1
+    assert world.finish("a1") == []
+    assert world.finish("b1") == ["c1"]
+    world.lanes.concurrency = 2
+    assert world.next() == ["d1"]
+
+
 def test_one_of_each_key_runs_and_no_more_than_the_concurrency_allows() -> None:
     world = World(2)
     world.arrive("a1", "a2", "b1", "c1", "-1")
