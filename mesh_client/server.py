@@ -82,8 +82,8 @@ def server(
 
     Args:
         service: the name that callers give to ``mesh.channel``; a DNS label.
-        control_plane: addresses as ``host:port``, a list or comma-separated; by default ``MESH_CONTROL_PLANE``, else
-            ``127.0.0.1:7070``.
+        control_plane: addresses as ``host:port``, a list or comma-separated; by default those of ``mesh``, else
+            ``MESH_CONTROL_PLANE``, else ``127.0.0.1:7070``.
         registry: ``control-plane``, or ``embedded`` as control planes call it; ``consul://host:port`` of the host's
             own agent, with the ACL token in ``CONSUL_HTTP_TOKEN`` or in the file ``CONSUL_HTTP_TOKEN_FILE``; or
             ``none`` for a server that is found by other means. By default ``MESH_REGISTRY``, else ``control-plane``.
@@ -129,6 +129,8 @@ def server(
     """
     check_service_name(service)
     chosen_registry = parse_registry(registry)
+    if control_plane is None and mesh is not None:
+        control_plane = mesh.control_planes
     control_planes = parse_control_planes(control_plane)
     if not control_planes and chosen_registry.kind != "none":
         control_planes = (DEFAULT_CONTROL_PLANE,)

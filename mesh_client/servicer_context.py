@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -13,6 +13,9 @@ class CallContext(Protocol):
 
     def peer(self) -> str:
         """Address of the caller."""
+
+    def peer_identities(self) -> Iterable[bytes] | None:
+        """The names in the caller's certificate."""
 
     def auth_context(self) -> Mapping[str, Any]:
         """What the handshake established."""

@@ -88,7 +88,9 @@ class TestAuthority:
         names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(uri) for uri in ([principal.spiffe_id] if uris is None else uris)
         ]
-        names += [x509.DNSName(name) for name in ([principal.dns_name] if dns_names is None else dns_names) if name]
+        if dns_names is None:
+            dns_names = [principal.dns_name, principal.workload_name(workload_id)]
+        names += [x509.DNSName(name) for name in dns_names if name]
         subject = [
             x509.NameAttribute(NameOID.COMMON_NAME, name)
             for name in ([workload_id] if common_names is None else common_names)

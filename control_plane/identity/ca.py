@@ -172,8 +172,7 @@ def issue(
     for what, certificate in (("issuing certificate", issuer.certificate), ("root", issuer.root)):
         _check_time(what, certificate, now)
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(principal.spiffe_id)]
-    if principal.dns_name:
-        names.append(x509.DNSName(principal.dns_name))
+    names += [x509.DNSName(name) for name in (principal.dns_name, principal.workload_name(workload_id)) if name]
     usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
     if principal.kind is not Kind.OPERATOR:  # nobody connects to operators
         usages.insert(0, ExtendedKeyUsageOID.SERVER_AUTH)

@@ -64,6 +64,8 @@ class MeshCall(Generic[Request, Response]):
     _code: grpc.StatusCode | None = None
     _error: BaseException | None = None
     _streams_requests = False
+    _attended = False
+    """Whether whoever awaits the running attempt sees its end at once, and says so without asking grpc for the status."""
     _waiting = False
     """Whether a timer or the target will resume the call."""
     _timer: asyncio.TimerHandle | None = None
@@ -137,17 +139,11 @@ class MeshCall(Generic[Request, Response]):
 
     def attempt_done(self, call: GrpcCall) -> None:
         """Grpc has the status of an attempt."""
-        if call is not self._call or self._code is not None:
+        if self._attended or call is not self._call or self._code is not None:
             return
         code = at_once(call.code())
         if code is _OK:
-            if self._machine is None:
-                first = cast("shortcut.FirstAttempt", self._first)
-                method = self._method
-                shortcut.succeeded(method.target.service, first, method.name, self._clock())
-            else:
-                self._machine.succeeded(self._clock())
-            self._finish(_OK, None)
+            self._succeeded()
             return
         details = at_once(call.details())
         if code is grpc.StatusCode.CANCELLED and details == LOCALLY_CANCELLED:
@@ -158,6 +154,16 @@ class MeshCall(Generic[Request, Response]):
         if code is grpc.StatusCode.CANCELLED and details in _DROPS:
             code, details = grpc.StatusCode.UNAVAILABLE, _DROPPED
         self._attempt_failed(call, code, details)
+
+    def _succeeded(self) -> None:
+        """The running attempt ended with OK, and the call with it."""
+        if self._machine is None:
+            first = cast("shortcut.FirstAttempt", self._first)
+            method = self._method
+            shortcut.succeeded(method.target.service, first, method.name, self._clock())
+        else:
+            self._machine.succeeded(self._clock())
+        self._finish(_OK, None)
 
     def _attempt_failed(self, call: GrpcCall, code: grpc.StatusCode, details: str | None) -> None:
         debug = at_once(call.debug_error_string()) or ""

@@ -33,15 +33,22 @@ class UnaryResponse(MeshCall[Request, Response]):
                         raise self._error
                     yield from self._next_change().__await__()
                     continue
+                self._attended = True
                 try:
                     response: Response = yield from call.__await__()
                 except AioRpcError:
+                    self._attended = False
                     yield from self._ended_well(call).__await__()
                     if self._error is not None:
                         raise self._error from None
-                else:
-                    if self._code is None:
+                except BaseException:
+                    self._attended = False
+                    if call.done():  # before its end was seen
                         self.attempt_done(call)
+                    raise
+                else:
+                    if self._code is None and call is self._call:
+                        self._succeeded()
                     return response
         except asyncio.CancelledError:
             self.cancel()

@@ -20,15 +20,18 @@ class Caller:
         principal: who it is.
         workload_id: which workload of theirs, 16 hex digits; constant through renewals.
         name: as authorization rules name it: the service's name, ``operator:NAME`` or ``mesh:control-plane``.
+        workload_name: `Principal.workload_name`, as in certificates.
     """
 
     principal: Principal
     workload_id: str
     name: str = field(init=False, repr=False, compare=False)
+    workload_name: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Servers look at it several times a call.
+        # Servers look at them several times a call.
         object.__setattr__(self, "name", self.principal.caller)
+        object.__setattr__(self, "workload_name", self.principal.workload_name(self.workload_id).encode())
 
     @property
     def spiffe_id(self) -> str:

@@ -145,6 +145,16 @@ class Principal:
             return f"control-plane.mesh.{self.trust_domain}"
         return ""
 
+    def workload_name(self, workload_id: str) -> str:
+        """Another DNS name in the certificates of a service's workload, which says which one it is; empty for others.
+
+        Nobody connects by it. What servers can tell by the names of a certificate they need not read it for.
+
+        Args:
+            workload_id: 16 hex digits.
+        """
+        return f"{workload_id}.workload.{self.trust_domain}" if self.kind is Kind.SERVICE else ""
+
     @property
     def caller(self) -> str:
         """As authorization rules name it: the service's name, ``operator:NAME`` or ``mesh:control-plane``.

@@ -88,7 +88,7 @@ def succeeded(service: Service, attempt: FirstAttempt, method: str, now: float) 
     record.successes += 1
     if record.consecutive:
         record.consecutive = 0
-    service.gate.leave()
+    service.gate.in_flight -= 1  # `leave` without its check: `begin` has entered
     breaker = attempt.breaker
     if breaker is service.breaker:
         service.blamed = None

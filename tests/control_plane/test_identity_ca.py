@@ -65,8 +65,11 @@ def test_a_leaf_says_who_it_is_for_and_no_more() -> None:
     certificate = made.certificate
     names = extension(certificate, x509.SubjectAlternativeName)
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["spiffe://mesh.internal/service/orders"]
-    assert names.get_values_for_type(x509.DNSName) == ["orders.mesh.internal"]
-    assert len(list(names)) == 2
+    assert names.get_values_for_type(x509.DNSName) == [
+        "orders.mesh.internal",
+        f"{made.workload_id}.workload.mesh.internal",
+    ]
+    assert len(list(names)) == 3
     assert certificate.subject.rfc4514_string() == "CN=0123456789abcdef"
     constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
     assert constraints.critical

@@ -59,6 +59,8 @@ def test_names_as_they_stand_in_certificates_and_rules() -> None:
         "control-plane.mesh.mesh.internal",
         "mesh:control-plane",
     )
+    names = [each.workload_name("0123456789abcdef") for each in (orders, alice, plane)]
+    assert names == ["0123456789abcdef.workload.mesh.internal", "", ""]
 
 
 @given(LABELS)

@@ -391,6 +391,9 @@ class Peer:
     def peer(self) -> str:
         return "ipv4:10.0.0.7:5123"
 
+    def peer_identities(self) -> None:
+        return None
+
     def auth_context(self) -> dict[str, list[bytes]]:
         return {}
 

@@ -139,8 +139,10 @@ class Mint:
         names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(each) for each in ([principal.spiffe_id] if uris is None else uris)
         ]
-        names += [x509.DNSName(each) for each in (filter(None, [principal.dns_name]) if dns is None else dns)]
         subject = [uuid.uuid4().hex[:16]] if common_names is None else common_names
+        if dns is None:
+            dns = [each for each in (principal.dns_name, *map(principal.workload_name, subject[:1])) if each]
+        names += [x509.DNSName(each) for each in dns]
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each) for each in subject]))

@@ -213,7 +213,7 @@ async def test_a_token_for_inventory_never_becomes_somebody_else(world: World, s
     _is_just(answer, Principal.service(DOMAIN, "inventory"))
 
 
-@pytest.mark.parametrize("service", ["control-plane", "operator", "mesh", "root", "localhost"])
+@pytest.mark.parametrize("service", ["control-plane", "operator", "mesh", "root", "localhost", "workload"])
 async def test_services_with_great_names_are_services(world: World, service: str) -> None:
     credential = await world.join(service)
     assert credential.leaf.extensions.get_extension_for_class(
@@ -222,6 +222,7 @@ async def test_services_with_great_names_are_services(world: World, service: str
         [
             x509.UniformResourceIdentifier(f"spiffe://{DOMAIN}/service/{service}"),
             x509.DNSName(f"{service}.{DOMAIN}"),
+            x509.DNSName(f"{credential.leaf.subject.rfc4514_string().removeprefix('CN=')}.workload.{DOMAIN}"),
         ]
     )
     async with world.mesh(credential) as raw:
@@ -271,8 +272,9 @@ def _greedy(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _is_just(answer: certificate_pb2.SignCertificateResponse, principal: Principal) -> None:
     leaf = x509.load_der_x509_certificate(answer.certificate_chain[0])
     names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [name.value for name in names] == [principal.spiffe_id, principal.dns_name]
     (common_name,) = leaf.subject
+    workload = principal.workload_name(str(common_name.value))
+    assert [name.value for name in names] == [principal.spiffe_id, principal.dns_name, workload]
     assert len(str(common_name.value)) == 16
     assert "." not in str(common_name.value)
     assert common_name.value != "0" * 16
