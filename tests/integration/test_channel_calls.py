@@ -204,6 +204,61 @@ async def test_cancelling_in_flight_reaches_the_server(echo: Echo, kind: str) ->
         await echo.service.ended.wait()
 
 
+async def _has_ended(call: Any) -> None:
+    """Returns once grpc knows the call's end, whoever has seen it."""
+    async with asyncio.timeout(PATIENCE):
+        while not getattr(call, "_call", call).done():
+            await asyncio.sleep(0)
+
+
+def _in_flight(echo: Echo) -> int:
+    """Calls that the mesh client counts as not over."""
+    services = () if echo.reached.mesh is None else echo.reached.mesh.state().services
+    return sum(endpoint.outstanding for service in services for endpoint in service.endpoints)
+
+
+@pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
+@pytest.mark.parametrize("how", ["cancelled", "closed"])
+async def test_who_gives_up_awaiting_a_call_that_has_ended_does_not_change_its_end(
+    echo: Echo, kind: str, how: str
+) -> None:
+    call = echo.call(kind, b"x", timeout=30)
+    awaiting = call.__await__()
+    awaiting.send(None)
+    await _has_ended(call)
+    if how == "closed":
+        awaiting.close()
+    else:
+        with pytest.raises(asyncio.CancelledError):
+            awaiting.throw(asyncio.CancelledError())
+    assert call.done()
+    assert await call.code() is grpc.StatusCode.OK
+    assert not call.cancelled()
+    assert _in_flight(echo) == 0
+
+
+@pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
+async def test_a_call_that_nobody_awaits_any_more_comes_to_its_end(echo: Echo, kind: str) -> None:
+    call = echo.call(kind, b"x", timeout=30)
+    awaiting = call.__await__()
+    awaiting.send(None)
+    awaiting.close()
+    async with asyncio.timeout(PATIENCE):
+        assert await call.code() is grpc.StatusCode.OK
+    assert _in_flight(echo) == 0
+
+
+@pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
+async def test_several_may_await_one_call(echo: Echo, kind: str) -> None:
+    call = echo.call(kind, b"x", timeout=30)
+    assert await asyncio.gather(*(_await(call) for _ in range(3))) == [b"x"] * 3
+    failing = echo.call(kind, b"fail", timeout=30)
+    errors = await asyncio.gather(*(_await(failing) for _ in range(3)), return_exceptions=True)
+    codes = {error.code() for error in errors if isinstance(error, grpc.aio.AioRpcError)}
+    assert codes == {grpc.StatusCode.NOT_FOUND}
+    assert _in_flight(echo) == 0
+
+
 @pytest.mark.parametrize("kind", ["UnaryUnary", "StreamUnary"])
 async def test_cancelling_the_task_that_awaits_cancels_the_call(echo: Echo, kind: str) -> None:
     call = echo.call(kind, b"sleep")
