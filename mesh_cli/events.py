@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import sqlite3
 import time
@@ -33,6 +34,7 @@ from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR, Group, che
 
 if TYPE_CHECKING:
     from mesh_client.events.dead_letters import DeadLetter, DeadLetters
+    from mesh_client.events.outbox import OutboxSize
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,9 +157,14 @@ def status(
     service: Service,
     group: GroupName = "",
     outbox: Annotated[
-        Path | None,
-        typer.Option("--outbox", exists=True, dir_okay=False, help="SQLite file with the service's outbox."),
-    ] = None,
+        str,
+        typer.Option(
+            "--outbox",
+            metavar="FILE|URL",
+            help="The service's outbox: a SQLite file, or an address of PostgreSQL as postgresql://USER@HOST/DATABASE.",
+            show_default=False,
+        ),
+    ] = "",
     as_json: AsJson = False,
     broker: BrokerUrl = None,
     credentials: CredentialsFile = None,
@@ -167,13 +174,14 @@ def status(
     """Show how many events wait: at the broker in the group's queues, and in the service's outbox."""
     made: dict[str, Json] = {}
     shown = table("WHERE", "EVENTS", "CONSUMERS", "OLDEST", right=["EVENTS", "CONSUMERS"])
-    if outbox is not None:
-        made["outbox"] = waits = _outbox(outbox)
+    if outbox:
+        name, waits = _outbox(outbox)
+        made["outbox"] = waits
         oldest = waits["oldest_age"]
-        add_row(shown, f"outbox {outbox}", str(waits["events"]), "", age(oldest) if isinstance(oldest, float) else "-")
+        add_row(shown, f"outbox {name}", str(waits["events"]), "", age(oldest) if isinstance(oldest, float) else "-")
         if waits["refused"]:
             add_row(shown, "never taken by the broker", str(waits["refused"]), "", "")
-    if broker or outbox is None:
+    if broker or not outbox:
         delays = RetrySchedule(DEFAULT_DELAYS).milliseconds
         letters = _dead_letters(service, group, broker, credentials, roots, insecure=insecure)
         depths = _ask(letters, lambda letters: letters.depths(delays))
@@ -336,25 +344,39 @@ def _ask(letters: DeadLetters, ask: Callable[[DeadLetters], Coroutine[object, ob
         raise ConfigError(letters.explain(error)) from None
 
 
-def _outbox(file: Path) -> dict[str, Json]:
-    from mesh_client.events.outbox import read_size
+def _outbox(named: str) -> tuple[str, dict[str, Json]]:
+    """The outbox's name, without a password, and what is in it."""
+    from mesh_client.events.outbox import POSTGRES
 
-    connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
-    try:
-        size = read_size(connection)
-    except sqlite3.Error as error:
-        raise ConfigError(f"{file} holds no outbox: {error}") from None
-    finally:
-        connection.close()
+    name, size = _postgres(named) if named.startswith(POSTGRES) else _sqlite(named)
     oldest = None if size.oldest is None else max(0.0, time.time() - size.oldest)
-    return {
+    return name, {
         "events": size.events,
         "bytes": size.bytes,
         "oldest_age": oldest,
         "refused": size.refused,
-        "max_events": size.max_events,
-        "max_bytes": size.max_bytes,
+        "max_events": size.max_events or None,
+        "max_bytes": size.max_bytes or None,
     }
+
+
+def _sqlite(file: str) -> tuple[str, OutboxSize]:
+    from mesh_client.events.outbox import read_size
+
+    try:
+        # Not opened for writing, which would make a file that is not there.
+        with contextlib.closing(sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return file, read_size(connection)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{file} holds no outbox: {error}") from None
+
+
+def _postgres(address: str) -> tuple[str, OutboxSize]:
+    try:
+        from mesh_client.events.postgres import PostgresOutbox, read_size
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; install 'grpc-mesh[postgres]'") from None
+    return PostgresOutbox(address).name, read_size(address)
 
 
 def _as_json(letter: DeadLetter) -> dict[str, Json]:

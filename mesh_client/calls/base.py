@@ -65,7 +65,7 @@ class MeshCall(Generic[Request, Response]):
     _error: BaseException | None = None
     _streams_requests = False
     _attended = False
-    """Whether whoever awaits the running attempt sees its end at once, and says so without asking grpc for the status."""
+    """Whether whoever awaits the running attempt sees its end at once, who need not ask grpc for the status."""
     _waiting = False
     """Whether a timer or the target will resume the call."""
     _timer: asyncio.TimerHandle | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.events.bus import EventBus, FollowPolicy
-from mesh_client.events.outbox import OutboxStore
+from mesh_client.events.outbox import POSTGRES, OutboxStore
 from mesh_client.events.settings import OUTBOX, broker_settings
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def make_bus(
 
 def _store(named: str) -> OutboxStore | Path:
     """A SQLite file, or PostgreSQL."""
-    if not named.startswith(("postgresql://", "postgres://")):
+    if not named.startswith(POSTGRES):
         return Path(named)
     try:
         from mesh_client.events.postgres import PostgresOutbox

@@ -127,6 +127,10 @@ class StoredEvent:
     event: PreparedEvent
 
 
+POSTGRES = ("postgresql://", "postgres://")
+"""How addresses of outboxes in PostgreSQL begin; others are files of SQLite."""
+
+
 @dataclass(frozen=True, slots=True)
 class OutboxSize:
     """What is in an outbox.

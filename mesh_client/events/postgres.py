@@ -277,14 +277,8 @@ class PostgresOutbox:
         return size
 
     def _count(self) -> OutboxSize:
-        row = self._writes.execute(
-            "SELECT count(*), coalesce(sum(octet_length(body)), 0)::bigint,"
-            " (SELECT created FROM mesh_outbox ORDER BY number LIMIT 1), (SELECT count(*) FROM mesh_outbox_refused)"
-            " FROM mesh_outbox"
-        ).fetchone()
-        events, held, oldest, refused = row or (0, 0, None, 0)
-        self._size = size = OutboxSize(events, held, oldest, refused, *self._bounds)
-        full = events >= size.max_events or held >= size.max_bytes
+        self._size = size = _read(self._writes, *self._bounds)
+        full = size.events >= size.max_events or size.bytes >= size.max_bytes
         self._writes.execute("UPDATE mesh_outbox_state SET is_full = %s WHERE is_full <> %s", (full, full))
         self._counted_at = time.monotonic()
         return size
@@ -323,15 +317,40 @@ class PostgresOutbox:
         return self._relaying
 
     def _connect(self) -> Connection:
-        connection: Connection = psycopg.connect(
-            self._conninfo,
-            autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT,
-            application_name="grpc-mesh outbox",
-            prepare_threshold=None,  # poolers in between may not keep them
-        )
-        connection.execute("SELECT set_config('statement_timeout', %s, false)", (STATEMENT_TIMEOUT,))
-        return connection
+        return _connect(self._conninfo)
+
+
+def read_size(conninfo: str) -> OutboxSize:
+    """What is in an outbox, as somebody who may only read it; the bounds, which processes set, are 0.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    outbox = PostgresOutbox(conninfo)
+    with outbox._usable(), _connect(conninfo) as connection:
+        return _read(connection, 0, 0)
+
+
+def _connect(conninfo: str) -> Connection:
+    connection: Connection = psycopg.connect(
+        conninfo,
+        autocommit=True,
+        connect_timeout=CONNECT_TIMEOUT,
+        application_name="grpc-mesh outbox",
+        prepare_threshold=None,  # poolers in between may not keep them
+    )
+    connection.execute("SELECT set_config('statement_timeout', %s, false)", (STATEMENT_TIMEOUT,))
+    return connection
+
+
+def _read(connection: Connection, max_events: int, max_bytes: int) -> OutboxSize:
+    row = connection.execute(
+        "SELECT count(*), coalesce(sum(octet_length(body)), 0)::bigint,"
+        " (SELECT created FROM mesh_outbox ORDER BY number LIMIT 1), (SELECT count(*) FROM mesh_outbox_refused)"
+        " FROM mesh_outbox"
+    ).fetchone()
+    events, held, oldest, refused = row or (0, 0, None, 0)
+    return OutboxSize(events, held, oldest, refused, max_events, max_bytes)
 
 
 def _stored(row: Sequence[Any]) -> StoredEvent:

@@ -114,6 +114,9 @@ async def test_the_status_shows_what_waits_in_an_outbox(services: Services) -> N
     (services.directory / "other.sqlite").touch()
     other = await mesh(services, "status", "orders", "--outbox", str(services.directory / "other.sqlite"))
     assert "holds no outbox" in other.output
+    absent = services.directory / "absent.sqlite"
+    assert "holds no outbox" in (await mesh(services, "status", "orders", "--outbox", str(absent))).output
+    assert not absent.exists()
 
 
 def test_without_a_broker_the_commands_say_what_is_missing() -> None:

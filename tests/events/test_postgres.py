@@ -15,7 +15,9 @@ from typing import Any
 import psycopg
 import pytest
 from shop.v1.events_pb2 import OrderPlaced
+from typer.testing import CliRunner, Result
 
+from mesh_cli.app import app
 from mesh_client.core.errors import ConfigError
 from mesh_client.events import Event, EventBus, OutboxFullError, PublishTimeoutError
 from mesh_client.events import postgres as postgres_module
@@ -348,3 +350,23 @@ def test_the_documented_table_is_the_one_that_the_bus_uses(database: str) -> Non
         connection.execute("DROP TABLE mesh_outbox")
         connection.execute(SCHEMA)
         assert connection.execute(columns).fetchall() == found
+
+
+async def test_the_status_shows_what_waits_in_it(database: str, services: Services) -> None:
+    def status(address: str, *options: str) -> Result:
+        environment = {"MESH_BROKER": "", "COLUMNS": "240"}
+        return CliRunner().invoke(app, ["events", "status", "orders", "--outbox", address, *options], env=environment)
+
+    none = status(database)
+    assert none.exit_code == 1
+    assert 'relation "mesh_outbox" does not exist' in none.stderr
+    orders = bus(services, database, broker=False)
+    await orders.publish(OrderPlaced())
+    shown = json.loads((await asyncio.to_thread(status, database, "--json")).stdout)["outbox"]
+    assert (shown["events"], shown["refused"], shown["max_events"]) == (1, 0, None)
+    assert shown["oldest_age"] >= 0.0
+    with_password = database.replace("@", ":secret@", 1)
+    table = await asyncio.to_thread(status, with_password)
+    assert table.exit_code == 0
+    assert PostgresOutbox(database).name in table.stdout
+    assert "secret" not in table.output
