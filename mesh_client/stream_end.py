@@ -7,7 +7,7 @@ from typing import Any
 
 from grpc.aio import AioRpcError
 
-from mesh_client.calls.base import at_once
+from mesh_client.at_once import at_once
 from mesh_client.calls.requests import WRITE_FAILED
 
 _LOOKS = 100

@@ -6,12 +6,13 @@ Everything is driven by callbacks; a call costs no task of its own beyond those 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import grpc
 from grpc.aio import AioRpcError, Metadata
 
+from mesh_client.at_once import at_once
 from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, inbound
 from mesh_client.core import shortcut
 from mesh_client.core.call import Action, Attempt, AttemptFailure, AwaitEndpoints, Call, Failed, Pause
@@ -23,8 +24,6 @@ from mesh_client.multicallable import MultiCallable, Request, Response
 
 if TYPE_CHECKING:
     from mesh_client.tracing import CallTrace
-
-T = TypeVar("T")
 
 GrpcCall = Any
 """The grpc.aio call of one attempt. Its classes are private to grpc; what is used here is the public interface."""
@@ -435,20 +434,3 @@ def _explained(error: BaseException | None) -> tuple[str | None, MeshErrorDetail
     if not isinstance(error, AioRpcError):
         return None if error is None else str(error), None
     return error.details(), error.mesh if isinstance(error, MeshRpcError) else None
-
-
-def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns that has nothing to wait for.
-
-    Grpc offers the status of a finished call by coroutines only, and a done-callback cannot wait.
-
-    Raises:
-        asyncio.InvalidStateError: it would wait.
-    """
-    try:
-        coroutine.send(None)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
-    coroutine.close()
-    raise asyncio.InvalidStateError(f"{coroutine!r} would wait")

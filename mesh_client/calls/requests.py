@@ -11,7 +11,8 @@ import grpc
 import grpc.aio
 from grpc.aio import Metadata, UsageError
 
-from mesh_client.calls.base import GrpcCall, MeshCall, at_once
+from mesh_client.at_once import at_once
+from mesh_client.calls.base import GrpcCall, MeshCall
 from mesh_client.multicallable import Request, Response
 
 REPLAY_BYTES = 256 * 1024

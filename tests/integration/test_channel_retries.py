@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 import mesh_client
-from mesh_client.calls.base import at_once
+from mesh_client.at_once import at_once
 from mesh_client.calls.requests import REPLAY_BYTES
 from mesh_client.context import PREVIOUS_ATTEMPTS_KEY, InboundCall, inbound
 from mesh_client.errors import MeshRpcError, Reason
