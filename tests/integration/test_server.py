@@ -284,6 +284,18 @@ async def test_everything_that_is_said_of_the_instance_is_registered(
     assert dict(found.endpoint.metadata) == {"version": "v2"}
 
 
+async def test_it_registers_where_the_mesh_client_that_it_is_given_is(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESH_CONTROL_PLANE", "127.0.0.1:1")
+    async with (
+        mesh_client.connect(plane.address, service="orders", cache_dir="") as mesh,
+        running(Orders(), mesh=mesh) as made,
+    ):
+        async with asyncio.timeout(10.0):
+            await made.registered()
+
+
 # -- policy
 
 
