@@ -171,6 +171,7 @@ class GroupConsumer:
             self._group.name,
             self._words,
             self._connected,
+            self._policy.paused,
             self._lanes.running,
             self._lanes.waiting,
             self._lag,

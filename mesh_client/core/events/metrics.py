@@ -120,6 +120,12 @@ EVENT_FAMILIES: tuple[Family, ...] = (
         "1 while the group gets events from the broker here, else 0.",
         ("service", "group"),
     ),
+    Family(
+        "grpc_mesh_events_consumer_paused",
+        _GAUGE,
+        "1 while the service's policy pauses the group, else 0.",
+        ("service", "group"),
+    ),
 )
 """Every metric of events."""
 
@@ -178,3 +184,4 @@ def _add_group(metrics: MetricSet, service: str, group: GroupState) -> None:
         metrics.add("grpc_mesh_events_dead_lettered_total", (*where, reason), count)
     metrics.durations("grpc_mesh_events_lag_seconds", where, counters.lag)
     metrics.top("grpc_mesh_events_consumer_connected", where, float(group.connected))
+    metrics.top("grpc_mesh_events_consumer_paused", where, float(group.paused))

@@ -107,6 +107,7 @@ class GroupState:
         group: its name.
         broker: state of the connection, in words.
         connected: whether it consumes. Of an ordered group one instance at a time gets events.
+        paused: whether the service's policy says that it must not.
         running: handlers that run.
         waiting: deliveries that wait for one.
         lag: seconds from the publishing of the last event that a handler was called for to that call; None for none.
@@ -117,6 +118,7 @@ class GroupState:
     group: str
     broker: str
     connected: bool
+    paused: bool
     running: int
     waiting: int
     lag: float | None

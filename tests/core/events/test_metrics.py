@@ -76,7 +76,8 @@ def test_a_group() -> None:
     counters = GroupCounters(delivered=9, redelivered=1, retried=2, deferred=3, dead={"attempts": 1})
     counters.lag.succeeded(0.5)
     edge = ("orders", "shop.v1.OrderPlaced")
-    group = GroupState("shipping", "connected", True, 2, 4, 0.5, counters, {edge: handled, ("web", "x.Y"): Tally()})
+    calls = {edge: handled, ("web", "x.Y"): Tally()}
+    group = GroupState("shipping", "connected", True, False, 2, 4, 0.5, counters, calls)
     assert group.edges == {edge: 1}
     found = collected(EventsState("shipping", None, PublishCounters(), {}, (group,)))
     where = ("shipping", "shipping")
@@ -91,4 +92,4 @@ def test_a_group() -> None:
     assert found["events_lag_seconds", *where].buckets[-1] == 1
     assert found["events_dead_lettered_total", *where, "attempts"] == 1
     assert (found["events_running_handlers", *where], found["events_waiting", *where]) == (2, 4)
-    assert found["events_consumer_connected", *where] == 1
+    assert (found["events_consumer_connected", *where], found["events_consumer_paused", *where]) == (1, 0)
