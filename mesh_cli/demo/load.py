@@ -118,6 +118,10 @@ class Customers:
         """Ends a pause."""
         self._open.set()
 
+    @property
+    def _over(self) -> int:
+        return self.total.placed + len(self.unanswered)
+
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[Tally]:
         """Tallies the orders that are sent within, and waits at the end for those still in flight."""
@@ -131,8 +135,8 @@ class Customers:
 
     async def finish(self, count: int) -> None:
         """Returns when so many more orders have been placed or failed."""
-        until = self.total.placed + self.total.failed + count
-        while self.total.placed + self.total.failed < until:
+        until = self._over + count
+        while self._over < until:
             self._finished.clear()
             await self._finished.wait()
 

@@ -78,6 +78,10 @@ class Workload:
         return x509.load_pem_x509_certificate(self.chain)
 
     @property
+    def workload_id(self) -> str:
+        return self.certificate.subject.rfc4514_string().removeprefix("CN=")
+
+    @property
     def id(self) -> str:
         return self.certificate.subject.rfc4514_string().removeprefix("CN=")
 

@@ -128,8 +128,7 @@ class TestEdgesThatHaveNotComeBack:
             await gateway.follow("orders", "1", "2")
             draining = asyncio.ensure_future(drain(world))
             await gateway.follow("orders", "2")
-            await until(lambda: bool(world.plane._hub._drains))
-            assert [wait.result().pending for wait in world.plane._hub._drains] == [("edge edge",)]
+            await until(lambda: [wait.result().pending for wait in world.plane._hub._drains] == [("edge edge",)])
             await late.subscribe("orders", types=(ENDPOINTS,))
             await late.follow("orders", "2")
             assert (await draining).complete

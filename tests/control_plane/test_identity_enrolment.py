@@ -102,7 +102,11 @@ async def test_whatever_the_request_asks_for_only_the_attested_identity_is_signe
         answer = await stub.SignCertificate(asking(await served.token(), request=greedy), timeout=TIMEOUT)
     certificate = signed(key, answer).certificate
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [each.value for each in names] == ["spiffe://mesh.internal/service/orders", "orders.mesh.internal"]
+    assert [each.value for each in names] == [
+        "spiffe://mesh.internal/service/orders",
+        "orders.mesh.internal",
+        f"{certificate.subject.rfc4514_string().removeprefix('CN=')}.workload.mesh.internal",
+    ]
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert certificate.subject.rfc4514_string() != "CN=0000000000000000"
     assert len(certificate.extensions) == 6
@@ -184,6 +188,7 @@ async def test_a_service_called_control_plane_is_not_the_control_plane(served: P
     assert [each.value for each in names] == [
         "spiffe://mesh.internal/service/control-plane",
         "control-plane.mesh.internal",
+        f"{workload.workload_id}.workload.mesh.internal",
     ]
     assert served.name == "control-plane.mesh.mesh.internal"
 

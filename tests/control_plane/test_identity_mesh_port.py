@@ -181,7 +181,11 @@ async def test_nobody_renews_as_somebody_else(served: Plane, caplog: pytest.LogC
     async with served.mesh(workload) as stub:
         answer = await stub.SignCertificate(SignCertificateRequest(certificate_signing_request=greedy), timeout=TIMEOUT)
     names = signed(key, answer).certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [each.value for each in names] == ["spiffe://mesh.internal/service/inventory", "inventory.mesh.internal"]
+    assert [each.value for each in names] == [
+        "spiffe://mesh.internal/service/inventory",
+        "inventory.mesh.internal",
+        f"{workload.workload_id}.workload.mesh.internal",
+    ]
     assert (await renewal(served, workload, certificate_signing_request=b"x")).code() is (
         grpc.StatusCode.INVALID_ARGUMENT
     )

@@ -17,7 +17,10 @@ from pathlib import Path
 import grpc
 import pytest
 from aiohttp import web
+from google.protobuf import json_format
 from rich.console import Console
+from shop.v1.orders_pb2 import PlaceOrderRequest
+from shop.v1.orders_pb2_grpc import OrderServiceStub
 
 import mesh_client
 from control_plane.options import ControlPlaneOptions
@@ -26,7 +29,7 @@ from mesh_cli.demo import policies
 from mesh_cli.demo.consul import find_consul, free_ports, start_consul
 from mesh_cli.demo.edge import RestError, RestOrders
 from mesh_cli.demo.identity import Identities
-from mesh_cli.demo.load import Customers
+from mesh_cli.demo.load import Customers, Tally
 from mesh_cli.demo.policies import Operator
 from mesh_cli.demo.promises import Promise, at_least, at_most, closing_table, exactly, figure, write_json
 from mesh_cli.demo.stage import service
@@ -140,11 +143,14 @@ async def test_failures_are_told_in_words(shop: Shop, monkeypatch: pytest.Monkey
 
 
 class Edge:
-    """Answers orders as an edge would: these answers first, then every order is placed."""
+    """Answers orders as an edge would: these answers first, then every order is placed, by gRPC if it has a channel."""
 
-    def __init__(self, *answers: tuple[int, str]) -> None:
+    def __init__(self, *answers: tuple[int, str], orders: grpc.aio.Channel | None = None) -> None:
         self.answers = list(answers)
         self.keys: list[str] = []
+        self.note = ""
+        """What it makes of the note of orders."""
+        self._orders = orders
 
     async def order(self, request: web.Request) -> web.Response:
         order = await request.json()
@@ -152,13 +158,19 @@ class Edge:
         if self.answers:
             status, body = self.answers.pop(0)
             return web.Response(status=status, text=body)
+        if self._orders is not None:
+            answer = await OrderServiceStub(self._orders).PlaceOrder(json_format.ParseDict(order, PlaceOrderRequest()))
+            answer.order.note = self.note
+            return web.json_response(json_format.MessageToDict(answer))
         placed = {"orderId": "1", "sku": order["sku"], "quantity": 1, "state": "ORDER_STATE_PLACED", "takenBy": "a"}
         return web.json_response({"order": placed})
 
 
 @asynccontextmanager
-async def edge(*answers: tuple[int, str]) -> AsyncIterator[tuple[Edge, RestOrders]]:
-    made, app = Edge(*answers), web.Application()
+async def edge(
+    *answers: tuple[int, str], orders: grpc.aio.Channel | None = None
+) -> AsyncIterator[tuple[Edge, RestOrders]]:
+    made, app = Edge(*answers, orders=orders), web.Application()
     app.add_routes([web.post("/v1/orders", made.order)])
     runner = web.AppRunner(app)
     await runner.setup()
@@ -196,18 +208,37 @@ async def test_an_edge_that_gives_no_answer_is_waited_for_as_long_as_a_customer_
         await RestOrders("http://127.0.0.1:1").place("key", "beans", 1.0)
 
 
-async def test_half_of_the_load_goes_through_the_edge(shop: Shop) -> None:
-    async with edge((503, "no service")) as (_, rest):
-        inventory, payments = await shop.inventory(), await shop.payments()
-        customer = Customers(await shop.orders(inventory, payments, "orders-a"), 200, rest)
-        running = asyncio.create_task(customer.run())
-        async with customer.watched() as tally:
-            await customer.finish(10)
-        await stop(running)
-    assert tally.failed == 0
-    assert tally.taken_by["a"] == tally.by_rest >= 4
-    assert tally.taken_by["orders-a"] >= 4
-    assert tally.rest() == f"; {tally.by_rest} by REST, 1 of them placed again"
+async def placed_by_rest(channel: grpc.aio.Channel, rest: RestOrders) -> Tally:
+    """What became of ten orders or more through the edge."""
+    customer = Customers(channel, 200, rest)
+    running = asyncio.create_task(customer.run())
+    async with customer.watched() as tally:
+        await customer.finish(10)
+        await customer.pause()
+    await stop(running)
+    assert customer.unanswered == []
+    return tally
+
+
+async def test_the_load_goes_through_the_edge_and_each_order_is_looked_up(shop: Shop) -> None:
+    channel = await shop.orders(await shop.inventory(), await shop.payments(), "orders-a")
+    async with edge((503, "no service"), orders=channel) as (_, rest):
+        tally = await placed_by_rest(channel, rest)
+    assert tally.failures == []
+    assert tally.looked_up == tally.by_rest == tally.placed == tally.taken_by["orders-a"] >= 10
+    assert tally.rest() == f"; {tally.placed} by REST, 1 placed again, {tally.placed} looked up by gRPC"
+
+
+async def test_orders_that_cannot_be_looked_up_as_they_were_placed_are_failures(shop: Shop) -> None:
+    channel = await shop.orders(await shop.inventory(), await shop.payments(), "orders-a")
+    async with edge(orders=channel) as (changed, rest):
+        changed.note = "as no customer wrote it"
+        tally = await placed_by_rest(channel, rest)
+    assert set(tally.failures) == {"looked up: it is not what was placed"}
+    async with edge() as (_, rest):
+        tally = await placed_by_rest(channel, rest)
+    assert tally.failed == tally.placed >= 10
+    assert tally.explain().startswith("looked up: NOT_FOUND: there is no order '1'")
 
 
 def test_the_policy_of_the_edge_is_valid() -> None:
