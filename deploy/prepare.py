@@ -4,10 +4,12 @@ Keys and certificates for Consul's servers and for RabbitMQ, Consul's gossip key
 certificate for the edge; and the directories that containers keep their state in. Each part's secrets are in a
 directory of its own, mode 0700, files 0600. They belong to whoever runs this: the user of the containers.
 
-What is there is left alone, so it can be run again: after a new service was added, or with ``--renew`` for certificates
-that end within 60 days. The mesh's own certificates are none of this program's business: the control plane makes those.
+What is there is left alone, so it can be run again: after a new service was added, with a new version, or with
+``--renew`` for certificates that end within 60 days. RabbitMQ's definitions alone are written anew whenever they do not
+say what the credentials files do. The mesh's own certificates are none of this program's business: the control plane
+makes those.
 
-Needs the package ``cryptography``.
+Needs grpc-mesh with its ``events`` extra, as the control plane's image has it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,11 @@ from __future__ import annotations
 import argparse
 import base64
 import datetime as dt
-import hashlib
 import ipaddress
 import json
 import os
-import re
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +31,33 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mesh_client.core.errors import ConfigError
+from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
+from mesh_client.events.definitions import definitions, keep_hashes, new_credentials
+from mesh_client.events.settings import Credentials, read_credentials
+
 CONSUL_SERVERS = ("consul-1", "consul-2", "consul-3")
-SERVICES = ("inventory", "orders", "payments")
-INSTANCES = ("inventory-1", "inventory-2", "orders-1", "orders-2", "payments-1", "payments-2")
+SERVICES = ("inventory", "notifications", "orders", "payments", "shipping")
+INSTANCES = tuple(f"{service}-{number}" for service in SERVICES for number in (1, 2))
 STATE = (*CONSUL_SERVERS, *SERVICES, *INSTANCES, "control-plane", "edge", "edge-protos", "operator", "rabbitmq")
 """Directories of state, one a container or shared by the instances of a service."""
 
 KONG_ADMIN_NAMES = ("kong", "172.31.253.2")
 CONSUL_NAME = "server.dc1.consul"
 """What a Consul server's certificate has to name, so that no other certificate of the CA makes one."""
+
+BROKER_USERS = {
+    "control-plane": CONTROL_PLANE,
+    "notifications": "notifications",
+    "operator": OPERATOR,
+    "orders": "orders",
+    "shipping": "shipping",
+}
+"""RabbitMQ's users, by the part whose secrets their credentials are among."""
+
+CREDENTIALS = "broker.credentials"
+OLD_PASSWORD = "rabbitmq.password"
+"""What versions before had in place of credentials; no process ever used it."""
 
 CA_DAYS, LEAF_DAYS, RENEW_DAYS = 3650, 365, 60
 VIRTUAL_HOST = "shop"
@@ -67,7 +86,14 @@ class Preparation:
         self._now = now
 
     def run(self, edge_names: Sequence[str]) -> None:
-        """Makes what is missing."""
+        """Makes what is missing.
+
+        Raises:
+            ConfigError: the CAs of an earlier run are not there, or a credentials file is not as it should be.
+        """
+        if not (self._directory / "ca").exists() and self._file("rabbitmq", "ca.pem").exists():
+            # New CAs would issue certificates that no peer knows.
+            raise ConfigError(f"{self._directory / 'ca'} was taken away: put it back while this runs")
         self._consul()
         self._rabbitmq()
         self._certificate(self._authority("edge"), "edge-tls", edge_names, client=False)
@@ -87,27 +113,25 @@ class Preparation:
 
     def _rabbitmq(self) -> None:
         self._certificate(self._authority("rabbitmq"), "rabbitmq", ["rabbitmq", "localhost", "127.0.0.1"], client=False)
-        users, permissions = [], []
-        for service in SERVICES:
-            password = self._file(service, "rabbitmq.password")
-            if not password.exists():
-                self._write(password, secrets.token_urlsafe(32).encode())
-            self._copy("rabbitmq", service)
-            users.append(
-                {
-                    "name": service,
-                    "password_hash": password_hash(password.read_text("ascii"), secrets.token_bytes(4)),
-                    "hashing_algorithm": "rabbit_password_hashing_sha256",
-                    "tags": [],
-                }
-            )
-            own = f"^{re.escape(service)}[.]"
-            permissions.append({"user": service, "vhost": VIRTUAL_HOST, "configure": own, "write": own, "read": own})
-        definitions = {"vhosts": [{"name": VIRTUAL_HOST}], "users": users, "permissions": permissions}
+        users = [self._broker_user(part, user) for part, user in BROKER_USERS.items()]
+        wanted = definitions(users, [VIRTUAL_HOST])
         file = self._file("rabbitmq", "definitions.json")
-        # Hashes are salted anew each time, so it is only written when there are other users.
-        if not file.exists() or {user["name"] for user in json.loads(file.read_text())["users"]} != set(SERVICES):
-            self._write(file, json.dumps(definitions, indent=1).encode())
+        present = json.loads(file.read_text()) if file.exists() else None
+        if present is not None:
+            keep_hashes(wanted, present, users)
+        if wanted != present:
+            self._write(file, json.dumps(wanted, indent=1).encode())
+        for old in sorted(self._directory.glob(f"*/{OLD_PASSWORD}")):
+            old.unlink()
+            print(f"prepare: {old} is removed")
+
+    def _broker_user(self, part: str, user: str) -> Credentials:
+        self._copy("rabbitmq", part)
+        file = self._file(part, CREDENTIALS)
+        if not file.exists():
+            made = new_credentials(user)
+            self._write(file, f"{made.user}\n{made.password}\n".encode())
+        return read_credentials(file)
 
     def _authority(self, name: str) -> Authority:
         key_file, certificate_file = self._file("ca", f"{name}.key"), self._file("ca", f"{name}.pem")
@@ -182,14 +206,6 @@ class Preparation:
         print(f"prepare: {file}")
 
 
-def password_hash(password: str, salt: bytes) -> str:
-    """As RabbitMQ keeps passwords: the salt of 4 bytes, and SHA-256 of it and the password.
-
-    https://www.rabbitmq.com/docs/passwords#computing-password-hash
-    """
-    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
-
-
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: dt.datetime, days: int
 ) -> x509.CertificateBuilder:
@@ -238,8 +254,8 @@ def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Makes what is missing."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 not, with one line on standard error."""
     parser = argparse.ArgumentParser(description="Makes what a deployment needs before its first start.")
     parser.add_argument("--secrets", type=Path, required=True, metavar="DIRECTORY", help="where secrets go")
     parser.add_argument("--data", type=Path, required=True, metavar="DIRECTORY", help="where state goes")
@@ -250,10 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.umask(0o077)
     preparation = Preparation(options.secrets, renew=options.renew, now=dt.datetime.now(dt.UTC))
-    preparation.run(options.edge_name or ["localhost", "127.0.0.1"])
+    try:
+        preparation.run(options.edge_name or ["localhost", "127.0.0.1"])
+    except ConfigError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 1
     for name in STATE:
         (options.data / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

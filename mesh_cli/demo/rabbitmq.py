@@ -20,7 +20,7 @@ ROOT_VARIABLE = "MESH_RABBITMQ_ROOT"
 READY = re.compile(r"completed with \d+ plugins")
 """RabbitMQ says this once it takes connections."""
 
-_SERVER = "usr/lib/rabbitmq/bin/rabbitmq-server"
+SERVER = "usr/lib/rabbitmq/bin/rabbitmq-server"
 _ERLANG = "usr/lib/erlang/bin"
 
 
@@ -52,10 +52,10 @@ def find_rabbitmq(root: Path, environment: Mapping[str, str] = os.environ) -> Pa
     named = environment.get(ROOT_VARIABLE)
     places = [Path(named)] if named else [root / ".tools" / "rabbitmq", Path("/")]
     for place in places:
-        if os.access(place / _SERVER, os.X_OK) and os.access(place / _ERLANG / "erl", os.X_OK):
+        if os.access(place / SERVER, os.X_OK) and os.access(place / _ERLANG / "erl", os.X_OK):
             return place
     raise ConfigError(
-        f"no RabbitMQ was found; `make setup` fetches one, or name the directory that has {_SERVER} in {ROOT_VARIABLE}"
+        f"no RabbitMQ was found; `make setup` fetches one, or name the directory that has {SERVER} in {ROOT_VARIABLE}"
     )
 
 
@@ -106,10 +106,18 @@ def broker_command(
             "ssl_options.verify": "verify_none",
         }
     (directory / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
-    environment = _environment(root, directory) | {
+    environment = broker_environment(root, directory, ports) | {
+        "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
+    }
+    return Command([str(root / SERVER)], environment)
+
+
+def broker_environment(root: Path, directory: Path, ports: BrokerPorts) -> dict[str, str]:
+    """Of a broker, whatever it is configured by: ports of its own, and what it writes below ``directory``."""
+    return _environment(root, directory) | {
         "RABBITMQ_ALLOW_INPUT": "1",  # the script becomes the broker; otherwise it would start it and wait
         "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-        "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
         "RABBITMQ_NODENAME": "mesh@localhost",
         "RABBITMQ_DIST_PORT": str(ports.distribution),
         "ERL_EPMD_PORT": str(ports.epmd),
@@ -117,10 +125,8 @@ def broker_command(
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
         "RABBITMQ_MNESIA_BASE": str(directory / "data"),
         "RABBITMQ_LOG_BASE": str(directory / "log"),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
         "RABBITMQ_PID_FILE": str(directory / "pid"),
     }
-    return Command([str(root / _SERVER)], environment)
 
 
 def _environment(root: Path, directory: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mesh_client.core.events.topology import EXCHANGE, permissions
 from mesh_client.events.settings import Credentials
 
 PASSWORD_BYTES = 32
+SALT_BYTES = 4
 
 
 def new_credentials(user: str) -> Credentials:
@@ -73,7 +74,31 @@ def definitions(users: Iterable[Credentials], vhosts: Iterable[str] = ("/",)) ->
     }
 
 
-def password_hash(password: str) -> str:
-    """As RabbitMQ keeps it: a salt of 4 bytes before the SHA-256 of salt and password, base64."""
-    salt = secrets.token_bytes(4)
+def password_hash(password: str, salt: bytes | None = None) -> str:
+    """As RabbitMQ keeps it: a salt of 4 bytes before the SHA-256 of salt and password, base64.
+
+    Args:
+        password: the password.
+        salt: of a hash that this one is compared with; a random one by default.
+    """
+    salt = secrets.token_bytes(SALT_BYTES) if salt is None else salt
     return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode("ascii")
+
+
+def keep_hashes(wanted: dict[str, Any], present: dict[str, Any], users: Iterable[Credentials]) -> None:
+    """Puts the hashes of ``present`` that are of the users' passwords into ``wanted``.
+
+    Hashes are salted anew each time, so without this no two definitions are equal.
+
+    Args:
+        wanted: of `definitions`.
+        present: what a broker has been told, the same in form.
+        users: whose passwords they are.
+    """
+    passwords = {user.user: user.password for user in users}
+    known = {user["name"]: user["password_hash"] for user in present["users"]}
+    for user in wanted["users"]:
+        there = known.get(user["name"], "")
+        salt = base64.b64decode(there)[:SALT_BYTES]
+        if there == password_hash(passwords[user["name"]], salt):
+            user["password_hash"] = there

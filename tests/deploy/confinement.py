@@ -52,6 +52,12 @@ class Box:
         if CONFINES:
             os.chown(directory, NOBODY, NOBODY)
 
+    def give(self) -> None:
+        """Has what this process put into the directory belong to the user of the processes."""
+        if CONFINES:
+            for path in self.directory.rglob("*"):
+                os.chown(path, NOBODY, NOBODY)
+
     def command(self, *command: str) -> list[str]:
         """What to run in place of ``command``. It becomes that process: signals reach it."""
         if not CONFINES:

@@ -16,13 +16,23 @@ from typer.main import get_command
 
 from control_plane.documents import parse_document
 from deploy.consul.bootstrap import parse_parts
-from deploy.prepare import CONSUL_SERVERS, INSTANCES, KONG_ADMIN_NAMES, SERVICES, STATE
+from deploy.prepare import (
+    BROKER_USERS,
+    CONSUL_SERVERS,
+    CREDENTIALS,
+    INSTANCES,
+    KONG_ADMIN_NAMES,
+    SERVICES,
+    STATE,
+    VIRTUAL_HOST,
+)
 from gateway import kong
 from mesh_client.core.edge_policy import EdgePolicy
+from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
 from tests.deploy.consul import DEPLOY
+from tests.deploy.deployment import CONTAINERS
 
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-CONTAINERS: dict[str, dict[str, Any]] = COMPOSE["services"]
 TOOLS = {name for name, container in CONTAINERS.items() if "profiles" in container}
 USER = "10001:10001"
 CA_OPTIONS = (
@@ -30,6 +40,7 @@ CA_OPTIONS = (
     "--ca-key=/run/secrets/ca.key",
     "--ca-roots=/run/secrets/ca-roots.pem",
 )
+EVENT_INSTANCES = tuple(name for name in INSTANCES if name.rpartition("-")[0] in BROKER_USERS)
 ALPHABET = set("abcdefghijklmnopqrstuvwxyz0123456789-")
 
 every_container = pytest.mark.parametrize("name", sorted(CONTAINERS))
@@ -119,7 +130,7 @@ def test_no_secret_is_in_its_environment_or_command(name: str) -> None:
     environment = container.get("environment", {})
     for key, value in environment.items():
         assert isinstance(value, str), f"{key} is no text: quote it"
-        if re.search(r"TOKEN|SECRET|PASSWORD|KEY|COOKIE", key):
+        if re.search(r"TOKEN|SECRET|PASSWORD|CREDENTIALS|KEY|COOKIE", key):
             assert value.startswith(("/run/secrets/", "/run/edge-tls/")), key
     words = [*environment.values(), *container.get("command", ()), *container.get("entrypoint", ())]
     assert not [word for word in words if re.search(r"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}", word)]
@@ -143,7 +154,7 @@ def test_only_what_must_be_together_is_on_one_network() -> None:
             members[network].add(name)
     assert members["edge"] == {"kong"}
     assert members["operators"] == {"jaeger"}
-    assert members["events"] == {"rabbitmq"}
+    assert members["events"] == {"rabbitmq", "control-plane", "mesh", *EVENT_INSTANCES}
     assert members["telemetry"] == {"kong", "jaeger"}
     assert members["admin"] == {"kong", "gateway"}
     assert members["mesh"] == {*CONSUL_SERVERS, *INSTANCES, "control-plane", "kong", "gateway", "bootstrap", "mesh"}
@@ -175,6 +186,23 @@ def test_every_part_has_its_own_token() -> None:
         assert mounts(CONTAINERS[instance])["/var/lib/mesh"]["source"] == f"./data/{instance}"
         assert CONTAINERS[instance]["environment"]["SHOP_INSTANCE"] == instance
         assert CONTAINERS[instance]["command"] == [f"services.{service}"]
+
+
+def test_nobody_waits_for_rabbitmq() -> None:
+    assert not [name for name, container in CONTAINERS.items() if "rabbitmq" in container.get("depends_on", {})]
+
+
+@pytest.mark.parametrize("name", [*EVENT_INSTANCES, "control-plane", "mesh"])
+def test_who_has_to_do_with_events_is_told_of_rabbitmq_and_has_credentials(name: str) -> None:
+    container = CONTAINERS[name]
+    options = dict(word.removeprefix("--").split("=", 1) for word in container.get("command", ()) if "=" in word)
+    given = [*container.get("environment", {}).items(), *options.items()]
+    told = {key.removeprefix("MESH_").replace("_", "-").lower(): value for key, value in given}
+    assert told["broker"] == f"amqps://rabbitmq:5671/{VIRTUAL_HOST}"
+    assert told["broker-credentials"] == f"/run/secrets/{CREDENTIALS}"
+    assert told["broker-roots"] == "/run/secrets/rabbitmq-ca.pem"
+    part = mounts(container)["/run/secrets"]["source"].removeprefix("./secrets/")
+    assert BROKER_USERS[part] == {"control-plane": CONTROL_PLANE, "mesh": OPERATOR}.get(name, name.rpartition("-")[0])
 
 
 def test_kong_is_configured_as_what_is_rendered_for_it_needs() -> None:

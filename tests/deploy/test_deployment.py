@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 import stat
-import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -22,53 +20,22 @@ from shop.v1.inventory_pb2_grpc import InventoryServiceStub
 
 import mesh_client
 from deploy.consul.bootstrap import RefusedError, Server
+from deploy.prepare import SERVICES
 from mesh_cli.demo.supervisor import Supervisor
-from tests.deploy.confinement import CONFINES, REPOSITORY, Box
-from tests.deploy.consul import DEPLOY, Cluster, running
+from tests.deploy.confinement import CONFINES
+from tests.deploy.consul import DEPLOY
+from tests.deploy.deployment import Containers, Deployment, deployed, prepare
 from tests.integration.system import PATIENCE
 from tests.ports import hold_ports
 
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-PARTS = ("control-plane", "edge", "inventory", "orders", "payments")
-
-
-@dataclass(frozen=True)
-class Deployment:
-    box: Box
-    consul: Cluster
-    first_output: str
-
-    def bootstrap(self, *options: str) -> subprocess.CompletedProcess[str]:
-        program = f"{self.box.checkout}/deploy/consul/bootstrap.py"
-        # Isolated: it needs nothing but Python.
-        return self.box.run("-I", program, *self.consul.options, "--secrets", f"{self.box.state}/secrets", *options)
-
-    @property
-    def secrets(self) -> Path:
-        return self.box.directory / "secrets"
-
-    def token(self, part: str) -> str:
-        return (self.secrets / part / "consul.token").read_text().strip()
-
-    def tokens(self) -> dict[str, str]:
-        return {file.parent.name: file.read_text().strip() for file in self.secrets.glob("*/consul.token")}
+PARTS = ("control-plane", "edge", *SERVICES)
 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    directory = tmp_path_factory.mktemp("deployment")
-    box = Box(directory / "box")
-    prepare(box)
-    with running(directory / "consul", box.directory / "secrets") as consul:
-        deployment = Deployment(box, consul, "")
-        done = deployment.bootstrap("--timeout", "30")
-        assert done.returncode == 0, done.stderr
-        yield Deployment(box, consul, done.stdout)
-
-
-def prepare(box: Box, *options: str) -> str:
-    state = ["--secrets", f"{box.state}/secrets", "--data", f"{box.state}/data"]
-    return box.output(f"{box.checkout}/deploy/prepare.py", *state, *options)
+    with deployed(tmp_path_factory.mktemp("deployment")) as deployment:
+        yield deployment
 
 
 def may(server: Server, method: str, path: str, token: str, body: object = None) -> bool:
@@ -180,7 +147,7 @@ def test_a_token_is_rotated_in_two_steps(deployment: Deployment) -> None:
     assert may(server, "GET", "/v1/acl/token/self", new)
     done = deployment.bootstrap("--rotate", "nothing")
     assert done.returncode == 1
-    assert "it knows control-plane, edge, inventory, orders, payments" in done.stderr
+    assert "it knows control-plane, edge, inventory, notifications, orders, payments, shipping" in done.stderr
 
 
 def test_changed_rules_and_a_run_that_was_ended_are_made_good(deployment: Deployment, tmp_path: Path) -> None:
@@ -238,61 +205,26 @@ print(*(line for line in status if line.startswith(("Uid", "Groups", "CapEff", "
     ]
 
 
-_READY = re.compile(r"mesh control-plane listening on (\S+)")
-_SERVES = re.compile(r"serves on (\S+:\d+)")
-
-
 async def test_the_mesh_works_with_these_tokens(
     deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Control plane, operator and a service as in their containers; calls from outside of the box."""
+    """Control plane, operator and a service as in their containers, without a broker; calls from outside of the box."""
     box = deployment.box
-    roots = f"{box.state}/data/control-plane/ca/roots.pem"
-    operator = {"MESH_OPERATOR": f"{box.state}/data/operator"}
     async with AsyncExitStack() as stack:
         ports = stack.enter_context(ExitStack())
-        *held, nobody = hold_ports(ports, 4)
-        plane, enrolment, inventory = (f"127.0.0.1:{port}" for port in held)
+        (nobody,) = hold_ports(ports, 1)
         supervisor = await stack.enter_async_context(Supervisor(tmp_path))
-        control_plane = await supervisor.start(
-            "control-plane",
-            box.python(
-                *("-m", "mesh_cli", "control-plane", "--listen", plane, "--enrol-listen", enrolment),
-                *("--registry", deployment.consul.registry, "--data-dir", f"{box.state}/data/control-plane"),
-                *("--consul-token-file", f"{box.state}/secrets/control-plane/consul.token"),
-            ),
-            box.environment(),
-            _READY,
-        )
-        await control_plane.wait_ready()
-        mesh_of = {"MESH_CONTROL_PLANE": plane, "MESH_ENROLMENT": enrolment, "MESH_ATTESTATION": "consul"}
-        service = await supervisor.start(
-            "inventory-1",
-            box.python("-m", "services.inventory"),
-            box.environment(
-                **mesh_of,
-                MESH_TRUST_ROOTS=roots,
-                MESH_REGISTRY=f"consul://{deployment.consul.agents[1].address}",
-                MESH_IDENTITY_DIR=f"{box.state}/data/inventory-1/identity",
-                MESH_CACHE_DIR=f"{box.state}/data/inventory-1/cache",
-                CONSUL_HTTP_TOKEN_FILE=f"{box.state}/secrets/inventory/consul.token",
-                SHOP_ADDRESS=inventory,
-                SHOP_DATABASE=f"{box.state}/data/inventory/inventory.sqlite",
-                SHOP_INSTANCE="inventory-1",
-            ),
-            _SERVES,
-        )
-        await service.wait_ready()
+        containers = Containers(deployment, supervisor, ports)
+        plane, enrolment = containers.plane, containers.enrolment
+        control_plane = await containers.start_control_plane()
+        service = await containers.start_service("inventory-1")
+        assert service.ready_line is not None
+        inventory = service.ready_line[1]
 
-        def mesh(*arguments: str) -> str:
-            variables = {"MESH_CONTROL_PLANE": plane, **operator}
-            return box.output("-m", "mesh_cli", *arguments, variables=variables)
-
-        data = ("--data-dir", f"{box.state}/data/control-plane", "--directory", operator["MESH_OPERATOR"])
-        await asyncio.to_thread(mesh, "operator", "create", "test", *data)
-        policies = sorted(str(file.relative_to(REPOSITORY)) for file in (DEPLOY / "policies").glob("*.yaml"))
-        applied = await asyncio.to_thread(mesh, "policy", "apply", *(f"{box.checkout}/{file}" for file in policies))
-        assert applied.count("stored") == 3
+        await asyncio.to_thread(containers.run, "create-operator", "test")
+        policies = sorted(f"/policies/{file.name}" for file in (DEPLOY / "policies").glob("*.yaml"))
+        applied = await asyncio.to_thread(containers.mesh, "policy", "apply", *policies)
+        assert applied.count("stored") == len(SERVICES)
         check = f"{box.checkout}/deploy/healthcheck.py"
         identity = f"{box.state}/data/inventory-1/identity/identity.json"
         await asyncio.to_thread(box.output, "-I", check, enrolment)
@@ -322,13 +254,11 @@ async def test_the_mesh_works_with_these_tokens(
         impostor = await supervisor.start(
             "impostor",
             box.python("-m", "services.inventory"),
-            box.environment(
-                **mesh_of,
-                MESH_TRUST_ROOTS=roots,
+            containers.environment(
+                "inventory-2",
                 MESH_REGISTRY="none",
+                SHOP_ADDRESS="127.0.0.1:0",
                 CONSUL_HTTP_TOKEN_FILE=f"{box.state}/secrets/orders/consul.token",
-                MESH_CACHE_DIR=f"{box.state}/data/inventory-2/cache",
-                SHOP_DATABASE=f"{box.state}/data/inventory/inventory.sqlite",
             ),
             re.compile("PERMISSION_DENIED"),
         )
@@ -343,7 +273,7 @@ async def test_the_mesh_works_with_these_tokens(
         for part in ("control-plane", "inventory"):
             retired = await asyncio.to_thread(deployment.bootstrap, "--retire", part)
             assert "is deleted" in retired.stdout
-        deleted = await asyncio.to_thread(mesh, "policy", "delete", "payments")
+        deleted = await asyncio.to_thread(containers.mesh, "policy", "delete", "payments")
         assert "deleted" in deleted
 
         assert await service.stop() == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+from deploy.prepare import SERVICES
 from tests.deploy.consul import DEPLOY
-from tests.deploy.test_compose import CONTAINERS, TOOLS, mounts
+from tests.deploy.deployment import CONTAINERS
+from tests.deploy.test_compose import TOOLS, mounts
 
 README = (DEPLOY / "README.md").read_text()
 LINES = [
@@ -29,6 +31,7 @@ def test_commands_name_containers_that_there_are() -> None:
 def test_files_that_are_applied_are_mounted() -> None:
     (policies,) = (line for line in LINES if " policy apply " in line)
     (edge,) = (line for line in LINES if " edge apply " in line)
+    assert [*policies.split(" apply ")[1].split()] == [f"/policies/{service}.yaml" for service in SERVICES]
     for path in (*policies.split(" apply ")[1].split(), edge.split(" apply ")[1].split()[0]):
         (target,) = (target for target in mounts(CONTAINERS["mesh"]) if path.startswith(f"{target}/"))
         assert (DEPLOY / mounts(CONTAINERS["mesh"])[target]["source"] / path.removeprefix(f"{target}/")).exists()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import PurePosixPath
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+from deploy.prepare import SERVICES
 from tests.deploy.consul import DEPLOY
 
 ROOT = DEPLOY.parent
@@ -25,6 +31,20 @@ for line in instructions():
         STAGES[stage[2]] = (stage[1], [])
     elif STAGES:
         STAGES[list(STAGES)[-1]][1].append(line)
+
+PROGRAMS: dict[str, list[str]] = {
+    "control-plane": [
+        *("mesh_cli.main", "mesh_cli.events", "mesh_client.events.dead_letters", "deploy.prepare"),
+        *("control_plane.process", "control_plane.event_publisher", "control_plane.sources.consul"),
+    ],
+    "edge": ["mesh_cli.main", "mesh_cli.gateway_run", "gateway.run", "gateway.kong_push"],
+    "edge-envoy": ["mesh_cli.main", "mesh_cli.gateway_run", "gateway.run", "gateway.envoy_push", "envoy"],
+    "service": [
+        *(f"services.{service}.__main__" for service in SERVICES),
+        *("mesh_client.mesh_server", "mesh_client.consul_registration", "mesh_client.events.bus"),
+    ],
+}
+"""What the processes of a target import at some time."""
 
 TARGETS = ("control-plane", "edge", "edge-envoy", "service")
 
@@ -70,6 +90,52 @@ def test_extras_that_are_named_exist() -> None:
     named = re.findall(r"grpc-mesh\[([a-z,-]+)\]", "\n".join(instructions()))
     assert len(named) == len(TARGETS)
     assert {extra for names in named for extra in names.split(",")} <= extras.keys() - {"dev"}
+
+
+def installed(target: str) -> set[str]:
+    """Names of the packages that a target has, whichever their versions."""
+    steps = [line for line in whole(f"build-{target}") if "--python /opt/mesh install " in line]
+    waiting = [Requirement(word.strip("'")) for line in steps for word in line.partition(" /wheels ")[2].split()]
+    found: set[tuple[str, str]] = set()
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        for extra in ("", *wanted.extras):
+            if (name, extra) not in found:
+                found.add((name, extra))
+                waiting += needed(name, extra)
+    return {name for name, _ in found}
+
+
+def needed(name: str, extra: str) -> list[Requirement]:
+    try:
+        every = [Requirement(line) for line in requires(name) or ()]
+    except PackageNotFoundError:
+        return []  # of another system
+    return [each for each in every if each.marker is None or each.marker.evaluate({"extra": extra})]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_its_programs_import_is_installed(target: str) -> None:
+    there = installed(target)
+    missing = {
+        module
+        for module, distributions in packages_distributions().items()
+        if there.isdisjoint(map(canonicalize_name, distributions))
+    }
+    program = f"""
+import importlib, importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+for module in {PROGRAMS[target]!r}:
+    importlib.import_module(module)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=30)
 
 
 def test_what_is_copied_exists_and_passes_the_ignore_file() -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import datetime as dt
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.verification import PolicyBuilder, Store
 
-from deploy.prepare import CONSUL_NAME, RENEW_DAYS, SERVICES, Preparation, password_hash
+from deploy.prepare import (
+    BROKER_USERS,
+    CONSUL_NAME,
+    CREDENTIALS,
+    OLD_PASSWORD,
+    RENEW_DAYS,
+    VIRTUAL_HOST,
+    Preparation,
+)
+from mesh_client.core.errors import ConfigError
+from mesh_client.events.definitions import definitions, keep_hashes, password_hash
+from mesh_client.events.settings import Credentials, read_credentials
 from tests.deploy.consul import DEPLOY
 
 NOW = dt.datetime(2026, 11, 30, 12, tzinfo=dt.UTC)
@@ -71,37 +81,87 @@ def test_certificates_that_end_soon_are_renewed_when_asked(tmp_path: Path) -> No
     assert issuer == x509.load_pem_x509_certificate((tmp_path / "edge-tls" / "ca.pem").read_bytes())
 
 
-def test_rabbitmq_knows_each_service_by_its_password_and_nobody_else(tmp_path: Path) -> None:
+def users_of(directory: Path) -> list[Credentials]:
+    return [read_credentials(directory / part / CREDENTIALS) for part in BROKER_USERS]
+
+
+def definitions_of(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "rabbitmq" / "definitions.json").read_text())
+    return found
+
+
+def test_rabbitmq_knows_exactly_those_who_have_credentials(tmp_path: Path) -> None:
     prepared(tmp_path)
-    definitions = json.loads((tmp_path / "rabbitmq" / "definitions.json").read_text())
-    users = {user["name"]: user for user in definitions["users"]}
-    assert users.keys() == set(SERVICES)
-    for service, user in users.items():
-        password = (tmp_path / service / "rabbitmq.password").read_text()
-        assert len(password) >= 40
-        salt = base64.b64decode(user["password_hash"])[:4]
-        assert password_hash(password, salt) == user["password_hash"]
-        assert user["hashing_algorithm"] == "rabbit_password_hashing_sha256"
-        assert user["tags"] == []
-    assert len({user["password_hash"] for user in users.values()}) == len(users)
+    users = users_of(tmp_path)
+    assert [user.user for user in users] == list(BROKER_USERS.values())
+    assert len({user.password for user in users}) == len(users)
+    assert {file.parent.name for file in tmp_path.glob(f"*/{CREDENTIALS}")} == BROKER_USERS.keys()
+    found, wanted = definitions_of(tmp_path), definitions(users, [VIRTUAL_HOST])
+    keep_hashes(wanted, found, users)  # of the passwords that are in the files
+    assert found == wanted
+
+
+def test_definitions_follow_the_credentials_and_stay_otherwise(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    first = (tmp_path / "rabbitmq" / "definitions.json").read_bytes()
+    prepared(tmp_path)
+    assert (tmp_path / "rabbitmq" / "definitions.json").read_bytes() == first
+    (tmp_path / "orders" / CREDENTIALS).unlink()
+    prepared(tmp_path)
+    before, after = (
+        {user["name"]: user for user in each["users"]} for each in (json.loads(first), definitions_of(tmp_path))
+    )
+    assert {name for name in before if before[name] != after[name]} == {"orders"}
+
+
+def write_as_the_version_before(directory: Path) -> str:
+    """Puts what that version made for RabbitMQ in place of what is there; the password, one for all users."""
+    password = "of-the-version-before"
+    for file in directory.glob(f"*/{CREDENTIALS}"):
+        file.unlink()
+    users: list[dict[str, object]] = []
+    permissions: list[dict[str, str]] = []
+    for service in ("inventory", "orders", "payments"):
+        (directory / service).mkdir(0o700, exist_ok=True)
+        (directory / service / OLD_PASSWORD).touch(0o600)
+        (directory / service / OLD_PASSWORD).write_text(password)
+        algorithm = "rabbit_password_hashing_sha256"
+        users.append(
+            {"name": service, "password_hash": password_hash(password), "hashing_algorithm": algorithm, "tags": []}
+        )
+        own = f"^{service}[.]"
+        permissions.append({"user": service, "vhost": VIRTUAL_HOST, "configure": own, "write": own, "read": own})
+    document = {"vhosts": [{"name": VIRTUAL_HOST}], "users": users, "permissions": permissions}
+    (directory / "rabbitmq" / "definitions.json").write_text(json.dumps(document))
+    return password
+
+
+def test_what_the_version_before_made_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared(tmp_path)
+    certificate = (tmp_path / "rabbitmq" / "server.pem").read_bytes()
+    old = write_as_the_version_before(tmp_path)
+    prepared(tmp_path)
+    assert not list(tmp_path.glob(f"*/{OLD_PASSWORD}"))
+    users = users_of(tmp_path)
+    assert old not in {user.password for user in users}
+    assert {user["name"] for user in definitions_of(tmp_path)["users"]} == {user.user for user in users}
+    assert (tmp_path / "rabbitmq" / "server.pem").read_bytes() == certificate
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'payments' / OLD_PASSWORD} is removed" in said
+    assert not [user for user in users if user.password in said]
+
+
+def test_without_its_cas_it_makes_none_in_their_place(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    (tmp_path / "ca").rename(tmp_path / "aside")
+    with pytest.raises(ConfigError, match="ca was taken away: put it back"):
+        prepared(tmp_path)
+    assert not (tmp_path / "ca").exists()
 
 
 def test_a_password_is_hashed_as_rabbitmq_documents_it() -> None:
     # https://www.rabbitmq.com/docs/passwords#this-is-the-algorithm
     assert password_hash("test12", bytes.fromhex("908DC60A")) == "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
-
-
-def test_a_service_may_touch_its_own_names_alone(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    definitions = json.loads((tmp_path / "rabbitmq" / "definitions.json").read_text())
-    (host,) = definitions["vhosts"]
-    for entry in definitions["permissions"]:
-        assert entry["vhost"] == host["name"]
-        for right in ("configure", "write", "read"):
-            assert re.search(entry[right], f"{entry['user']}.placed")
-            for other in (*({*SERVICES} - {entry["user"]}), "amq", f"x{entry['user']}"):
-                assert not re.search(entry[right], f"{other}.placed")
-            assert not re.search(entry[right], "amq.default")
 
 
 def test_rabbitmq_listens_with_tls_alone() -> None:

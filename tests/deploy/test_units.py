@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.prepare import SERVICES
 from tests.deploy.consul import DEPLOY
 
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -72,5 +73,4 @@ def test_systemd_understands_them(tmp_path: Path) -> None:
 def test_every_user_is_made() -> None:
     made = re.findall(r"^u (\S+) ", (DEPLOY / "systemd" / "grpc-mesh.sysusers.conf").read_text(), re.MULTILINE)
     named = {settings(unit)["User"][0] for unit in UNITS}
-    services = {"inventory", "orders", "payments"}
-    assert {name.replace("%i", service) for name in named for service in services} == set(made)
+    assert {name.replace("%i", service) for name in named for service in SERVICES} == set(made)
