@@ -25,6 +25,9 @@ from mesh_client.trace_exporters import EXPORTERS
 SHUTDOWN_TIMEOUT = 0.5
 """Seconds for which the end of the process is held up by a collector that does not answer."""
 
+_ABORT_TIMEOUT = 0.1
+"""Seconds after that in which its exporter, told to give up, does so while there still is a log for what it says."""
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +51,7 @@ class BoundedBatchProcessor(BatchSpanProcessor):
             log.warning("the last spans are not sent: their collector did not take them within %g s", SHUTDOWN_TIMEOUT)
             with contextlib.suppress(Exception):  # whatever an exporter makes of being ended while it sends
                 self.span_exporter.shutdown()
+            ending.join(_ABORT_TIMEOUT)
 
 
 def configure_tracing(

@@ -85,6 +85,7 @@ class Containers:
         plane: where the control plane listens.
         enrolment: where it enrols; in a container that is the port after, here any other.
         broker_port: where RabbitMQ is looked for.
+        jaeger_port: where services send spans.
     """
 
     def __init__(self, deployment: Deployment, supervisor: Supervisor, stack: ExitStack) -> None:
@@ -92,12 +93,13 @@ class Containers:
         self._supervisor = supervisor
         self._stack = stack
         self.plane, self.enrolment = (f"127.0.0.1:{port}" for port in hold_ports(stack, 2))
-        (self.broker_port,) = hold_ports(stack, 1)
+        self.broker_port, self.jaeger_port = hold_ports(stack, 2)
         self._addresses = {
             "control-plane:7070": self.plane,
             "0.0.0.0:7070": self.plane,
             # The name in RabbitMQ's certificate that this host has too.
             "rabbitmq:5671": f"localhost:{self.broker_port}",
+            "jaeger:4317": f"127.0.0.1:{self.jaeger_port}",
             **{f"{agent.name}:8500": agent.address for agent in deployment.consul.agents},
         }
 
@@ -110,10 +112,10 @@ class Containers:
         """Starts it; returns when it is ready."""
         return await self._start("control-plane", PLANE_READY, "--enrol-listen", self.enrolment)
 
-    async def start_service(self, name: str) -> Process:
-        """Starts an instance of a service; returns when it serves."""
+    async def start_service(self, name: str, **variables: str) -> Process:
+        """Starts an instance of a service, with further variables or others; returns when it serves."""
         (port,) = hold_ports(self._stack, 1)
-        return await self._start(name, SERVES, SHOP_ADDRESS=f"127.0.0.1:{port}")
+        return await self._start(name, SERVES, SHOP_ADDRESS=f"127.0.0.1:{port}", **variables)
 
     def run(self, name: str, *arguments: str) -> str:
         """What `docker compose run --rm NAME ...` says, of a container that is `mesh`; it must end with 0."""

@@ -29,6 +29,7 @@ from deploy.prepare import (
 from gateway import kong
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
+from mesh_client.core.trace_environment import Destination, plan_tracing
 from tests.deploy.consul import DEPLOY
 from tests.deploy.deployment import CONTAINERS
 
@@ -155,7 +156,7 @@ def test_only_what_must_be_together_is_on_one_network() -> None:
     assert members["edge"] == {"kong"}
     assert members["operators"] == {"jaeger"}
     assert members["events"] == {"rabbitmq", "control-plane", "mesh", *EVENT_INSTANCES}
-    assert members["telemetry"] == {"kong", "jaeger"}
+    assert members["telemetry"] == {"kong", "jaeger", *INSTANCES}
     assert members["admin"] == {"kong", "gateway"}
     assert members["mesh"] == {*CONSUL_SERVERS, *INSTANCES, "control-plane", "kong", "gateway", "bootstrap", "mesh"}
 
@@ -185,11 +186,13 @@ def test_every_part_has_its_own_token() -> None:
         assert mounts(CONTAINERS[instance])["/run/secrets"]["source"] == f"./secrets/{service}"
         assert mounts(CONTAINERS[instance])["/var/lib/mesh"]["source"] == f"./data/{instance}"
         assert CONTAINERS[instance]["environment"]["SHOP_INSTANCE"] == instance
+        assert CONTAINERS[instance]["environment"]["OTEL_RESOURCE_ATTRIBUTES"] == f"service.instance.id={instance}"
         assert CONTAINERS[instance]["command"] == [f"services.{service}"]
 
 
-def test_nobody_waits_for_rabbitmq() -> None:
-    assert not [name for name, container in CONTAINERS.items() if "rabbitmq" in container.get("depends_on", {})]
+def test_nobody_waits_for_rabbitmq_or_jaeger() -> None:
+    waited_for = {name for container in CONTAINERS.values() for name in container.get("depends_on", {})}
+    assert waited_for.isdisjoint({"rabbitmq", "jaeger"})
 
 
 @pytest.mark.parametrize("name", [*EVENT_INSTANCES, "control-plane", "mesh"])
@@ -282,8 +285,37 @@ def test_envoy_takes_the_place_of_kong() -> None:
 
 
 def test_the_policy_of_the_edge_fits_the_services() -> None:
-    policy = parse_document((DEPLOY / "edge" / "edge.yaml").read_text(), EdgePolicy)
+    policy = edge_policy()
     assert policy.edge == "edge"
     assert {service.upstream for service in policy.services.values()} <= set(SERVICES)
-    assert policy.tracing is not None
-    assert policy.tracing.endpoint.startswith("http://jaeger:4318/")
+
+
+def test_services_and_edge_send_the_same_share_of_traces_where_jaeger_takes_them() -> None:
+    jaeger = yaml.safe_load((DEPLOY / "jaeger" / "jaeger.yaml").read_text())
+    protocols = jaeger["receivers"]["otlp"]["protocols"]
+    assert {name: each["endpoint"] for name, each in protocols.items()} == {
+        "grpc": "0.0.0.0:4317",
+        "http": "0.0.0.0:4318",
+    }
+    edge = edge_policy().tracing
+    assert edge is not None
+    assert edge.endpoint == "http://jaeger:4318/v1/traces"
+    share = CONTAINERS["kong"]["environment"]["KONG_TRACING_SAMPLING_RATE"]
+    assert edge.sampled_percent == float(share) * 100
+    for instance in INSTANCES:
+        environment = CONTAINERS[instance]["environment"]
+        plan = plan_tracing(environment)
+        assert plan is not None
+        assert plan.destinations == (Destination.OTLP_GRPC, Destination.CONTROL_PLANE)
+        assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://jaeger:4317"
+        assert environment["OTEL_TRACES_SAMPLER"] == "parentbased_traceidratio"
+        assert environment["OTEL_TRACES_SAMPLER_ARG"] == share
+
+
+def test_links_to_jaeger_lead_to_its_port_on_this_host() -> None:
+    (port,) = CONTAINERS["jaeger"]["ports"]
+    assert f"--jaeger-ui=http://{port['host_ip']}:{port['published']}" in CONTAINERS["control-plane"]["command"]
+
+
+def edge_policy() -> EdgePolicy:
+    return parse_document((DEPLOY / "edge" / "edge.yaml").read_text(), EdgePolicy)

@@ -1,4 +1,4 @@
-"""Events over the deployment's RabbitMQ: its configuration, users and certificates, and who is let in.
+"""Events over the deployment's RabbitMQ: its configuration, users and certificates, who is let in; and their traces.
 
 Everything but Consul runs as a container would have it: see `tests.deploy.confinement`.
 """
@@ -36,11 +36,29 @@ from tests.deploy.consul import DEPLOY
 from tests.deploy.deployment import Containers, Deployment, deployed, prepare
 from tests.deploy.test_prepare import write_as_the_version_before
 from tests.events.services import Seen, started
+from tests.integration.otlp import ReceivedSpan, Receiver, open_receiver
 from tests.integration.system import PATIENCE
 from tests.ports import hold_ports
 
 SHIPPING = Group("shipping", "shipping")
 SERVICES = ("inventory", "payments", "orders", "shipping", "notifications")
+ORDER = {
+    "orders server",
+    "orders server > orders call",
+    "orders server > orders call > orders attempt",
+    "orders server > orders call > orders attempt > inventory server",
+    "orders server > orders call > orders attempt > payments server",
+    "orders server > orders publish",
+}
+"""The spans of a placed order, each with those above it."""
+EVENTS = (
+    ("publish", "orders", "OrderPlaced"),
+    ("process", "shipping", "OrderPlaced"),
+    ("process", "notifications", "OrderPlaced"),
+    ("publish", "shipping", "OrderShipped"),
+    ("process", "notifications", "OrderShipped"),
+)
+"""And those of the events that it leads to."""
 
 
 class Doors:
@@ -101,13 +119,15 @@ class Shop:
         self._ports = stack.enter_context(ExitStack())
 
     async def start(self) -> None:
-        """Everything but the broker."""
+        """Everything but the broker and Jaeger. Every trace is sampled."""
         self.supervisor = await self._stack.enter_async_context(Supervisor(self.directory))
         self.containers = Containers(self.deployment, self.supervisor, self._ports)
         self.control_plane = await self.containers.start_control_plane()
         await asyncio.to_thread(self.containers.run, "create-operator", "test")
         await self.mesh("policy", "apply", *(f"/policies/{file.name}" for file in (DEPLOY / "policies").glob("*.yaml")))
-        self.services = [await self.containers.start_service(f"{name}-1") for name in SERVICES]
+        self.services = [
+            await self.containers.start_service(f"{name}-1", OTEL_TRACES_SAMPLER_ARG="1") for name in SERVICES
+        ]
         port = self.containers.broker_port
         self.broker = DeployedBroker(self.deployment.box, self.supervisor, self._ports, port)
         self.doors = Doors(self.deployment.box, port)
@@ -151,7 +171,10 @@ class Shop:
 async def test_an_order_becomes_a_shipment_and_a_notification(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By events over TLS, each service with its own credentials. Without a broker all start, and orders are taken."""
+    """By events over TLS, each service with its own credentials; and it is a trace, which Jaeger gets.
+
+    Without a broker all start, and orders are taken; without Jaeger nothing is missing but traces.
+    """
     monkeypatch.delenv("MESH_INSECURE")
     async with AsyncExitStack() as stack:
         shop = Shop(stack.enter_context(deployed(tmp_path_factory.mktemp("events"))), tmp_path, stack)
@@ -159,13 +182,16 @@ async def test_an_order_becomes_a_shipment_and_a_notification(
         edge = await shop.member("edge", monkeypatch)
         await shop.broker.start()
         await shop.subscribed("shipping", "notifications")
-        await arrives(edge, await place(edge, "first"))
-        await shop.broker.stop()
-        second = await place(edge, "second")
-        assert await shop.outbox("orders") == 1
-        await shop.broker.start()
-        await arrives(edge, second)
-        assert await shop.outbox("orders") == 0
+        async with open_receiver(shop.containers.jaeger_port) as jaeger:
+            first = await place(edge, "first")
+            await arrives(edge, first)
+            await shop.broker.stop()
+            second = await place(edge, "second")
+            assert await shop.outbox("orders") == 1
+            await shop.broker.start()
+            await arrives(edge, second)
+            assert await shop.outbox("orders") == 0
+            await is_traced(jaeger, first, shop)
 
         notifications = await shop.member("notifications", monkeypatch)
         await the_control_plane_tells(notifications, shop)
@@ -178,11 +204,16 @@ async def test_an_order_becomes_a_shipment_and_a_notification(
             assert f"user '{user}' authenticated and granted access to vhost '{VIRTUAL_HOST}'" in log
         assert "started TLS (SSL) listener" in log
         assert "started TCP listener" not in log
-        for process in (*reversed(shop.services), shop.control_plane):
-            assert await process.stop() == 0
+        await arrives(edge, await place(edge, "without Jaeger"))
+        assert set(await asyncio.gather(*(process.stop() for process in shop.services))) == {0}
+        # Which is all that it holds them up for; their exporter alone would try for 10 s.
+        assert "their collector did not take them within 0.5 s" in shop.services[-1].log.read_text()
+        assert await shop.control_plane.stop() == 0
     secrets = [shop.doors.credentials(part).password for part in BROKER_USERS]
     for file in tmp_path.glob("*.log"):
-        assert not [secret for secret in secrets if secret in file.read_text()], file
+        text = file.read_text()
+        assert not [secret for secret in secrets if secret in text], file
+        assert "Logging error" not in text, file
 
 
 async def place(edge: Mesh, key: str) -> str:
@@ -218,6 +249,54 @@ async def arrives(edge: Mesh, order: str) -> None:
         "Thank you for your order of 1 grinder, 189.00 EUR.",
         f"Your order is on its way as {shipment.shipment_id}.",
     }
+
+
+async def is_traced(jaeger: Receiver, order: str, shop: Shop) -> None:
+    """Returns when Jaeger has an order's trace and those that are linked to it, and the control plane has it too."""
+
+    def first(kind: str, service: str, event: str) -> ReceivedSpan | None:
+        spans = (
+            span
+            for span in jaeger.spans
+            if (span.name, span.resource["service.name"]) == (f"{kind} shop.v1.{event}", service)
+            and span.attributes["cloudevents.event_subject"] == order
+        )
+        # Of an event that came again while the broker stopped there are several.
+        return min(spans, key=lambda span: int(span.proto.start_time_unix_nano), default=None)
+
+    async def ask() -> bool:
+        found[:] = [span for event in EVENTS if (span := first(*event)) is not None]
+        return len(found) == len(EVENTS) and paths(jaeger, found[0].proto.trace_id) >= ORDER
+
+    found: list[ReceivedSpan] = []
+    await comes_true(ask)
+    placed, shipping, told, shipped, told_too = found
+    assert paths(jaeger, placed.proto.trace_id) == ORDER
+    for span, cause in ((shipping, placed), (told, placed), (told_too, shipped)):
+        (link,) = span.proto.links
+        assert (link.trace_id, link.span_id) == (cause.proto.trace_id, cause.proto.span_id)
+        assert span.proto.trace_id != cause.proto.trace_id
+        assert span.resource["service.instance.id"] == f"{span.resource['service.name']}-1"
+    assert (shipped.proto.trace_id, shipped.proto.parent_span_id) == (shipping.proto.trace_id, shipping.proto.span_id)
+    trace_id = placed.proto.trace_id.hex()
+
+    async def ask_the_control_plane() -> bool:
+        traces = json.loads(await shop.mesh("trace", "--service", "orders", "--json"))["traces"]
+        return f"http://127.0.0.1:16686/trace/{trace_id}" in [trace["link"] for trace in traces]
+
+    await comes_true(ask_the_control_plane)
+
+
+def paths(jaeger: Receiver, trace: bytes) -> set[str]:
+    """What a trace consists of: its spans with those above them, as ``service kind``."""
+    spans = {span.proto.span_id: span for span in jaeger.spans if span.proto.trace_id == trace}
+
+    def path(span: ReceivedSpan) -> str:
+        own = f"{span.resource['service.name']} {span.kind}"
+        parent = span.proto.parent_span_id
+        return f"{path(spans[parent]) if parent in spans else parent.hex()} > {own}" if parent else own
+
+    return set(map(path, spans.values()))
 
 
 async def comes_true(ask: Callable[[], Awaitable[bool]]) -> None:

@@ -42,6 +42,7 @@ PROGRAMS: dict[str, list[str]] = {
     "service": [
         *(f"services.{service}.__main__" for service in SERVICES),
         *("mesh_client.mesh_server", "mesh_client.consul_registration", "mesh_client.events.bus"),
+        *("mesh_client.tracing_setup", "opentelemetry.exporter.otlp.proto.grpc.trace_exporter"),
     ],
 }
 """What the processes of a target import at some time."""

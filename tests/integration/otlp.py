@@ -21,18 +21,21 @@ KINDS = {
     trace_pb2.Span.SPAN_KIND_INTERNAL: "call",
     trace_pb2.Span.SPAN_KIND_CLIENT: "attempt",
     trace_pb2.Span.SPAN_KIND_SERVER: "server",
+    trace_pb2.Span.SPAN_KIND_PRODUCER: "publish",
+    trace_pb2.Span.SPAN_KIND_CONSUMER: "process",
 }
 
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """One span as the receiver got it."""
+    """One span as the receiver got it, and the attributes of its resource."""
 
     proto: Any
+    resource: dict[str, Any]
 
     @property
     def kind(self) -> str:
-        """``call``, ``attempt`` or ``server``."""
+        """``call``, ``attempt`` or ``server``; of events, ``publish`` or ``process``."""
         return KINDS[self.proto.kind]
 
     @property
@@ -75,8 +78,9 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
     async def Export(self, request: Any, context: Any) -> Any:
         for resource in request.resource_spans:
+            of = _plain(resource.resource.attributes)
             for scope in resource.scope_spans:
-                self.spans += map(ReceivedSpan, scope.spans)
+                self.spans += [ReceivedSpan(span, of) for span in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def provider(self, service: str, sampler: Sampler = ALWAYS_ON) -> TracerProvider:
@@ -126,12 +130,12 @@ def _lines(span: ReceivedSpan, spans: list[ReceivedSpan], depth: int) -> Iterato
 
 
 @asynccontextmanager
-async def open_receiver() -> AsyncIterator[Receiver]:
-    """A receiver that listens."""
+async def open_receiver(port: int = 0) -> AsyncIterator[Receiver]:
+    """A receiver that listens; by default on any port that is free."""
     receiver = Receiver()
     server = grpc.aio.server()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
-    receiver.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    receiver.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     await server.start()
     try:
         yield receiver
