@@ -228,13 +228,14 @@ class GroupConsumer:
         try:
             queue = await self._declare(channel, fresh=fresh)
             await channel.set_qos(prefetch_count=self._options.ahead, timeout=CONNECT_TIMEOUT)
-            tag = await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
+            await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
             logger.info("the group %s gets events", self._group.queue)
             self._words, self._connected = "connected", True
             self._backoff.reset()
             await self._permission.until_taken(broken)
-            await queue.cancel(tag, timeout=CONNECT_TIMEOUT)
-            while self._handlers:  # what was not begun is given back with the channel
+            # What was not begun is given back with the channel, all of it at once and in order. Were the consumer cancelled
+            # before, what is on its way then would be given back ahead of the others.
+            while self._handlers:
                 await first_of(broken, *self._handlers)
         finally:
             end(broken)
