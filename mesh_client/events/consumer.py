@@ -233,7 +233,7 @@ class GroupConsumer:
             self._words, self._connected = "connected", True
             self._backoff.reset()
             await self._permission.until_taken(broken)
-            # What was not begun is given back with the channel, all of it at once and in order. Were the consumer cancelled
+            # What was not begun is given back with the channel, all at once and in order. Were the consumer cancelled
             # before, what is on its way then would be given back ahead of the others.
             while self._handlers:
                 await first_of(broken, *self._handlers)
