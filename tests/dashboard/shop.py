@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
-from mesh.v1 import operations_pb2
+from mesh.v1 import admin_pb2, operations_pb2
 from shop.v1 import orders_pb2
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
@@ -124,7 +124,19 @@ class Shop:
         for service, count in COUNTS.items():
             for number in range(1, count + 1):
                 self.start(service, number)
+        # Otherwise its first call may fail, because its instances do not know each other yet.
+        eventually(self._in_sync)
         self.run(self._begin_load())
+
+    def _in_sync(self) -> bool:
+        """Whether every instance is listed, and has heard of those that it calls."""
+        with AdminClient([self.address], TIMEOUT, self.identities.credentials()) as client:
+            status = client.call(client.stub.GetStatus, admin_pb2.GetStatusRequest())
+        return {each.service: each.healthy for each in status.services} == COUNTS and all(
+            each.acknowledged_version == each.current_version != ""
+            for process in status.clients
+            for each in process.subscriptions
+        )
 
     def end(self) -> None:
         """Stops everything."""
