@@ -207,6 +207,7 @@ class OrderStore:
 
 
 def _find(connection: sqlite3.Connection, column: str, value: str) -> StoredOrder | None:
+    # Callers name the column, and never what they were asked for.
     row = connection.execute(f"SELECT * FROM orders WHERE {column} = ?", (value,)).fetchone()  # noqa: S608
     return None if row is None else _order(row)
 

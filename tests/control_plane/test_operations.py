@@ -320,6 +320,7 @@ async def test_a_process_that_does_not_answer_is_told_of(world: World, monkeypat
     [
         (pb.SetLogLevelRequest(service="orders", logger="no such logger"), "logger"),
         (pb.SetLogLevelRequest(service="orders", level=17), "level"),  # type: ignore[arg-type]  # of a later version
+        # Protobuf takes a mapping for a message, which its stubs do not know.
         (pb.SetLogLevelRequest(service="orders", duration={"seconds": 100_000}), "24 hours"),  # type: ignore[arg-type]
     ],
 )

@@ -201,6 +201,7 @@ BAD: dict[str, Report] = {
     "node.id": hello("orders", node_id=""),
     "node.id too long": hello("orders", node_id="x" * 300),
     "locality": Report(
+        # Protobuf takes a mapping for a message, which its stubs do not know.
         node=discovery_pb2.Node(id="evil", service="orders", locality={"zone": "\x1b[31m"}),  # type: ignore[arg-type]
         epoch="e",
     ),
