@@ -1,4 +1,4 @@
-"""`mesh diff`: policies against those in force, and what they would have refused of the last minutes' calls."""
+"""`mesh diff`: policies against those in force, and what they would have refused of the last calls and events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from google.protobuf.message import Message
 from mesh.v1 import traffic_pb2
 from rich.console import RenderableType
 from rich.padding import Padding
@@ -34,6 +35,20 @@ from mesh_client.core.policy import ServicePolicy
 EXIT_DIFFERENT = 1
 """As for diff(1); 2 is trouble."""
 
+_INDENT = (0, 0, 0, 2)
+_Reason = tuple[str, str, str]
+"""Field of the answer, what it is in words, and how well it is known."""
+_CALLS: Sequence[_Reason] = (
+    ("unauthorized", "for who calls", "exactly"),
+    ("rate_limited", "by rate limits", "at least"),
+    ("shed", "for calls in flight", "about"),
+)
+_EVENTS: Sequence[_Reason] = (
+    ("paused", "by a pause", "exactly"),
+    ("unauthorized", "for who publishes", "exactly"),
+    ("timed_out", "in the time allowed", "at least"),
+)
+
 
 @exits
 def diff(
@@ -60,7 +75,8 @@ def diff(
     """Show how policies differ from those in force, and which of the last minutes' calls they would have refused.
 
     Nothing is stored. Who may not call is known exactly; what rate limits refuse at least, and what a limit on calls in
-    flight refuses about. Exit code 0: they are in force as they are, 1: one differs, 2: it cannot be told.
+    flight refuses about. Events that the service's groups would not have handled are shown likewise. Exit code 0: they
+    are in force as they are, 1: one differs, 2: it cannot be told.
     """
     checked = check(read_documents(files, ServicePolicy), ServicePolicy)
     bad = [item for item in checked if item.errors or item.policy is None]
@@ -121,31 +137,57 @@ def render_difference(
     else:
         yield Text(f"{printable(service)}: the policy in {printable(file)} is in force as it is")
     yield Text()
-    if not answer.calls:
+    if not answer.calls and not answer.handled:
         yield Text(f"{service}: no instance has reported a call within the last {within(answer.window)}.")
-        return
-    received = f"{count(answer.calls, 'call')} that {count(answer.instances, 'instance')} received"
-    yield Text(f"{service}, of {received} within the last {within(answer.window)}:", style="bold")
-    yield Padding(_totals(answer), (0, 0, 0, 2))
-    if answer.proposed.details:
+    if answer.calls:
+        received = f"{count(answer.calls, 'call')} that {count(answer.instances, 'instance')} received"
+        yield from _tried(service, received, answer, _CALLS, "REFUSED", answer.current, answer.proposed)
+        if answer.proposed.details:
+            yield Text()
+            yield Padding(_refused_calls(answer.proposed.details), _INDENT)
+    if answer.calls and answer.handled:
         yield Text()
-        yield Padding(_details(answer.proposed.details), (0, 0, 0, 2))
+    if answer.handled:
+        handled = f"{count(answer.handled, 'event')} that its groups handled"
+        yield from _tried(
+            service, handled, answer, _EVENTS, "NOT HANDLED", answer.current_events, answer.proposed_events
+        )
+        if answer.proposed_events.details:
+            yield Text()
+            yield Padding(_kept_events(answer.proposed_events.details), _INDENT)
 
 
-def _totals(answer: traffic_pb2.TryPolicyResponse) -> RenderableType:
-    shown = table("REFUSED", "IN FORCE", "PROPOSED", "", right=["IN FORCE", "PROPOSED"])
-    for name, how in (("unauthorized", "exactly"), ("rate_limited", "at least"), ("shed", "about")):
-        now, then = getattr(answer.current, name), getattr(answer.proposed, name)
+def _tried(
+    service: str,
+    what: str,
+    answer: traffic_pb2.TryPolicyResponse,
+    reasons: Sequence[_Reason],
+    title: str,
+    current: Message,
+    proposed: Message,
+) -> Iterator[RenderableType]:
+    yield Text(f"{service}, of {what} within the last {within(answer.window)}:", style="bold")
+    shown = table(title, "IN FORCE", "PROPOSED", "", right=["IN FORCE", "PROPOSED"])
+    for name, words, how in reasons:
+        now, then = getattr(current, name), getattr(proposed, name)
         style = "red" if then > now else "green" if then < now else ""
-        what = {"unauthorized": "for who calls", "rate_limited": "by rate limits", "shed": "for calls in flight"}[name]
-        add_row(shown, what, str(now or "-"), Text(str(then or "-"), style=style), how if now or then else "")
-    return shown
+        add_row(shown, words, str(now or "-"), Text(str(then or "-"), style=style), how if now or then else "")
+    yield Padding(shown, _INDENT)
 
 
-def _details(rows: Sequence[traffic_pb2.RefusedCalls]) -> RenderableType:
+def _refused_calls(rows: Sequence[traffic_pb2.RefusedCalls]) -> RenderableType:
     figures = ("CALLS", "WHO CALLS", "RATE", "IN FLIGHT")
     shown = table("CALLER", "METHOD", *figures, right=figures)
     for row in rows:
         counts = (str(each or "-") for each in (row.calls, row.unauthorized, row.rate_limited, row.shed))
         add_row(shown, row.caller or "nobody of the mesh", row.method.removeprefix("/"), *counts)
+    return shown
+
+
+def _kept_events(rows: Sequence[traffic_pb2.KeptEvents]) -> RenderableType:
+    figures = ("HANDLED", "PAUSED", "WHO PUBLISHES", "TIME")
+    shown = table("PUBLISHER", "TYPE", "GROUP", *figures, right=figures)
+    for row in rows:
+        counts = (str(each or "-") for each in (row.handled, row.paused, row.unauthorized, row.timed_out))
+        add_row(shown, row.publisher, row.type, row.group, *counts)
     return shown

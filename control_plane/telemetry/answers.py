@@ -10,6 +10,7 @@ from mesh.v1 import telemetry_pb2, traffic_pb2
 
 from control_plane.convert import duration_to_proto
 from control_plane.telemetry.dry_run import Refusals
+from control_plane.telemetry.event_dry_run import EventImpact
 from control_plane.telemetry.explain import Finding, Severity, explain_failures
 from control_plane.telemetry.recorder import OutboxReport
 from control_plane.telemetry.stats import Stats
@@ -160,6 +161,27 @@ def refusals_to_proto(refusals: Refusals) -> traffic_pb2.Refusals:
                 shed=row.shed,
             )
             for row in refusals.details
+        ],
+    )
+
+
+def event_impact_to_proto(impact: EventImpact) -> traffic_pb2.EventImpact:
+    """What a policy would have done to events."""
+    return traffic_pb2.EventImpact(
+        paused=impact.paused,
+        unauthorized=impact.unauthorized,
+        timed_out=impact.timed_out,
+        details=[
+            traffic_pb2.KeptEvents(
+                group=row.group,
+                publisher=row.publisher,
+                type=row.type,
+                handled=row.handled,
+                paused=row.paused,
+                unauthorized=row.unauthorized,
+                timed_out=row.timed_out,
+            )
+            for row in impact.details
         ],
     )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from control_plane.telemetry.timeline import BUSY, CODE_NAMES, PEAK, STEP, Counters
+from control_plane.telemetry.timeline import BUSY, PEAK, STEP, count_of
 from control_plane.telemetry.traffic import ReceivedStep
 from mesh_client.core.authorization import Authorizer
 from mesh_client.core.policy import RateLimit, RateLimitScope, ServicePolicy, method_matches
@@ -77,7 +77,7 @@ def try_policy(policy: ServicePolicy, received: Iterable[ReceivedStep]) -> Refus
         left: dict[tuple[str, str], int] = {}
         for key, counters in step.calls.items():
             row = found.setdefault(key, RefusedCalls(*key))
-            count = _count(counters)
+            count = count_of(counters)
             row.calls += count
             if authorizer.check(*key) is not None:
                 row.unauthorized += count
@@ -149,10 +149,6 @@ class _Buckets:
         refused = max(0, int(calls - there))
         self._tokens[bucket] = step, min(burst, there - (calls - refused))
         return refused
-
-
-def _count(counters: Counters) -> int:
-    return sum(count for counter, count in counters.items() if counter in CODE_NAMES)
 
 
 def _shared(refused: int, calls: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:

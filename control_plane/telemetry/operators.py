@@ -27,6 +27,7 @@ from control_plane.telemetry.answers import (
     edge_to_proto,
     endpoint_to_proto,
     event_edge_to_proto,
+    event_impact_to_proto,
     failures_to_proto,
     finding_to_proto,
     method_to_proto,
@@ -36,6 +37,7 @@ from control_plane.telemetry.answers import (
 )
 from control_plane.telemetry.convert import seconds
 from control_plane.telemetry.dry_run import try_policy
+from control_plane.telemetry.event_dry_run import try_events
 from control_plane.telemetry.explain import Facts, Lagging, Refused, findings
 from control_plane.telemetry.recorder import Recorder
 from control_plane.telemetry.reports import TelemetryServicer
@@ -167,7 +169,8 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         span = _span(request.window if request.HasField("window") else None, WINDOW)
         received = self._traffic.received(policy.service, now, span)
         current, _ = self._book.policy(policy.service)
-        proposed = try_policy(policy, received)
+        handled = self._traffic.handled(policy.service, now, span)
+        proposed, events = try_policy(policy, received), try_events(policy, handled)
         return traffic_pb2.TryPolicyResponse(
             window=duration_to_proto(self._traffic.reach(now, span)),
             calls=proposed.calls,
@@ -175,6 +178,9 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
             proposed=refusals_to_proto(proposed),
             current=refusals_to_proto(try_policy(current, received)),
             current_policy=policy_to_proto(current),
+            handled=events.handled,
+            proposed_events=event_impact_to_proto(events),
+            current_events=event_impact_to_proto(try_events(current, handled)),
         )
 
     async def Tap(

@@ -38,6 +38,11 @@ _MOST = 2**63
 Counters = dict[int, int]
 
 
+def count_of(counters: Mapping[int, int]) -> int:
+    """How many calls ended."""
+    return sum(count for counter, count in counters.items() if counter in CODE_NAMES)
+
+
 def step_of(now: float) -> int:
     """The number of the step that a time, in seconds of any clock that only grows, is in."""
     return int(now // STEP)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from control_plane.telemetry.recorder import INSTANCE, CalledState, Recorder, Reporter
 from control_plane.telemetry.stats import Stats
 from control_plane.telemetry.timeline import STEP, STEPS, WINDOW, Counters, add_up, step_of
-from control_plane.telemetry.window import FailureExample, FailureKey, Window
+from control_plane.telemetry.window import EventKey, FailureExample, FailureKey, Window
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
 
@@ -192,6 +192,11 @@ class Traffic:
             EventEdge(key.publisher, key.service, key.group, key.type, Stats.of(counters, seconds[key.service]))
             for key, counters in sorted(sums.items(), key=lambda item: (item[0].publisher, item[0]))
         ]
+
+    def handled(self, service: str, now: float, span: float = WINDOW) -> list[tuple[EventKey, Counters]]:
+        """The events that each group of a service handled, by publisher and type, in no order."""
+        sums = self._window.events.grouped(self._first(now, span), lambda key: key if key.service == service else None)
+        return [*sums.items()]
 
     def calls_to(self, service: str, now: float, span: float = 60.0) -> Stats:
         """How the calls to a service went, all callers and methods together."""

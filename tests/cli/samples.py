@@ -33,6 +33,18 @@ routes:
         weight: 10
 """
 
+SHIPPING = """\
+service: shipping
+events:
+  - group: reports
+    paused: true
+  - group: "*"
+    handlers:
+      - type: shop.v1.OrderPlaced
+        publishers: [orders]
+        timeout: 5s
+"""
+
 
 def span(seconds: float) -> Duration:
     made = Duration()

@@ -19,7 +19,7 @@ from rich.text import Text
 from mesh_cli.watch import show
 from tests.cli import traffic_samples as samples
 from tests.cli.conftest import Run
-from tests.cli.samples import ORDERS
+from tests.cli.samples import ORDERS, SHIPPING
 from tests.cli.scripted import Refusal, ScriptedAdmin
 
 Golden = Callable[[str, str], None]
@@ -280,6 +280,23 @@ def test_a_difference_is_written_as_stable_json(run: Run, admin: ScriptedAdmin, 
     result = run("diff", orders, "--json", "--control-plane", admin.address)
     assert result.exit_code == 1
     golden("diff.json", result.stdout)
+
+
+def test_a_policy_that_changes_how_events_are_handled_is_shown_with_what_would_not_have_been(
+    run: Run, admin: ScriptedAdmin, golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shipping.yaml").write_text(SHIPPING, encoding="utf-8")
+    admin.answers["TryPolicy"] = samples.tried_events()
+    result = run("diff", "shipping.yaml", "--control-plane", admin.address)
+    assert (result.exit_code, result.stderr) == (1, "")
+    golden("diff-events.txt", result.stdout)
+    both = samples.tried()
+    both.MergeFrom(traffic_pb2.TryPolicyResponse(handled=1, current_events=samples.tried_events().current_events))
+    admin.answers["TryPolicy"] = both
+    shown = run("diff", "shipping.yaml", "--control-plane", admin.address).stdout
+    assert "of 74010 calls that 2 instances received" in shown
+    assert "of 1 event that its groups handled within the last 10 min:" in shown
 
 
 def test_a_policy_that_is_in_force_is_exit_code_0(run: Run, admin: ScriptedAdmin) -> None:

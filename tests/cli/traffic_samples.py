@@ -237,6 +237,27 @@ def tried() -> traffic_pb2.TryPolicyResponse:
     )
 
 
+def tried_events() -> traffic_pb2.TryPolicyResponse:
+    """A policy that would have kept some events from their handlers, of a service that nobody calls."""
+    placed, shipped = "shop.v1.OrderPlaced", "shop.v1.OrderShipped"
+    return traffic_pb2.TryPolicyResponse(
+        window=span(600),
+        current_policy=policy({"service": "shipping"}),
+        handled=2_100,
+        proposed_events=traffic_pb2.EventImpact(
+            paused=400,
+            unauthorized=7,
+            timed_out=12,
+            details=[
+                traffic_pb2.KeptEvents(group="reports", publisher="shipping", type=shipped, handled=400, paused=400),
+                traffic_pb2.KeptEvents(group="shipping", publisher="orders", type=placed, handled=1_693, timed_out=12),
+                traffic_pb2.KeptEvents(group="shipping", publisher="reviews", type=placed, handled=7, unauthorized=7),
+            ],
+        ),
+        current_events=traffic_pb2.EventImpact(timed_out=31),
+    )
+
+
 def untried(document: dict[str, object]) -> traffic_pb2.TryPolicyResponse:
     """A policy that is in force, of a service whose instances report nothing."""
     ServicePolicy.parse(document)

@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import yaml
-from mesh.v1 import admin_pb2, admin_pb2_grpc
+from mesh.v1 import admin_pb2, admin_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from shop.v1.events_pb2 import OrderPlaced
 
 import mesh_client
@@ -22,7 +23,8 @@ from mesh_client.events import Event, EventBus, RetrySchedule
 from mesh_client.events.delivery import DETAIL, REASON
 from mesh_client.transport import open_channel
 from tests.control_plane.test_secure_server import running
-from tests.events.services import Seen, Services, started, until
+from tests.events.services import PATIENCE, Seen, Services, started, until
+from tests.integration.test_load_reports import FAST
 
 WAITS = "waits to hear from a control plane what the service's policy is"
 
@@ -30,10 +32,11 @@ WAITS = "waits to hear from a control plane what the service's policy is"
 class Shipping:
     """A bus of shipping in a mesh without identity, and the policy that it obeys."""
 
-    def __init__(self, bus: EventBus, mesh: mesh_client.Mesh, admin: admin_pb2_grpc.AdminServiceAsyncStub) -> None:
+    def __init__(self, bus: EventBus, mesh: mesh_client.Mesh, control_plane: grpc.aio.Channel) -> None:
         self.bus = bus
+        self.traffic = traffic_pb2_grpc.TrafficServiceStub(control_plane)
         self._mesh = mesh
-        self._admin = admin
+        self._admin = admin_pb2_grpc.AdminServiceStub(control_plane)
 
     @property
     def group(self) -> GroupState:
@@ -73,7 +76,7 @@ async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
 @pytest.fixture
 async def shipping(services: Services, plane: ControlPlane) -> AsyncIterator[Shipping]:
     async with (
-        mesh_client.connect(plane.address, service="shipping", insecure=True, cache_dir="") as mesh,
+        mesh_client.connect(plane.address, service="shipping", insecure=True, cache_dir="", load_reports=FAST) as mesh,
         open_channel(plane.address) as channel,
     ):
         bus = mesh.events(
@@ -81,7 +84,7 @@ async def shipping(services: Services, plane: ControlPlane) -> AsyncIterator[Shi
             credentials=services.broker.credentials("shipping"),
             outbox=services.directory / "shipping.sqlite",
         )
-        yield Shipping(bus, mesh, admin_pb2_grpc.AdminServiceStub(channel))
+        yield Shipping(bus, mesh, channel)
 
 
 async def test_publishers_are_taken_whom_code_and_policy_both_take(services: Services, shipping: Shipping) -> None:
@@ -100,6 +103,34 @@ async def test_publishers_are_taken_whom_code_and_policy_both_take(services: Ser
     await others.publish(OrderPlaced(order_id="free again"))
     await seen.count(2)
     assert [event.message.order_id for event in seen.events] == ["paid", "free again"]
+
+
+async def test_what_a_policy_would_keep_from_handlers_is_told_from_what_they_handled(
+    services: Services, shipping: Shipping
+) -> None:
+    bus, seen = shipping.bus, Seen()
+    bus.subscribe(OrderPlaced)(seen)
+    await started(bus)
+    for publisher in ("orders", "notifications", "notifications"):
+        await services.bus(publisher).publish(OrderPlaced())
+    await seen.count(3)
+
+    async def tried(**handling: Any) -> traffic_pb2.TryPolicyResponse:
+        policy = {"service": "shipping", "events": [{"handlers": [handling]}]}
+        return await shipping.traffic.TryPolicy(traffic_pb2.TryPolicyRequest(document=yaml.safe_dump(policy)))
+
+    async with asyncio.timeout(PATIENCE):
+        while (answer := await tried(type="shop.v1.OrderPlaced", publishers=["orders"])).handled < 3:
+            await asyncio.sleep(0.05)
+    assert (answer.handled, answer.proposed_events.unauthorized, answer.current_events.unauthorized) == (3, 2, 0)
+    [row] = answer.proposed_events.details
+    assert (row.group, row.publisher, row.type, row.handled) == (
+        "shipping",
+        "notifications",
+        "shop.v1.OrderPlaced",
+        2,
+    )
+    assert not (await tried(type="shop.v1.OrderShipped", publishers=["nobody"])).proposed_events.details
 
 
 async def test_time_and_attempts_of_a_handler_are_cut(services: Services, shipping: Shipping) -> None:

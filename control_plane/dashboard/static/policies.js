@@ -145,27 +145,34 @@ function comparison(diff, current) {
     warningsOf(diff.warnings), diff.tried ? dryRun(diff) : null];
 }
 
+const CALLS = [["for who calls", "unauthorized", "exactly"], ["by rate limits", "rate_limited", "at least"], ["for calls in flight", "shed", "about"]];
+const EVENTS = [["by a pause", "paused", "exactly"], ["for who publishes", "unauthorized", "exactly"], ["in the time allowed", "timed_out", "at least"]];
+
 function dryRun({ name, tried }) {
-  if (!tried.calls) return h("p", {}, `${name}: no instance has reported a call within the last ${within(tried.window)}.`);
-  const kinds = [["for who calls", "unauthorized", "exactly"], ["by rate limits", "rate_limited", "at least"], ["for calls in flight", "shed", "about"]];
-  const rows = kinds.map(([what, field, how]) => {
-    const now = tried.current[field], then = tried.proposed[field];
-    return { key: field, cells: [what, now || "-", badge(then || "-", then > now ? "bad" : then < now ? "good" : "plain"), now || then ? how : ""] };
-  });
+  if (!tried.calls && !tried.handled) return h("p", {}, `${name}: no instance has reported a call within the last ${within(tried.window)}.`);
+  return [tried.calls ? refusedCalls(tried) : null, tried.handled ? keptEvents(tried) : null];
+}
+function refusedCalls(tried) {
   const details = tried.proposed.details.map((each) => ({
     key: `${each.caller} ${each.method}`,
     cells: [each.caller || "nobody of the mesh", method(each.method), each.calls, each.unauthorized || "-", each.rate_limited || "-", each.shed || "-"],
   }));
   return [h("h3", {}, `Of ${count(tried.calls, "call")} that ${count(tried.instances, "instance")} received within the last ${within(tried.window)}`),
-    table("What would have been refused", ["Refused", ">In force", ">Proposed", ""], rows),
+    table("What would have been refused", ["Refused", ">In force", ">Proposed", ""], totals(CALLS, tried.current, tried.proposed)),
     details.length ? table("Who would have been refused", ["Caller", "Method", ">Calls", ">Who calls", ">Rate", ">In flight"], details) : null];
 }
-
-function progress(applied, state) {
-  const told = [h("h2", {}, "Applied"), h("p", {}, `Stored as version ${applied.stored_version}${applied.changed ? "" : "; nothing has changed by it"}.`)];
-  if (state.kind !== "service" || applied.name !== state.name) return told;
-  if (applied.changed && state.published === applied.before) return [...told, h("p", {}, "It is not published yet.")];
-  const { all, current } = state.subscriptions;
-  return [...told, h("p", { class: "acknowledgement" }, `Published as ${state.published || "-"}; `,
-    badge(`${current} of ${all} have acknowledged it`, current === all ? "good" : "poor"))];
+function keptEvents(tried) {
+  const details = tried.proposed_events.details.map((each) => ({
+    key: `${each.publisher} ${each.type} ${each.group}`,
+    cells: [each.publisher, each.type, each.group, each.handled, each.paused || "-", each.unauthorized || "-", each.timed_out || "-"],
+  }));
+  return [h("h3", {}, `Of ${count(tried.handled, "event")} that its groups handled within the last ${within(tried.window)}`),
+    table("What would not have been handled", ["Not handled", ">In force", ">Proposed", ""], totals(EVENTS, tried.current_events, tried.proposed_events)),
+    details.length ? table("Whose events would not have been handled", ["Publisher", "Type", "Group", ">Handled", ">Paused", ">Who publishes", ">Time"], details) : null];
+}
+function totals(kinds, current, proposed) {
+  return kinds.map(([what, field, how]) => {
+    const now = current[field], then = proposed[field];
+    return { key: field, cells: [what, now || "-", badge(then || "-", then > now ? "bad" : then < now ? "good" : "plain"), now || then ? how : ""] };
+  });
 }
