@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
-from mesh.v1 import admin_pb2, operations_pb2
+from mesh.v1 import admin_pb2, discovery_pb2, operations_pb2, telemetry_pb2_grpc
 from shop.v1 import orders_pb2
 from shop.v1.orders_pb2_grpc import OrderServiceStub
 
@@ -23,7 +23,10 @@ import mesh_client
 from mesh_cli.client import AdminClient
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
+from mesh_client.telemetry_convert import requests_of
+from mesh_client.transport import CONTROL_PLANE
 from tests import leaks
+from tests.control_plane.load_reports import Process as Reporter
 from tests.control_plane.otlp import export, otlp_request, otlp_span
 from tests.dashboard.browser import eventually, guarded
 from tests.ports import held_address
@@ -114,6 +117,25 @@ class Shop:
             spans = (otlp_span(number, 1, name=text), otlp_span(number, 2, 1, name=text, took=5.0, error=error))
             async with grpc.aio.insecure_channel(self.otlp_address) as channel:
                 await export(channel, otlp_request(*spans, service_name=text, evil=text))
+
+        self.run(send())
+
+    def report_events(self, publisher: str, count: int) -> None:
+        """Reports that the load has handled events, of which there is no broker here."""
+
+        async def send() -> None:
+            assert self._mesh is not None
+            process = Reporter(f"{CALLER}-events", CALLER)
+            process.handles(count, publisher)
+            [request] = requests_of(process.report(0.0), 0.0)
+            request.node.CopyFrom(discovery_pb2.Node(id=process.node.id, service=CALLER))
+            request.epoch = process.epoch
+            async with self._mesh.transport.open_channel(self.address, CONTROL_PLANE) as channel:
+                stream = telemetry_pb2_grpc.TelemetryServiceStub(channel).Report()
+                await stream.write(request)
+                await stream.done_writing()
+                async for _ in stream:
+                    pass
 
         self.run(send())
 

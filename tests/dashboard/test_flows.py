@@ -246,6 +246,17 @@ def test_headings_landmarks_and_names_are_there(browser: Browser) -> None:
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), page
 
 
+def test_a_policy_is_compared_with_the_events_that_were_handled(browser: Browser, shop: Shop, tmp_path: Path) -> None:
+    shop.report_events("reviews", 3)
+    show(browser, "policy/service/web")
+    browser.type("#document", "service: web\nevents:\n- handlers:\n  - {publishers: [orders]}\n")
+    browser.click("[data-action=diff]")
+    browser.sees("Of 3 events that its groups handled within the last", "for who publishes")
+    rows = [row.split() for row in browser.element("main tbody tr")]
+    assert ["reviews", "shop.v1.OrderPlaced", "main", "3", "-", "3", "-"] in rows
+    browser.screenshot(tmp_path / "events.png")
+
+
 def test_whoever_signs_out_sees_nothing_more(signed_in: Browser, shop: Shop) -> None:
     show(signed_in, "")
     signed_in.click("#logout")

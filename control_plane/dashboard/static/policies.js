@@ -176,3 +176,12 @@ function totals(kinds, current, proposed) {
     return { key: field, cells: [what, now || "-", badge(then || "-", then > now ? "bad" : then < now ? "good" : "plain"), now || then ? how : ""] };
   });
 }
+
+function progress(applied, state) {
+  const told = [h("h2", {}, "Applied"), h("p", {}, `Stored as version ${applied.stored_version}${applied.changed ? "" : "; nothing has changed by it"}.`)];
+  if (state.kind !== "service" || applied.name !== state.name) return told;
+  if (applied.changed && state.published === applied.before) return [...told, h("p", {}, "It is not published yet.")];
+  const { all, current } = state.subscriptions;
+  return [...told, h("p", { class: "acknowledgement" }, `Published as ${state.published || "-"}; `,
+    badge(`${current} of ${all} have acknowledged it`, current === all ? "good" : "poor"))];
+}
