@@ -24,6 +24,7 @@ from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import check_service_name
 from mesh_client.core.rate_limit import TokenBucket
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:  # cannot be subscripted at run time
     FollowContext = grpc.aio.ServicerContext[pb.FollowRequest, pb.FollowResponse]
@@ -264,8 +265,7 @@ class EdgeHub:
         except _WrongReportError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await end_tasks(reading)
             _log.info("gateway %s follows the policy of edge %s no more", follower.id, follower.edge)
 
     async def _read(

@@ -37,6 +37,7 @@ from mesh_client.core.policy import ServicePolicy
 from mesh_client.events import EventBus
 from mesh_client.events.settings import BrokerSettings, broker_settings
 from mesh_client.identity import IdentityState
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from control_plane.identity.certificate_authority import CertificateAuthority
@@ -183,9 +184,7 @@ class EventPublisher:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STORE_TIMEOUT)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         await self._bus.close()
 
     def outboxes(self) -> Iterator[tuple[str, str, OutboxReport]]:

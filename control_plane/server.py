@@ -52,6 +52,7 @@ from control_plane.telemetry.station import Telemetry
 from control_plane.traces.view import TraceView
 from mesh_client.core.errors import InvalidTransitionError, InvalidValueError
 from mesh_client.core.policy import ServicePolicy
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from control_plane.dashboard.server import Dashboard
@@ -329,10 +330,7 @@ class ControlPlane:
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(*(server.stop(grace) for server in self._servers))
             self._servers.clear()
-        tasks = [*self._tasks, *([self._serving] if self._serving is not None else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._tasks, self._serving)
         if self._events is not None:
             await self._events.close()
         await self._drains.save()

@@ -37,7 +37,8 @@ from mesh_client.core.policy import Backoff
 from mesh_client.core.rate_limit import TokenBucket
 from mesh_client.core.retry import backoff_delay
 from mesh_client.discovery import AGED
-from mesh_client.stream_end import StreamEnd, obey_cancellation
+from mesh_client.stream_end import StreamEnd
+from mesh_client.tasks import end_tasks, obey_cancellation
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 RECONNECT = Backoff(initial=0.2, max=10.0, multiplier=2.0)
@@ -188,9 +189,7 @@ class EdgeClient:
         """Ends the stream, and with it the gateway's presence. What was reported as applied is on disk then."""
         if self._patience is not None:
             self._patience.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         await self._save_now()
         await self._transport.stop()
 
@@ -287,8 +286,7 @@ class EdgeClient:
                 except grpc.aio.AioRpcError as error:
                     raise await end.instead_of(error) from None
                 finally:
-                    sender.cancel()
-                    await asyncio.gather(sender, return_exceptions=True)
+                    await end_tasks(sender)
                     call.cancel()
         except grpc.aio.AioRpcError as error:
             details = error.details() or ""

@@ -35,6 +35,7 @@ from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 from mesh_client.identity import PemCredentials
 from mesh_client.mesh import connect
 from mesh_client.stop_signals import StopSignals
+from mesh_client.tasks import end_tasks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,13 +175,10 @@ class _Gateway:
                     if stop is not None:
                         await signals.unless_again(stop())
                 finally:
-                    failed.cancel()
-                    for task in [*tasks, *([self._saying] if self._saying is not None else [])]:
-                        task.cancel()
-                    results = await asyncio.gather(*tasks, failed, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+                    await end_tasks(*tasks, failed, self._saying)
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
 
     async def _applied(self, services: frozenset[str]) -> None:
         if self._sync is not None:

@@ -19,6 +19,7 @@ from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import MeshError
 from mesh_client.core.store import EndpointsResource
 from mesh_client.mesh import Mesh
+from mesh_client.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,7 @@ class EdgeSync:
                 await self._step()
         finally:
             unsubscribe()
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await end_tasks(watching)
 
     async def _watch_edge(self) -> None:
         while True:
@@ -177,9 +177,7 @@ class EdgeSync:
         try:
             await asyncio.wait({observing, takes_over}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            observing.cancel()
-            takes_over.cancel()
-            await asyncio.gather(observing, takes_over, return_exceptions=True)
+            await end_tasks(observing, takes_over)
         if not self._takes_over.is_set():
             if error := observing.exception():
                 log.error("looking at the edge failed", exc_info=error)

@@ -32,6 +32,7 @@ from mesh_client.core.retry import backoff_delay
 from mesh_client.log_service import LogService
 from mesh_client.logs import Logs, current_logs
 from mesh_client.stream_end import StreamEnd
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -208,10 +209,7 @@ class _Tasks:
             task.cancel()
 
     async def stop(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._tasks.values())
 
 
 async def _tail(service: LogService, start: operations_pb2.StartTail, send: _Send) -> None:

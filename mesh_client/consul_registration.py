@@ -22,6 +22,7 @@ from mesh_client.core.model import Endpoint
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
 from mesh_client.identity.store import read_secret_file
 from mesh_client.registration import Changes
+from mesh_client.tasks import end_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class ConsulRegistrar:
         """Marks the registration as draining, for control planes that `drain_everywhere` cannot reach."""
         was_registered = self._machine.state is RegistrationState.REGISTERED
         self._leave()
-        await self._end_task()
+        await end_tasks(self._task)
         if was_registered:
             try:
                 await self._agent.register(self._definition(draining=True))
@@ -252,7 +253,7 @@ class ConsulRegistrar:
     async def deregister(self) -> None:
         """Deregisters from the agent, whatever is known of the registration."""
         self._leave()
-        await self._end_task()
+        await end_tasks(self._task)
         try:
             await self._agent.deregister(self._endpoint.id)
         except AgentError as error:
@@ -272,7 +273,7 @@ class ConsulRegistrar:
     async def close(self) -> None:
         """Ends every background task at once; the check turns critical for want of reports."""
         self._leave()
-        await self._end_task()
+        await end_tasks(self._task)
         self._agent.close()
 
     def _leave(self) -> None:
@@ -309,11 +310,6 @@ class ConsulRegistrar:
             return
         await self._agent.register(self._definition(draining=False))
         logger.info("registered %s/%s with Consul again, with a new token", self._service, self._endpoint.id)
-
-    async def _end_task(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
 
     def _definition(self, *, draining: bool) -> dict[str, object]:
         passing = self._verdict is not None and self._verdict.healthy

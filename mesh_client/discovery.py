@@ -22,7 +22,8 @@ from mesh_client.core.model import ResourceKind
 from mesh_client.core.policy import Backoff
 from mesh_client.core.retry import backoff_delay
 from mesh_client.core.store import Acknowledge, Store, Subscribe
-from mesh_client.stream_end import StreamEnd, obey_cancellation
+from mesh_client.stream_end import StreamEnd
+from mesh_client.tasks import end_tasks, obey_cancellation
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 Stream = grpc.aio.StreamStreamCall[discovery_pb2.DeltaResourcesRequest, discovery_pb2.DeltaResourcesResponse]
@@ -172,9 +173,7 @@ class Discovery:
             self._lost(address, f"{type(error).__name__}: {error}", answered)
         finally:
             self._close_stream()
-            for task in beside:
-                task.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
+            await end_tasks(*beside)
             await channel.close()
         return answered
 
@@ -214,8 +213,7 @@ class Discovery:
         except AioRpcError as error:
             raise await end.instead_of(error) from None
         finally:
-            sender.cancel()
-            await asyncio.gather(sender, return_exceptions=True)
+            await end_tasks(sender)
             call.cancel()
 
     @staticmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from random import Random
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mesh_client.policy_watch import PolicyWatch
 from mesh_client.registration import LeaseRegistrar, NoRegistrar, Registrar, drain_everywhere
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from mesh_client.core.model import Endpoint
@@ -106,7 +106,7 @@ class Membership:
 
     async def leave(self) -> None:
         """Returns when callers know that the server leaves, or can no longer be told, and it is registered nowhere."""
-        await self._end_joining()
+        await end_tasks(self._joining)
         await self._drain()
         await self._registrar.deregister()
         if self._in_mesh:
@@ -114,15 +114,9 @@ class Membership:
 
     async def close(self) -> None:
         """Gives back everything that is open, and leaves the registry to find out by itself."""
-        await self._end_joining()
+        await end_tasks(self._joining)
         await self._registrar.close()
         await self._policies.stop()
-
-    async def _end_joining(self) -> None:
-        if self._joining is not None:
-            self._joining.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._joining
 
     def _make_registrar(self, endpoint: Endpoint) -> Registrar:
         settings = self._settings

@@ -32,6 +32,7 @@ from mesh_client.metrics_server import SHARED
 from mesh_client.observed import SERVERS
 from mesh_client.server_status import Phase, ServerStatus
 from mesh_client.stop_signals import StopSignals
+from mesh_client.tasks import end_tasks
 from mesh_client.tracing_choice import choose_tracing, send_traces
 
 if TYPE_CHECKING:
@@ -398,7 +399,7 @@ class MeshServer(grpc.aio.Server):
             "%s/%s is leaving: %d calls in flight", settings.service, self.instance_id, self._admission.in_flight
         )
         await self._health.enter_shutdown()
-        await self._end_checks()
+        await end_tasks(self._check_task)
         # Handlers of events call and publish as those of calls do: both end while everything is still there.
         await asyncio.gather(self._membership.leave(), self._drain_events(grace))
         self._phase = Phase.STOPPING
@@ -413,25 +414,18 @@ class MeshServer(grpc.aio.Server):
         if self._mesh is not None and self._mesh.event_bus is not None:
             await self._mesh.event_bus.drain(grace)
 
-    async def _end_checks(self) -> None:
-        if self._check_task is not None:
-            self._check_task.cancel()
-            await asyncio.wait({self._check_task})
-
     async def _stop_at_once(self) -> None:
         """Aborts calls in flight; the registry finds out by itself."""
         self._phase = Phase.STOPPED
         await self._inner.stop(None)
-        if self._shutdown is not None:
-            self._shutdown.cancel()
-            await asyncio.wait({self._shutdown})
+        await end_tasks(self._shutdown)
         await self._release()
 
     async def _release(self) -> None:
         """Gives back everything that is open; harmless when nothing is."""
         self._stopping.set()
         await self._inner.stop(None)
-        await self._end_checks()
+        await end_tasks(self._check_task)
         await self._membership.close()
         if self._self_check is not None:
             await self._self_check.close()

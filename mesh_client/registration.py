@@ -21,6 +21,7 @@ from mesh_client.core.errors import IdentityError
 from mesh_client.core.handshake import explain
 from mesh_client.core.model import Endpoint, Health
 from mesh_client.core.registration import Registration, RegistrationState, RegistrationStatus, Verdict
+from mesh_client.tasks import end_tasks
 from mesh_client.transport import CONTROL_PLANE, Transport
 
 logger = logging.getLogger(__name__)
@@ -180,9 +181,7 @@ class LeaseRegistrar:
     async def close(self) -> None:
         """Ends the stream at once; the lease lasts for its grace period."""
         self._leave()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await end_tasks(self._task)
 
     def _leave(self) -> None:
         self._machine.leave(time.monotonic())

@@ -23,6 +23,7 @@ from mesh_client.core.store import EndpointsResource, Resolution, Store
 from mesh_client.discovery import Applied, Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
+from mesh_client.tasks import end_tasks
 from mesh_client.telemetry import LoadReporter, ProcessView
 from mesh_client.tracing_choice import choose_tracing, send_traces
 from mesh_client.transport import Transport
@@ -170,10 +171,7 @@ class Resolver:
             await self._save()
         if self.reports is not None:
             await self.reports.finish()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         for target in self._targets.values():
             await target.close()
         if self._sender is not None:

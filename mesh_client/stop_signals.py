@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from mesh_client.core.errors import ConfigError
+from mesh_client.tasks import end_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,7 @@ class StopSignals:
         task = asyncio.ensure_future(work)
         await _first_of(self._second.wait(), task)
         if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
+            await end_tasks(task)
             return False
         await task
         return True

@@ -49,14 +49,3 @@ class StreamEnd:
             at_once(call.trailing_metadata()),
             at_once(call.details()),
         )
-
-
-def obey_cancellation() -> None:
-    """Raises CancelledError if the running task has been cancelled: to be called after a stream has ended.
-
-    Grpc.aio loses a cancellation that comes while a call is being set up and crosses the end of that call: the task
-    that sets it up swallows it, and whoever reads is told the call's status. The running task would go on for ever.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

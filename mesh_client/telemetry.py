@@ -33,7 +33,8 @@ from mesh_client.core.retry import backoff_delay
 from mesh_client.core.service import Service
 from mesh_client.core.tap import ServiceTap, TapOrder
 from mesh_client.identity import IdentityState
-from mesh_client.stream_end import StreamEnd, obey_cancellation
+from mesh_client.stream_end import StreamEnd
+from mesh_client.tasks import end_tasks, obey_cancellation
 from mesh_client.telemetry_convert import duration, orders_from_proto, outbox_to_proto, requests_of, tapped_to_proto
 
 log = logging.getLogger(__name__)
@@ -228,8 +229,7 @@ class LoadReporter:
             raise await end.instead_of(error) from None
         finally:
             self.accepted = False
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            await end_tasks(reader)
             call.cancel()
 
     def _next_due(self) -> float:

@@ -22,6 +22,7 @@ from mesh_client.core.handshake import explain
 from mesh_client.core.model import StatusCode
 from mesh_client.core.trace_delivery import Delivery
 from mesh_client.otlp_encoding import encode_request
+from mesh_client.tasks import end_tasks
 from mesh_client.transport import CONTROL_PLANE, Transport
 
 if TYPE_CHECKING:
@@ -143,9 +144,7 @@ class TraceSender:
             await self.flush(FLUSH_TIMEOUT)
         self._stopped = True
         self._on_stop(self)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_tasks(self._task)
         if self._channel is not None:
             await self._channel.close()
 

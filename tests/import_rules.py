@@ -140,9 +140,10 @@ RULES = (
     # The one that publishes events does so as services do.
     _rule(
         "control_plane/event_publisher.py",
-        "control_plane mesh_client.core mesh_client.events mesh_client.identity mesh",
+        "control_plane mesh_client.core mesh_client.events mesh_client.identity mesh_client.tasks mesh",
     ),
-    _rule("control_plane/*", "control_plane mesh_client.core mesh"),
+    # How tasks end is the same everywhere.
+    _rule("control_plane/*", "control_plane mesh_client.core mesh_client.tasks mesh"),
     _rule("gateway/*", "gateway mesh_client mesh"),
     _rule("mesh_cli/*", "mesh_cli mesh_client control_plane gateway mesh shop"),
     _rule("services/*", "mesh_client mesh shop", "google grpc"),

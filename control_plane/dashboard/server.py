@@ -233,7 +233,8 @@ class Dashboard:
                     self._feed.events(view, self._context(request, session), ended)
                 ) as events:
                     async for event in events:
-                        await asyncio.wait_for(response.write(event), WRITE_TIMEOUT)
+                        async with asyncio.timeout(WRITE_TIMEOUT):
+                            await response.write(event)
                         self._signed_in(request)  # still
         except (RefusedError, TimeoutError, ConnectionError, web.HTTPUnauthorized) as error:
             _log.debug("a page of the dashboard is told nothing more: %s", error)

@@ -15,6 +15,7 @@ from control_plane.access import Access
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.errors import StoreUnavailableError
 from mesh_client.core.caller import Caller
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from control_plane.identity.certificate_authority import CertificateAuthority
@@ -100,8 +101,7 @@ class BundleStream:
                     await self._woken.wait()
         finally:
             unsubscribe()
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await end_tasks(reading)
 
     def _end(self) -> None:
         self._cut = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from control_plane.identity.trust import Trust
 from mesh_client.core.caller import Caller
 from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.identity import Kind, Principal
+from mesh_client.tasks import end_tasks
 
 LOCK_NAME = "identity.lock"
 """In the data directory: one control plane at a time."""
@@ -136,10 +136,7 @@ class CertificateAuthority:
     async def close(self) -> None:
         """Ends its work and lets other control planes have the data directory. Servers have been stopped before."""
         maintenance, self._maintenance = self._maintenance, None
-        if maintenance is not None:
-            maintenance.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await maintenance
+        await end_tasks(maintenance)
         await self._store.close()
         if self._lock is not None:
             self._lock.close()

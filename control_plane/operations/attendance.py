@@ -19,6 +19,7 @@ from control_plane.operations.roster import ProcessKey, Roster
 from control_plane.operations.tails import Tails
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import check_service_name
+from mesh_client.tasks import end_tasks
 
 Context = grpc.aio.ServicerContext[pb.AttendRequest, pb.AttendResponse]
 
@@ -170,8 +171,7 @@ class Attendances:
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             finally:
                 forget()
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
+                await end_tasks(reading)
                 self.roster.remove(stream)
                 tails.went(stream)
         finally:

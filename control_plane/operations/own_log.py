@@ -20,6 +20,7 @@ from control_plane.operations.roster import CONTROL_PLANE, ProcessKey
 from control_plane.operations.tails import Tails
 from mesh_client.core.log_entry import level_step
 from mesh_client.core.log_ring import Kept, LogFilter
+from mesh_client.tasks import end_tasks
 
 
 class Batch(Protocol):
@@ -108,10 +109,7 @@ class OwnProcess:
 
     async def close(self) -> None:
         """Ends everything."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._tasks.values())
         self._log.close()
 
     async def _read(self, start: pb.StartTail) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import tempfile
@@ -15,6 +14,7 @@ from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument, StoreUnavailableError
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.policy_base import Policy
+from mesh_client.tasks import end_tasks
 
 _logger = logging.getLogger(__name__)
 
@@ -82,9 +82,7 @@ class LastGoodPolicies:
         try:
             await self._store.run(take)
         finally:
-            saving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await saving
+            await end_tasks(saving)
             if self._changed.is_set():
                 self._save(dict(self._good))
 

@@ -28,6 +28,7 @@ from control_plane.telemetry.taps import OpenTap, Taps
 from control_plane.telemetry.timeline import CODES, STEP
 from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.rate_limit import TokenBucket
+from mesh_client.tasks import end_tasks
 
 MAX_STREAMS_OF_ONE = 20
 """Streams that one workload may report on at once: mostly it has one."""
@@ -153,8 +154,7 @@ class TelemetryServicer(telemetry_pb2_grpc.TelemetryServiceServicer):
                 reading.result()
         finally:
             self._streams.discard(stream)
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await end_tasks(reading)
             self._recorder.close(session, _now())
 
     def _end(self, stream: _Stream, code: grpc.StatusCode, details: str) -> None:

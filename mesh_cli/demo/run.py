@@ -31,6 +31,7 @@ from mesh_cli.output import console, write_error
 from mesh_cli.traffic_form import failure
 from mesh_client.core.errors import MeshError
 from mesh_client.mesh import Mesh
+from mesh_client.tasks import end_tasks
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -137,9 +138,7 @@ async def _demo(consul: bool, json_file: Path | None, profile: Profile) -> int:
                         screen.promise(promise)
                         promises.append(promise)
             finally:
-                for task in background:
-                    task.cancel()
-                await asyncio.wait(background)
+                await end_tasks(*background)
         explained = await _explained(operator)
         promises += await _shut_down(system, screen)
         promises.append(at_most("demo.time", "the whole demo", time.monotonic() - began, TIME_LIMIT, "s"))

@@ -85,7 +85,8 @@ class Stage:
             if time.monotonic() - began > timeout:
                 return math.inf
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.mesh.changed(), _LOOK_EVERY)
+                async with asyncio.timeout(_LOOK_EVERY):
+                    await self.mesh.changed()
         return time.monotonic() - began
 
     async def until_known(self, name: str, id: str, timeout: float = 10.0) -> float:

@@ -114,7 +114,8 @@ class Process:
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         try:
-            return await asyncio.wait_for(asyncio.shield(self._process.wait()), grace)
+            async with asyncio.timeout(grace):
+                return await self._process.wait()
         except TimeoutError:
             self.signal(signal.SIGKILL)
             return await self._process.wait()

@@ -23,6 +23,7 @@ from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
 from mesh_client.core.events.topology import CONTROL_PLANE
+from mesh_client.tasks import end_tasks
 
 SERVICES = ("orders", "inventory", "payments")
 
@@ -166,9 +167,7 @@ class System:
                     raise result
             await self._subscribed()
         except BaseException:
-            if broker is not None:
-                broker.cancel()
-                await asyncio.wait({broker})
+            await end_tasks(broker)
             await self._supervisor.kill_all()
             self._ports.close()
             raise

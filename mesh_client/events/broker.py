@@ -16,6 +16,7 @@ from yarl import URL
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.topology import EXCHANGE, QueueSpec
 from mesh_client.events.settings import CREDENTIALS, ROOTS, BrokerSettings, Credentials
+from mesh_client.tasks import end_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class Broker:
             client_properties={"connection_name": f"{self._name} {purpose}"},
         )
         try:
-            async with asyncio.timeout(self._patience):
-                await connection.connect(self._patience)
+            await _connect(connection, self._patience)
             self._next, self._patience = index, self._first_patience
             yield connection, credentials
         except TimeoutError:
@@ -96,7 +96,19 @@ class Broker:
             raise
         finally:
             with contextlib.suppress(*FAILURES):
-                await asyncio.wait_for(connection.close(), CLOSE_TIMEOUT)
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await connection.close()
+
+
+async def _connect(connection: AbstractConnection, patience: float) -> None:
+    connecting = asyncio.ensure_future(connection.connect(patience))
+    try:
+        async with asyncio.timeout(patience):
+            await asyncio.shield(connecting)
+    finally:
+        # Cancelled as it has just connected, aio_pika would forget that connection instead of closing it.
+        await asyncio.wait({connecting}, timeout=CLOSE_TIMEOUT)
+        await end_tasks(connecting)
 
 
 def check_user(credentials: Credentials, name: str) -> None:
@@ -149,6 +161,18 @@ async def declare_queue(channel: AbstractChannel, spec: QueueSpec) -> aio_pika.a
         AMQPError: it cannot be; `explain` says why.
     """
     return await channel.declare_queue(spec.name, durable=True, arguments=dict(spec.arguments), timeout=CONNECT_TIMEOUT)
+
+
+async def is_blocked(connection: AbstractConnection) -> bool:
+    """Whether the broker has said that it takes nothing for now."""
+    if connection.transport is None:
+        return False
+    try:
+        async with asyncio.timeout(0.01):
+            await connection.transport.connection.ready()
+    except TimeoutError:
+        return True
+    return False
 
 
 def explain(error: BaseException, settings: BrokerSettings) -> str:

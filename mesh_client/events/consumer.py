@@ -52,6 +52,7 @@ from mesh_client.events.relay import end
 from mesh_client.events.schema import decode
 from mesh_client.events.subscription import Subscription
 from mesh_client.events.tracing import EventTracing, failed
+from mesh_client.tasks import end_tasks, obey_cancellation
 
 logger = logging.getLogger(__name__)
 
@@ -156,14 +157,9 @@ class GroupConsumer:
         self._draining = True
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=grace)
-        for task in self._handlers:
-            task.cancel()
-        if self._handlers:
-            await asyncio.wait(self._handlers)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            self._task = None
+        await end_tasks(*self._handlers)
+        await end_tasks(self._task)
+        self._task = None
 
     def state(self) -> GroupState:
         """The consumer in plain data."""
@@ -229,6 +225,7 @@ class GroupConsumer:
             queue = await self._declare(channel, fresh=fresh)
             await channel.set_qos(prefetch_count=self._options.ahead, timeout=CONNECT_TIMEOUT)
             await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
+            obey_cancellation()  # aiormq may have lost one
             logger.info("the group %s gets events", self._group.queue)
             self._words, self._connected = "connected", True
             self._backoff.reset()

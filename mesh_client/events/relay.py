@@ -21,10 +21,11 @@ from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
 from mesh_client.core.events.outbox import OutboxRelay
 from mesh_client.core.events.state import OutboxState, PublishCounters, RelayState
 from mesh_client.core.events.topology import EXCHANGE
-from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain
+from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain, is_blocked
 from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
 from mesh_client.events.wire import Wire, outgoing
 from mesh_client.events.writer import OutboxWriter
+from mesh_client.tasks import end_tasks, obey_cancellation
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,7 @@ class Outbox:
 
     async def close(self) -> None:
         """Ends. What is in the table stays there."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(*self._tasks)
         await self._writer.close()
         settled, self._settled = self._settled, []
         with contextlib.suppress(Exception):
@@ -152,7 +150,8 @@ class Outbox:
                     raise OutboxFullError(await self._explain_full()) from None
                 self._room.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._room.wait(), POLL)
+                    async with asyncio.timeout(POLL):
+                        await self._room.wait()
             else:
                 self.counters.stored += 1
                 self._wake.set()
@@ -284,6 +283,7 @@ class Outbox:
         force = True
         try:
             while not broken.done():
+                obey_cancellation()  # aiormq may have lost one
                 self._wake.clear()
                 if loop.time() - led > CLOSED_LEASE:
                     led = loop.time()
@@ -355,10 +355,11 @@ class Outbox:
         due = self._relay.next_due
         wait = POLL if due is None else min(POLL, max(0.0, due - loop.time()))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), wait)
+            async with asyncio.timeout(wait):
+                await self._wake.wait()
         oldest = next(iter(self._sent_at.values()), math.inf)
         if loop.time() - oldest > self._patience and not broken.done():
-            if await _blocked(connection):
+            if await is_blocked(connection):
                 self._words = "the broker takes no events for now: it is short of disk or memory"
             else:
                 self._patience = min(2 * self._patience, MOST_PATIENCE)
@@ -437,14 +438,3 @@ def end(broken: asyncio.Future[None]) -> None:
 def _break(broken: asyncio.Future[None], error: Exception) -> None:
     if not broken.done():
         broken.set_exception(error)
-
-
-async def _blocked(connection: AbstractConnection) -> bool:
-    """Whether the broker has said that it takes nothing for now."""
-    if connection.transport is None:
-        return False
-    try:
-        await asyncio.wait_for(connection.transport.connection.ready(), 0.01)
-    except TimeoutError:
-        return True
-    return False

@@ -18,6 +18,7 @@ from mesh_client.core.retry import backoff_delay
 from mesh_client.identity.certificates import TrustBundle
 from mesh_client.identity.enrolment import explained
 from mesh_client.stream_end import StreamEnd
+from mesh_client.tasks import end_tasks
 from mesh_client.transport import CONTROL_PLANE, STREAM_OPTIONS, Transport
 
 log = logging.getLogger(__name__)
@@ -141,9 +142,7 @@ class BundleWatch:
             response = read.result()
             return response if isinstance(response, certificate_pb2.WatchTrustBundleResponse) else None  # else: EOF
         finally:
-            for task in (read, reopen):
-                task.cancel()
-            await asyncio.gather(read, reopen, return_exceptions=True)
+            await end_tasks(read, reopen)
 
     def _lost(self, why: str, answered: bool) -> None:
         # A stream that has answered ends by the age of its connection too. Whether that is trouble, the next one tells.

@@ -25,6 +25,7 @@ from mesh_client.identity.confirmation import Applied, Confirmation
 from mesh_client.identity.enrolment import RefusedError, clock_warning
 from mesh_client.identity.settings import IdentitySettings
 from mesh_client.identity.store import IdentityStore
+from mesh_client.tasks import end_tasks
 from mesh_client.transport import MutualTls
 
 log = logging.getLogger(__name__)
@@ -243,9 +244,7 @@ class WorkloadIdentity:
 
     async def _stop(self) -> None:
         self._confirmation.stop()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         self._tasks = []
         if self._saving is not None:
             await asyncio.gather(self._saving, return_exceptions=True)

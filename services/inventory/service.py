@@ -92,7 +92,8 @@ class InventoryService(InventoryServiceServicer):
                 last = available
                 yield pb.WatchStockResponse(available=available)
             try:
-                await asyncio.wait_for(changed.wait(), WATCH_INTERVAL)
+                async with asyncio.timeout(WATCH_INTERVAL):
+                    await changed.wait()
             except TimeoutError:
                 continue
         await context.abort(grpc.StatusCode.UNAVAILABLE, "this instance shuts down; watch again")

@@ -18,6 +18,7 @@ from mesh_cli.demo.promises import Promise, at_most, exactly
 from mesh_cli.demo.stage import Stage
 from mesh_cli.demo.system import CUSTOMERS, System
 from mesh_client.events import Event, EventBus
+from mesh_client.tasks import end_tasks
 
 _DRAINED_WITHIN = 30.0
 _LOOK_EVERY = 0.1
@@ -67,9 +68,7 @@ class Sequences:
 
     async def stop(self) -> None:
         """Publishes no more."""
-        if self._counting is not None:
-            self._counting.cancel()
-            await asyncio.wait({self._counting})
+        await end_tasks(self._counting)
 
     @property
     def missing(self) -> int:
