@@ -439,6 +439,10 @@ class StreamHub:
 
 def _end_with(writer: asyncio.Task[None], stream: _Stream) -> None:
     """A stream whose writer failed must not stay open and silent."""
-    if not writer.cancelled() and (error := writer.exception()) is not None:
+    if writer.cancelled() or (error := writer.exception()) is None:
+        return
+    if isinstance(error, grpc.aio.InternalError):  # that is how grpc.aio says that nobody is there to be written to
+        stream.task.cancel()
+    else:
         _log.error("stream of %s at %s ends: %r", stream.node_id, stream.peer, error)
         stream.end(grpc.StatusCode.INTERNAL, "this control plane failed to answer; its log says why")

@@ -23,7 +23,7 @@ from mesh_client.core.store import EndpointsResource, Resolution, Store
 from mesh_client.discovery import Applied, Discovery
 from mesh_client.disk_cache import DiskCache
 from mesh_client.target import Target
-from mesh_client.tasks import end_tasks
+from mesh_client.tasks import end_tasks, in_thread
 from mesh_client.telemetry import LoadReporter, ProcessView
 from mesh_client.tracing_choice import choose_tracing, send_traces
 from mesh_client.transport import Transport
@@ -398,4 +398,4 @@ class Resolver:
         self._save_timer = None
         if self._cache is not None:
             async with self._saving:  # An older snapshot must not overtake a newer one.
-                await asyncio.to_thread(self._cache.save, self._store.active())
+                await in_thread(self._cache.save, self._store.active())

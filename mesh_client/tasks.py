@@ -1,9 +1,13 @@
-"""How background tasks end: cancelled until they have."""
+"""How background tasks end: cancelled until they have, and not before the threads that work for them."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+T = TypeVar("T")
 
 AGAIN = 5.0
 """Seconds that a cancelled task has for its end before it is cancelled again."""
@@ -39,3 +43,17 @@ def obey_cancellation() -> None:
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
+
+
+async def in_thread(work: Callable[Parameters, T], *args: Parameters.args, **kwargs: Parameters.kwargs) -> T:
+    """Calls something in a thread, and returns once that has ended, also when the running task is cancelled meanwhile.
+
+    A thread cannot be cancelled: after `asyncio.to_thread` what it opens would be nobody's, and what it writes could
+    overtake what is written next.
+    """
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise

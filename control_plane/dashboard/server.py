@@ -31,6 +31,7 @@ from control_plane.dashboard.views import Servicers, Shown, Views
 from control_plane.files import read_given_secret
 from control_plane.identity.limits import CallerLimits
 from mesh_client.core.errors import ConfigError
+from mesh_client.tasks import in_thread
 
 MAX_BODY = 1024 * 1024
 """Bytes of a request: a policy of 256 KiB, with every character escaped."""
@@ -252,7 +253,7 @@ class Dashboard:
     async def _save(self) -> None:
         if self._file is not None:
             async with self._saving:
-                await asyncio.to_thread(session_file.save, self._file, dict(self._sessions.kept))
+                await in_thread(session_file.save, self._file, dict(self._sessions.kept))
 
 
 async def _protect(request: web.Request, response: web.StreamResponse) -> None:

@@ -19,6 +19,7 @@ from control_plane.files import read_secret, write_atomically
 from control_plane.registry import MAX_PENDING, DrainOutcome
 from mesh_client.core.errors import ConfigError, MeshError
 from mesh_client.core.model import Health
+from mesh_client.tasks import in_thread
 
 FILE_NAME = "operator-drains.json"
 REMEMBERED = 30 * 86_400.0
@@ -156,7 +157,7 @@ class OperatorDrains:
                 return
             self._saved = drains
             if self._path is not None:
-                await asyncio.to_thread(_save, self._path, drains)
+                await in_thread(_save, self._path, drains)
 
     def _records(self, service: str) -> dict[str, EndpointRecord]:
         view = self._catalog.view(asyncio.get_running_loop().time()).services.get(service)

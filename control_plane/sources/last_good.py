@@ -14,7 +14,7 @@ from control_plane.events import PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.sources import EmitPolicy, PolicyStore, PolicyStoreEvent, StoredDocument, StoreUnavailableError
 from mesh_client.core.errors import InvalidPolicyError
 from mesh_client.core.policy_base import Policy
-from mesh_client.tasks import end_tasks
+from mesh_client.tasks import end_tasks, in_thread
 
 _logger = logging.getLogger(__name__)
 
@@ -134,12 +134,7 @@ class LastGoodPolicies:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            writing = asyncio.ensure_future(asyncio.to_thread(self._save, dict(self._good)))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await asyncio.wait({writing})  # so that a later one is not overtaken
-                raise
+            await in_thread(self._save, dict(self._good))
 
     def _load(self) -> dict[str, bytes]:
         try:

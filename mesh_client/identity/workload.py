@@ -25,7 +25,7 @@ from mesh_client.identity.confirmation import Applied, Confirmation
 from mesh_client.identity.enrolment import RefusedError, clock_warning
 from mesh_client.identity.settings import IdentitySettings
 from mesh_client.identity.store import IdentityStore
-from mesh_client.tasks import end_tasks
+from mesh_client.tasks import end_tasks, in_thread
 from mesh_client.transport import MutualTls
 
 log = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class WorkloadIdentity:
     async def _start(self) -> None:
         try:
             if self._store is not None:
-                await asyncio.to_thread(self._store.open)
+                await in_thread(self._store.open)
                 self._restore(await asyncio.to_thread(self._store.load))
             if self._credential is None:
                 await self._authority.check_attestation()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import threading
 
 import pytest
 
-from mesh_client.tasks import end_tasks, obey_cancellation
+from mesh_client.tasks import end_tasks, in_thread, obey_cancellation
 
 
 async def test_a_cancellation_that_was_swallowed_is_obeyed() -> None:
@@ -84,3 +85,27 @@ async def test_a_task_has_time_for_its_end() -> None:
     await asyncio.sleep(0)
     await end_tasks(task)
     assert ended
+
+
+async def test_whoever_is_cancelled_waits_for_the_thread_that_works_for_it() -> None:
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go.wait(30.0)
+        ended.set()
+
+    task = asyncio.create_task(in_thread(work))
+    await asyncio.to_thread(begun.wait, 30.0)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    go.set()
+    await asyncio.wait({task})
+    assert (task.cancelled(), ended.is_set()) == (True, True)
+
+
+async def test_what_a_thread_returns_and_raises_is_passed_on() -> None:
+    assert await in_thread(int, "12", base=8) == 10
+    with pytest.raises(ValueError, match="invalid literal"):
+        await in_thread(int, "x")
