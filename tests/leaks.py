@@ -20,7 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 3.0
+PATIENCE = 10.0
 """Seconds that something may take to end after its test."""
 
 _PR_SET_CHILD_SUBREAPER = 36

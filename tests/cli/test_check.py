@@ -66,12 +66,13 @@ def check(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Check:
 
 
 @asynccontextmanager
-async def running(**options: Any) -> AsyncIterator[ControlPlane]:
+async def running(*, patience: float = 30.0, **options: Any) -> AsyncIterator[ControlPlane]:
+    """A control plane that has read its registry, or has had time to."""
     plane = ControlPlane(ControlPlaneOptions(**{"max_streams": 100, **options}))
     await plane.start()
     try:
         with contextlib.suppress(TimeoutError):  # it cannot read Consul, which is the test
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(patience):
                 await plane._publisher.opened.wait()
         yield plane
     finally:
@@ -169,7 +170,7 @@ async def test_consul_is_asked_for_leader_clock_and_rights(check: Check, tmp_pat
         assert not any("more than is needed" in each for each in of_reader["warn"])
         assert any("clocks: " in each for each in of_reader["pass"])
 
-        of_nobody = await found("00000000-0000-0000-0000-000000000000", code=1)
+        of_nobody = await found("00000000-0000-0000-0000-000000000000", code=1, patience=2.0)
         assert any("does not accept the control plane's token" in each for each in of_nobody["fail"])
 
         of_manager = await found(consul.management_token)

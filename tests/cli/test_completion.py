@@ -135,6 +135,13 @@ def test_scripts_for_shells_can_be_shown(shell: str) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_real_bash_completes(answering: ScriptedAdmin, tmp_path: Path) -> None:
+    # The command, but for how long it waits: a busy machine may not answer within what a user would wait for.
+    command = tmp_path / "mesh"
+    command.write_text(
+        f"#!{sys.executable}\nfrom mesh_cli import options\nfrom mesh_cli.main import main\n"
+        "options._COMPLETION_TIMEOUT = 30.0\nmain()\n"
+    )
+    command.chmod(0o755)
     script = """
 eval "$(mesh --show-completion bash)"
 COMP_WORDS=(mesh endpoints o); COMP_CWORD=2
@@ -143,7 +150,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 """
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "MESH_CONTROL_PLANE": answering.address,
         "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
     }

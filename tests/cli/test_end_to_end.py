@@ -66,7 +66,7 @@ def against(plane: ControlPlane, run: Run) -> Mesh:
 
 async def status_in_which(mesh: Mesh, condition: Callable[[Any], bool]) -> Any:
     """The status as JSON, once it is as expected: what clients send arrives when it arrives."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             result = await mesh("status", "--json")
             assert result.exit_code == 0, result.stderr
@@ -100,7 +100,7 @@ class RawClient:
         await self._stream.write(discovery_pb2.DeltaResourcesRequest(node=node, type=kind, subscribe=[service]))
 
     async def receive(self) -> discovery_pb2.DeltaResourcesResponse:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             response = await self._stream.read()
         assert isinstance(response, discovery_pb2.DeltaResourcesResponse)
         return response
@@ -292,7 +292,7 @@ async def test_a_policy_of_an_edge_is_stored_shown_and_deleted(plane: ControlPla
     assert (await mesh("policy", "list")).stdout == "No policies are stored; every service gets the defaults.\n"
     async with (
         grpc.aio.insecure_channel(plane.address) as channel,
-        asyncio.timeout(10),
+        asyncio.timeout(30),
     ):
         follow = edge_service_pb2_grpc.EdgeServiceStub(channel).Follow()
         gateway = edge_service_pb2.EdgeGateway(edge="public", id="edge-1", kind=edge_service_pb2.EDGE_KIND_KONG)

@@ -232,7 +232,7 @@ def logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Logs]:
 
 
 @asynccontextmanager
-async def running(logs: Logs, address: str = "127.0.0.1:0") -> AsyncIterator[ControlPlane]:
+async def running(logs: Logs, address: str) -> AsyncIterator[ControlPlane]:
     options = ControlPlaneOptions(insecure=True, address=address, control_plane_id="cp-1")
     plane = ControlPlane(options, log=LogService(logs))
     await plane.start()
@@ -242,17 +242,17 @@ async def running(logs: Logs, address: str = "127.0.0.1:0") -> AsyncIterator[Con
         await plane.stop(0.1)
 
 
-async def test_a_process_is_read_followed_over_a_restart_and_turned_to_debug(run: Run, logs: Logs) -> None:
+async def test_a_process_is_read_followed_over_a_restart_and_turned_to_debug(run: Run, logs: Logs, nobody: str) -> None:
     log = logging.getLogger("shop")
     log.info("before")
 
     async def mesh(*arguments: str) -> Any:
         return await asyncio.to_thread(run, *arguments, "--control-plane", plane.address)
 
-    async with running(logs) as plane:
+    async with running(logs, nobody) as plane:
         client = mesh_client.connect(plane.address, service="orders", node_id="orders-1", cache_dir="")
         async with client:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while "orders-1" not in (await mesh("logs", "list")).stdout:
                     pass
             shown = await mesh("logs", "orders", "--logger", "shop")
@@ -268,7 +268,7 @@ async def test_a_process_is_read_followed_over_a_restart_and_turned_to_debug(run
             assert follower.stdout is not None
 
             async def line() -> str:
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     return str(json.loads(await follower.stdout.readline())["message"])  # type: ignore[union-attr]  # a pipe
 
             assert await line() == "before"
@@ -282,7 +282,7 @@ async def test_a_process_is_read_followed_over_a_restart_and_turned_to_debug(run
             async with running(logs, plane.address):
                 assert await line() == "while nobody was there"
                 follower.send_signal(signal.SIGINT)
-                _, errors = await asyncio.wait_for(follower.communicate(), 20)
+                _, errors = await asyncio.wait_for(follower.communicate(), 30)
             assert follower.returncode == 0
             assert b"trying again" in errors
             assert b"answers again" in errors

@@ -203,7 +203,7 @@ class Shop:
             number += 1
             request = orders_pb2.PlaceOrderRequest(idempotency_key=f"k{number}", sku="espresso-beans", quantity=1)
             with contextlib.suppress(grpc.aio.AioRpcError):  # what fails is for the dashboard to tell
-                await orders.PlaceOrder(request, timeout=5.0)
+                await orders.PlaceOrder(request, timeout=TIMEOUT)
             await asyncio.sleep(PAUSE)
 
     async def _end(self) -> None:

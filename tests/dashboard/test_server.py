@@ -28,6 +28,7 @@ from mesh_client.core.identity import Principal
 from tests.certificates import TestAuthority
 from tests.control_plane.test_secure_server import DENIED, TIMEOUT, World, refusal, register, watch
 from tests.control_plane.test_secure_server import running as running_plane
+from tests.ports import held_address
 
 POLICY = "service: orders\ntimeout: 2s\n"
 STATIC = Path(__file__).parents[2] / "control_plane/dashboard/static"
@@ -303,7 +304,7 @@ async def test_the_feed_tells_what_is_and_that_nothing_has_changed(tmp_path: Pat
             assert (name, json.loads(text)) == ("state", {"groups": []})
             name, later = await feed.next()
             assert name == "beat"
-            assert 1_000 <= int(later) - int(clock) <= 4_000
+            assert 1_000 <= int(later) - int(clock) <= 30_000
         async with client.feed("topology") as feed:
             state = await feed.state()
             assert (state["layers"], state["clients"], state["status"]["trust_domain"]) == ([], 0, "mesh.internal")
@@ -386,18 +387,19 @@ async def test_whoever_is_revoked_or_signs_out_is_told_nothing_more(tmp_path: Pa
 async def test_sessions_outlive_a_restart_and_a_broken_file_ends_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(tmp_path) as (world, client):
-        await client.sign_in(await link(world))
-        (cookie,) = client.cookies().values()
-    kept = tmp_path / "state" / NAME
-    assert kept.stat().st_mode & 0o777 == 0o600
-    address = client.origin.removeprefix("http://")
-    async with running(tmp_path, dashboard=DashboardOptions(address)) as (_, client):
-        assert (await client.get("/api/session", Cookie=f"{cookie.key}={cookie.value}"))[0] == 200
-    kept.write_text("nonsense")
-    async with running(tmp_path, dashboard=DashboardOptions(address)) as (_, client):
-        assert (await client.get("/api/session", Cookie=f"{cookie.key}={cookie.value}"))[0] == 401
-        assert "have to sign in to the dashboard again" in caplog.text
+    with held_address() as address:
+        options = DashboardOptions(address)
+        async with running(tmp_path, dashboard=options) as (world, client):
+            await client.sign_in(await link(world))
+            (cookie,) = client.cookies().values()
+        kept = tmp_path / "state" / NAME
+        assert kept.stat().st_mode & 0o777 == 0o600
+        async with running(tmp_path, dashboard=options) as (_, client):
+            assert (await client.get("/api/session", Cookie=f"{cookie.key}={cookie.value}"))[0] == 200
+        kept.write_text("nonsense")
+        async with running(tmp_path, dashboard=options) as (_, client):
+            assert (await client.get("/api/session", Cookie=f"{cookie.key}={cookie.value}"))[0] == 401
+            assert "have to sign in to the dashboard again" in caplog.text
 
 
 async def test_without_identity_nobody_signs_in_and_the_host_alone_may_look(tmp_path: Path) -> None:

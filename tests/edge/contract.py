@@ -16,7 +16,7 @@ from tests.edge import tokens
 ORIGIN = "https://shop.example"
 KEYS = {"web-key": "web-key-0123456789", "batch-key": "batch-key-0123456789"}
 MAX_BODY = 4_096
-DEADLINE = 0.5
+DEADLINE = 2.0
 """Seconds that Sleep may take."""
 
 

@@ -48,7 +48,7 @@ def contract_server(host: str = "127.0.0.1", **files: str) -> Iterator[int]:
             yield int(process.stdout.readline())
         finally:
             process.stdin.close()
-            process.wait(10)
+            process.wait(30)
 
 
 @dataclass(frozen=True)

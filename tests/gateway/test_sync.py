@@ -241,6 +241,7 @@ async def test_a_drain_that_begins_while_the_leader_is_dead_waits_until_another_
     await until(lambda: rig.plane._hub.subscriber_count("orders") == 2)
     assert (await drain(rig, "never-there")).acknowledged == 2
     await gateway.stop()
+    await until(lambda: rig.plane._hub.subscriber_count("orders") == 1)
     assert (await drain(rig, "a", timeout=0.1)).pending == ["edge-2"]
     assert "127.0.0.1:1" in kong.targets("orders")
     draining = drain(rig, "a")

@@ -26,6 +26,7 @@ from mesh_client.identity.settings import IdentitySettings, identity_settings
 from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.testing import InMemoryControlPlane
 from mesh_client.transport import SERVER_OPTIONS
+from tests.ports import held_address
 
 PATIENCE = 20.0
 """Seconds that a condition may take to come true."""
@@ -97,18 +98,17 @@ class IdentityRig:
 
     authority: WatchedAuthority
     stack: AsyncExitStack
+    enrolment: str
+    mesh: str
     plane: InMemoryControlPlane = field(default_factory=InMemoryControlPlane)
-    enrolment: str = "127.0.0.1:0"
-    mesh: str = "127.0.0.1:0"
     _enrolment_server: grpc.aio.Server | None = None
     _mesh_server: grpc.aio.Server | None = None
 
     async def open_enrolment(self) -> None:
-        """Opens the enrolment port, at its old address if it had one."""
+        """Opens the enrolment port, always at the same address."""
         server = self._enrolment_server = grpc.aio.server(options=SERVER_OPTIONS)
         self.authority.add_enrolment_services(server)
-        port = server.add_secure_port(self.enrolment, self.authority.enrolment_credentials())
-        self.enrolment = f"127.0.0.1:{port}"
+        server.add_secure_port(self.enrolment, self.authority.enrolment_credentials())
         await server.start()
 
     async def open_mesh(self, options: tuple[tuple[str, Any], ...] = ()) -> None:
@@ -118,8 +118,7 @@ class IdentityRig:
         self.stack.callback(self.authority.on_change(access.cut_revoked))
         self.authority.add_mesh_services(server, access)
         self.plane.add_to(server)
-        port = server.add_secure_port(self.mesh, self.authority.mesh_credentials())
-        self.mesh = f"127.0.0.1:{port}"
+        server.add_secure_port(self.mesh, self.authority.mesh_credentials())
         await server.start()
 
     async def close_enrolment(self) -> None:
@@ -169,7 +168,8 @@ async def open_rig(directory: Path | None = None, **options: Any) -> AsyncIterat
     await authority.open()
     try:
         async with AsyncExitStack() as stack:
-            rig = IdentityRig(authority, stack)
+            enrolment, mesh = (stack.enter_context(held_address()) for _ in range(2))
+            rig = IdentityRig(authority, stack, enrolment, mesh)
             await rig.open_enrolment()
             await rig.open_mesh()
             stack.push_async_callback(rig.close_enrolment)

@@ -20,7 +20,7 @@ from control_plane.server import ControlPlane
 from mesh_client.mesh import Mesh
 from mesh_client.mesh_state import ServiceState
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds that a condition may take to come true."""
 
 AddServices = Callable[[grpc.aio.Server], None]

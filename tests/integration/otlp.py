@@ -96,7 +96,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
     async def received(self, at_least: int = 0) -> list[ReceivedSpan]:
         """Everything that has ended up to now, in the order of their starts; waits until it is so many."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(await self._flushed()) < at_least:
                 await asyncio.sleep(0.01)
         return await self._flushed()

@@ -40,7 +40,7 @@ from mesh_client.transport import open_channel
 from tests.integration.consul_cluster import REPOSITORY, ConsulCluster
 from tests.ports import held_address
 
-PATIENCE = 25.0
+PATIENCE = 40.0
 """Seconds that a condition may take to come true on a machine under load."""
 ORDER = orders_pb2.GetOrderRequest(order_id="1")
 CHECK_INTERVAL = 0.3

@@ -112,7 +112,7 @@ async def test_a_drain_names_who_has_not_applied_it_at_its_deadline_and_further_
     for name in "ab":
         response = await drain(rig, name, timeout=0.05)
         assert (response.complete, list(response.pending)) == (False, ["edge-1"])
-    assert gate.ids() == ["b", "c"]
+        await until(mesh, lambda: gate.ids() == ["b", "c"])
     assert mesh.state().in_sync
     gate.open.set()
     await until(mesh, lambda: gate.ids() == ["c"])

@@ -29,7 +29,7 @@ from mesh_client.testing import InMemoryControlPlane
 
 log = logging.getLogger("shop")
 SHOP = LogFilter(logger="shop")
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 
 if TYPE_CHECKING:
     Stub: TypeAlias = operations_pb2_grpc.OperationsServiceAsyncStub
@@ -194,7 +194,7 @@ async def test_levels_change_for_a_while_and_fall_back_by_themselves(plane: Cont
 
         assert await change(pb.LOG_LEVEL_DEBUG) == ""
         assert log.getEffectiveLevel() == logging.DEBUG
-        assert await change(pb.LOG_LEVEL_ERROR, 0.2) == ""
+        assert await change(pb.LOG_LEVEL_ERROR, 2.0) == ""  # longer than its answer may take
         assert log.getEffectiveLevel() == logging.ERROR
         async with asyncio.timeout(TIMEOUT):
             while log.level:
@@ -212,12 +212,12 @@ async def test_levels_change_for_a_while_and_fall_back_by_themselves(plane: Cont
 
 async def test_levels_outlast_the_connection(plane: ControlPlane, operator: Stub) -> None:
     async with mesh_client.connect(plane.address, service="orders", cache_dir="") as mesh:
-        await processes(operator, "orders", bool)
+        (before,) = await processes(operator, "orders", bool)
         await operator.SetLogLevel(pb.SetLogLevelRequest(service="orders", logger="shop", level=pb.LOG_LEVEL_DEBUG))
         for client in list(plane._hub._streams):
             client.end(grpc.StatusCode.UNAVAILABLE, "go elsewhere")
-        await processes(operator, "orders", lambda them: them == [])
-        await processes(operator, "orders", bool)
+        # It may be back before anybody has seen that it was gone.
+        await processes(operator, "orders", lambda them: any(each.clock != before.clock for each in them))
         assert log.level == logging.DEBUG
         del mesh
     assert log.level == logging.NOTSET

@@ -16,7 +16,7 @@ from mesh_client.context import PREVIOUS_ATTEMPTS_KEY
 from tests.integration.channels import KINDS, Reached, reach
 from tests.integration.echo_service import EchoService
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 STREAM_METHODS = ("UnaryStream", "StreamStream")
 REQUEST_STREAM_METHODS = ("StreamUnary", "StreamStream")
 METHODS = ("UnaryUnary", "UnaryStream", "StreamUnary", "StreamStream")

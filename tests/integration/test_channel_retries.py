@@ -21,7 +21,7 @@ from tests.integration.echo_service import EchoService
 from tests.integration.mesh_rig import Rig, open_rig, state_of
 
 SERVICE = "echo"
-PATIENCE = 5.0
+PATIENCE = 30.0
 METHODS = {
     "UnaryUnary": "unary_unary",
     "UnaryStream": "unary_stream",
@@ -197,7 +197,7 @@ async def test_cancelling_the_task_of_a_call_that_waits_to_be_retried_cancels_it
 
 
 async def test_a_client_that_stops_ends_calls_that_wait_to_be_retried(rig: Rig) -> None:
-    reached = await Reached.make(rig, failures=1, retry={"backoff": {"initial": "50ms", "max": "50ms"}})
+    reached = await Reached.make(rig, failures=1, retry={"backoff": {"initial": "3s", "max": "3s"}})
     call = reached.call("UnaryUnary")
     await waiting_to_retry(reached)
     await reached.mesh.__aexit__()

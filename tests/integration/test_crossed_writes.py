@@ -21,6 +21,7 @@ import pytest
 import mesh_client
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
+from mesh_client.context import PREVIOUS_ATTEMPTS_KEY
 from tests.integration.mesh_rig import Rig, open_rig
 
 SERVICE = "hasty"
@@ -54,17 +55,11 @@ async def answer_and_refuse(requests: AsyncIterator[bytes], context: Any) -> Asy
     await refuse(requests, context)
 
 
-class Moody:
-    """Fails every other call with UNAVAILABLE."""
-
-    def __init__(self) -> None:
-        self._calls = 0
-
-    async def unary(self, _: AsyncIterator[bytes], context: Any) -> bytes:
-        self._calls += 1
-        if self._calls % 2:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
-        return b"0"
+async def moody(_: AsyncIterator[bytes], context: Any) -> bytes:
+    """Fails the first two attempts of each call."""
+    if int(dict(context.invocation_metadata()).get(PREVIOUS_ATTEMPTS_KEY, 0)) < 2:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+    return b"0"
 
 
 def add_to(server: grpc.aio.Server) -> None:
@@ -72,7 +67,7 @@ def add_to(server: grpc.aio.Server) -> None:
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Refuse": grpc.stream_unary_rpc_method_handler(refuse),
         "Answer": grpc.stream_unary_rpc_method_handler(answer),
-        "Moody": grpc.stream_unary_rpc_method_handler(Moody().unary),
+        "Moody": grpc.stream_unary_rpc_method_handler(moody),
         "RefuseStream": grpc.stream_stream_rpc_method_handler(refuse_stream),
         "AnswerStream": grpc.stream_stream_rpc_method_handler(answer_stream),
         "AnswerAndRefuse": grpc.stream_stream_rpc_method_handler(answer_and_refuse),

@@ -303,7 +303,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
 async def test_a_connection_that_the_control_plane_ends_for_its_age_is_no_trouble(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    ages = (("grpc.max_connection_age_ms", 300), ("grpc.max_connection_age_grace_ms", 50))
+    ages = (("grpc.max_connection_age_ms", 1_000), ("grpc.max_connection_age_grace_ms", 100))
     plane, server = InMemoryControlPlane(), grpc.aio.server(options=ages)
     plane.add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -59,7 +59,7 @@ async def system(tmp_path: Path) -> AsyncIterator[System]:
 @pytest.fixture
 async def plane(system: System) -> ControlPlane:
     plane = await system.run_control_plane()
-    await system.start_orders(*TWO, control_plane=plane.address, drain_timeout=1.0)
+    await system.start_orders(*TWO, control_plane=plane.address, drain_timeout=4.0)
     return plane
 
 

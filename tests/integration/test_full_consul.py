@@ -84,6 +84,11 @@ def outstanding(mesh: Mesh, id: str) -> int:
     return next(each.outstanding for each in orders_of(mesh).endpoints if each.id == id)
 
 
+async def listed(consul: ConsulCluster) -> set[str]:
+    """Ids of the instances that Consul lists."""
+    return {each["Service"]["ID"] for each in await consul.request("GET", "/v1/health/service/orders")}
+
+
 async def obeys_another(mesh: Mesh, consul: ConsulCluster, document: str) -> None:
     before = orders_of(mesh).policy_version
     await store_policy(consul, document)
@@ -144,8 +149,9 @@ async def test_an_instance_is_called_while_its_check_passes(
 
         await system.stop_orders("orders-1")
         await follows(mesh, "orders-2", "orders-3")
-        found = await consul.request("GET", "/v1/health/service/orders")
-        assert {each["Service"]["ID"] for each in found} == {"orders-2", "orders-3"}
+        async with asyncio.timeout(PATIENCE):  # the agent tells the catalog a moment later
+            while await listed(consul) != {"orders-2", "orders-3"}:
+                await asyncio.sleep(0.02)
         await load.answered_only_by("orders-2")
 
 

@@ -15,7 +15,9 @@ from tests.integration.system import Load, System, follows, ids, mesh_command
 
 
 @pytest.mark.timeout(120)
-async def test_an_instance_is_taken_out_under_load_on_every_control_plane_and_over_a_restart(tmp_path: Path) -> None:
+async def test_an_instance_is_taken_out_under_load_on_every_control_plane_and_over_a_restart(
+    tmp_path: Path, nobody: str
+) -> None:
     async with ConsulCluster.dev(tmp_path) as consul, System(tmp_path) as system:
         options: dict[str, Any] = {
             "registry": consul.registry,
@@ -23,7 +25,7 @@ async def test_an_instance_is_taken_out_under_load_on_every_control_plane_and_ov
             "debounce_quiet": 0.005,
             "debounce_maximum": 0.05,
         }
-        first = await system.run_control_plane(**options, data_dir=tmp_path / "one")
+        first = await system.run_control_plane(**options, address=nobody, data_dir=tmp_path / "one")
         second = await system.run_control_plane(**options, data_dir=tmp_path / "two")
         both = f"{first.address},{second.address}"
         await system.start_orders(*ids(1, 2), registry=consul.registry, control_plane=first.address)

@@ -348,7 +348,8 @@ async def test_an_expired_certificate_is_replaced_by_joining_again_once_that_is_
 
 
 async def test_an_expired_certificate_without_a_token_says_what_to_do(tmp_path: Path) -> None:
-    async with open_rig(leaf_lifetime=3.0) as rig:
+    # Good for long enough that it still is when the workload starts again.
+    async with open_rig(leaf_lifetime=6.0) as rig:
         async with rig.joined(identity_dir=tmp_path / "identity"):
             pass
         identity = rig.identity(rig.settings(identity_dir=tmp_path / "identity"))

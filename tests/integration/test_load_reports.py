@@ -94,7 +94,10 @@ async def test_what_arrives_is_what_was_called(rig: Rig) -> None:
     assert (failures.code, failures.count, failures.example) == ("NOT_FOUND", 3, None)
 
 
-async def test_a_process_that_ends_sends_what_it_has_not_reported_yet(rig: Rig) -> None:
+async def test_a_process_that_ends_sends_what_it_has_not_reported_yet(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_client.telemetry.LAST_WORDS", PATIENCE)
     await rig.serve("echo", "e1", EchoService().add_to)
     async with mesh_client.connect(rig.plane.address, service="job", cache_dir="", load_reports=60.0) as mesh:
         channel = await rig.channel(mesh, "echo", {"e1"})

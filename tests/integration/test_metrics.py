@@ -137,7 +137,7 @@ async def test_other_requests_are_answered_as_http_says(request_: bytes, status:
 
 
 async def test_who_says_nothing_and_who_goes_away_disturbs_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh_client.metrics_server.TIMEOUT", 0.2)
+    monkeypatch.setattr("mesh_client.metrics_server.TIMEOUT", 2.0)
     monkeypatch.setattr("mesh_client.metrics_server.MAX_CONNECTIONS", 3)
     mesh = await rig.mesh()
     address = await mesh.serve_metrics("127.0.0.1:0")

@@ -78,6 +78,11 @@ def checks_of(instance: dict[str, Any]) -> dict[str, Any]:
     return dict(check)
 
 
+async def outputs(consul: ConsulCluster) -> list[str]:
+    """What the agent's checks say."""
+    return [check["Output"] for check in (await consul.request("GET", "/v1/agent/checks")).values()]
+
+
 async def until(consul: ConsulCluster, condition: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
     async with asyncio.timeout(PATIENCE):
         while not condition(found := await instances(consul)):
@@ -90,7 +95,7 @@ def one_in(status: str) -> Callable[[list[dict[str, Any]]], bool]:
 
 
 async def test_everything_that_is_said_of_the_instance_is_registered(consul: ConsulCluster) -> None:
-    registrar = ConsulRegistrar("orders", ENDPOINT, parse_host_port(consul.agents[0].address, "agent"), 3.0, Random(1))
+    registrar = ConsulRegistrar("orders", ENDPOINT, parse_host_port(consul.agents[0].address, "agent"), 30.0, Random(1))
     registrar.report(Verdict(True, "self-check passed"))
     registrar.start()
     while registrar.status().state is not RegistrationState.REGISTERED:
@@ -149,8 +154,9 @@ async def test_self_checks_feed_the_check(consul: ConsulCluster) -> None:
         await until(consul, one_in("passing"))
         await made.set_serving(False)
         await until(consul, one_in("critical"))
-        (check,) = (await consul.request("GET", "/v1/agent/checks")).values()
-        assert check["Output"] == "self-check: the server says NOT_SERVING"
+        async with asyncio.timeout(PATIENCE):
+            while await outputs(consul) != ["self-check: the server says NOT_SERVING"]:
+                await asyncio.sleep(0.02)
         await made.set_serving(True)
         await until(consul, one_in("passing"))
         await made.stop()

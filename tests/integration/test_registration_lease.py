@@ -131,7 +131,7 @@ async def test_a_lease_goes_on_when_its_connection_ends_for_its_age_which_is_no_
 ) -> None:
     caplog.set_level(logging.INFO, "mesh_client.registration")
     registry = Registry(holds)
-    ages = (("grpc.max_connection_age_ms", 200), ("grpc.max_connection_age_grace_ms", 10))
+    ages = (("grpc.max_connection_age_ms", 1_000), ("grpc.max_connection_age_grace_ms", 100))
     async with serving(registry, *ages) as address, registering(address) as registrar:
         await until_true(lambda: registry.leases > 1)
         await until(registrar, is_registered)
@@ -303,12 +303,12 @@ async def test_a_drain_asks_every_control_plane_and_adds_up_what_they_say(nobody
 
     first, second = Registry(holds, drain=complete), Registry(holds, drain=pending)
     async with serving(first) as one, serving(second) as two:
-        report = await drain_everywhere([one, nobody, two], "orders", "orders-1", 1.5, PlaintextTransport())
+        report = await drain_everywhere([one, nobody, two], "orders", "orders-1", 15.0, PlaintextTransport())
     assert (report.answered, report.acknowledged, report.pending) == (2, 4, ("gateway-1",))
     assert [failure.startswith(f"{nobody}: UNAVAILABLE") for failure in report.failures] == [True]
     (request,) = first.drains
     assert (request.service, request.endpoint_id) == ("orders", "orders-1")
-    assert request.timeout.ToMilliseconds() == 1500
+    assert request.timeout.ToMilliseconds() == 15_000
 
 
 async def test_a_drain_is_bounded_though_the_control_plane_hangs() -> None:

@@ -385,7 +385,7 @@ async def test_a_port_that_does_not_answer_is_reported_at_the_second_check(nobod
     reported: asyncio.Queue[Verdict] = asyncio.Queue()
     check = SelfCheck(nobody, "orders", PlaintextTransport(), 0.01, reported.put_nowait)
     running_checks = asyncio.create_task(check.run())
-    verdict = await asyncio.wait_for(reported.get(), 5.0)
+    verdict = await asyncio.wait_for(reported.get(), 30.0)
     assert not verdict.healthy
     assert verdict.detail.startswith("self-check failed: UNAVAILABLE")
     running_checks.cancel()
@@ -439,7 +439,10 @@ async def test_a_server_that_leaves_serves_new_calls_until_every_client_knows(pl
     assert set(answered) == {"second"}
 
 
-async def test_while_it_drains_it_says_not_serving_and_still_serves(plane: ControlPlane) -> None:
+async def test_while_it_drains_it_says_not_serving_and_still_serves(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mesh_client.membership.LINGER", 2.0)  # longer than what is asked of it meanwhile may take
     servicer = Orders("me")
     async with running(servicer, control_plane=plane.address) as made:
         await made.registered()
@@ -531,7 +534,7 @@ async def test_a_drain_that_reaches_nobody_is_short(nobody: str) -> None:
     async with running(control_plane=nobody, drain_timeout=0.3) as made:
         started = clock()
         await made.stop()
-        assert 0.3 <= clock() - started < 3.0
+        assert 0.3 <= clock() - started < 10.0
 
 
 async def test_a_server_outside_of_the_mesh_stops_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

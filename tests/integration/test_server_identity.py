@@ -121,10 +121,10 @@ async def test_one_use_of_a_token_is_enough_for_a_server_and_the_client_that_sha
 async def test_a_server_that_nobody_lets_join_does_not_start_and_says_why(
     rig: IdentityRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mesh_client.identity.workload.READY_TIMEOUT", 0.5)
     used = await rig.token(uses=1)
     async with rig.joined(token=used):
         pass
+    monkeypatch.setattr("mesh_client.identity.workload.READY_TIMEOUT", 0.5)
     made = mesh_client.server("orders", **await arguments(rig, "orders", token=used))
     with pytest.raises(IdentityError, match="orders"):
         await made.start()

@@ -28,6 +28,7 @@ from mesh_client.transport import MutualTls
 from tests.certificates import Certificate, TestAuthority
 from tests.identities import TestIdentity
 from tests.integration.methods import EXPECTED, FORMS, REQUESTS, SERVICE, add_methods, call, failure, handler
+from tests.ports import held_address
 
 DOMAIN = "mesh.internal"
 ORDERS = Principal.service(DOMAIN, "orders")
@@ -357,7 +358,7 @@ async def test_long_streams_that_end_with_their_connection_leave_the_server_in_g
     gateway = TestIdentity(Principal.service(DOMAIN, "gateway"), world.authority)
     async with secure_plane(world) as plane, mesh_of(gateway, plane.address, "gateway") as mesh:
         options = {"registry": None, "control_plane": plane.address, "policy": OPEN}
-        made = world.server(max_connection_age=1.0, max_connection_age_grace=0.0, **options)
+        made = world.server(max_connection_age=2.0, max_connection_age_grace=0.0, **options)
         add_methods(made, {"Hold": handler("unary_stream", hold), "M": handler("unary_unary", echo)})
         await made.start()
         await plane.registered("orders")
@@ -381,9 +382,10 @@ async def test_long_streams_that_end_with_their_connection_leave_the_server_in_g
 
 @asynccontextmanager
 async def secure_plane(world: World) -> AsyncIterator[InMemoryControlPlane]:
-    certificate = world.authority.control_plane()
-    async with InMemoryControlPlane(credentials=certificate.server_credentials(world.authority.roots)) as plane:
-        yield plane
+    credentials = world.authority.control_plane().server_credentials(world.authority.roots)
+    with held_address() as address:  # a test stops it and starts it again
+        async with InMemoryControlPlane(address, credentials) as plane:
+            yield plane
 
 
 async def test_a_server_registers_obeys_its_policy_and_leaves_by_its_identity(world: World) -> None:

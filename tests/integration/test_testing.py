@@ -17,6 +17,7 @@ from mesh_client.core.errors import InvalidValueError
 from mesh_client.core.model import Endpoint
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.testing import FakeClock, InMemoryControlPlane
+from tests.ports import held_address
 
 
 class Payments(payments_pb2_grpc.PaymentServiceServicer):
@@ -46,8 +47,9 @@ class Payments(payments_pb2_grpc.PaymentServiceServicer):
 
 @pytest.fixture
 async def control_plane() -> AsyncIterator[InMemoryControlPlane]:
-    async with InMemoryControlPlane() as made:
-        yield made
+    with held_address() as address:  # a test stops it and starts it again
+        async with InMemoryControlPlane(address) as made:
+            yield made
 
 
 async def test_a_server_registers_is_called_and_leaves(control_plane: InMemoryControlPlane) -> None:

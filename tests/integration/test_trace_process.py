@@ -26,6 +26,7 @@ from control_plane.traces.span import Kind
 from control_plane.traces.store import TraceStore
 from control_plane.traces.waterfall import waterfall
 from mesh_cli.waterfall import render_waterfall
+from mesh_client import trace_sender
 from mesh_client.core.model import ResourceKind
 from mesh_client.tracing_setup import configure_tracing
 
@@ -88,8 +89,11 @@ async def run(program: str, *arguments: str, **environ: str) -> tuple[str, str, 
 CONNECTED = """
 import asyncio, time
 import mesh_client
+from mesh_client import trace_sender
 from mesh_client.trace_exporters import EXPORTERS
 from opentelemetry import trace
+
+trace_sender.FLUSH_TIMEOUT = 20.0  # a busy machine may not take them in half a second
 
 async def main():
     async with mesh_client.connect(service="orders", cache_dir=""):
@@ -112,7 +116,7 @@ async def test_a_process_traces_when_it_is_told_to_and_sends_what_it_has_at_its_
     (trace,) = store(plane).latest(1, 0.0)
     assert (trace.entry.service, trace.entry.name) == ("orders", "last 99")
     assert trace.entry.process.instance.startswith("orders-")
-    assert took < 5.0  # a bound on a busy machine
+    assert took < 15.0  # a bound on a busy machine
 
 
 async def test_a_process_that_was_not_told_to_does_not_trace(plane: ControlPlane) -> None:
@@ -125,7 +129,7 @@ async def test_a_control_plane_or_collector_that_is_down_holds_no_process_up(nob
     _, _, untraced = await run(CLIENT, "0.3", MESH_CONTROL_PLANE=nobody)
     for collector in ({}, {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{nobody}"}):
         _, _, took = await run(CLIENT, "0.3", MESH_TRACING="1", MESH_CONTROL_PLANE=nobody, **collector)
-        assert took - untraced < 1.0
+        assert took - untraced < 5.0  # without a bound it would be 10 and more
 
 
 async def test_a_process_with_a_provider_of_its_own_keeps_it(plane: ControlPlane) -> None:
@@ -248,7 +252,10 @@ def provider_of(service: str) -> TracerProvider:
     return made
 
 
-async def test_a_call_over_two_services_with_a_retry_is_one_tree(plane: ControlPlane) -> None:
+async def test_a_call_over_two_services_with_a_retry_is_one_tree(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace_sender, "FLUSH_TIMEOUT", 20.0)
     gateway, orders, payments = map(provider_of, ("gateway", "orders", "payments"))
     address = plane.address
     async with AsyncExitStack() as stack:
