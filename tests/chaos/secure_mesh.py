@@ -39,7 +39,7 @@ from tests.chaos.inventory import GET, SHORT, WATCH_LONG, WATCH_SHORT, make_serv
 from tests.integration.system import clean_environment
 from tests.ports import held_address
 
-PATIENCE = 20.0
+PATIENCE = 40.0
 """Seconds that a condition may take to come true on a machine under load."""
 SERVICE = "inventory"
 

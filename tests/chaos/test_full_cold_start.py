@@ -16,6 +16,7 @@ from shop.v1.orders_pb2_grpc import add_OrderServiceServicer_to_server
 
 from tests.integration.orders import Orders
 from tests.integration.system import PATIENCE, ControlPlaneProcess, System, clean_environment, ids
+from tests.ports import held_address
 
 TWO = ids(1, 2)
 
@@ -56,11 +57,11 @@ class Client:
 
 
 @asynccontextmanager
-async def impostor(port: int) -> AsyncIterator[None]:
+async def impostor(address: str) -> AsyncIterator[None]:
     """Somebody else listens where an endpoint was."""
     server = grpc.aio.server()
     add_OrderServiceServicer_to_server(Orders("impostor"), server)
-    assert server.add_insecure_port(f"127.0.0.1:{port}") == port
+    server.add_insecure_port(address)
     await server.start()
     try:
         yield
@@ -73,7 +74,15 @@ async def test_a_new_process_starts_from_disk_and_from_nothing_else_while_a_cont
 ) -> None:
     cache = tmp_path / "cache"
     plane = await system.start_control_plane()
-    await system.start_orders(*TWO, control_plane=plane.address)
+    # Held, so that nobody else gets the port between the instance's end and the impostor's start.
+    with held_address() as address:
+        await starts_from_disk(system, plane, cache, address)
+
+
+async def starts_from_disk(system: System, plane: ControlPlaneProcess, cache: Path, address: str) -> None:
+    """With orders-1 at this address, at which an impostor listens when it has gone."""
+    await system.start_orders("orders-1", control_plane=plane.address, address=address)
+    await system.start_orders("orders-2", control_plane=plane.address)
     answers, failures, _ = await (await Client.start(plane, cache, synced=True)).end()
     assert set(answers) == set(TWO)
     assert failures == []
@@ -91,9 +100,8 @@ async def test_a_new_process_starts_from_disk_and_from_nothing_else_while_a_cont
     # A control plane answers: what is on disk does not count, though somebody listens there.
     await plane.start()
     await system.start_orders("orders-3", control_plane=plane.address)
-    ready = await system.orders["orders-1"].wait_ready()
     await system.stop_orders("orders-1")
-    async with impostor(int(ready[1])):
+    async with impostor(address):
         snapshot.write_bytes(saved)
         answers, failures, _ = await (await Client.start(plane, cache)).end()
         assert answers == {"orders-3": 40}

@@ -32,7 +32,7 @@ async def revoke(secure: SecureMesh, workload_id: str) -> None:
 
 
 async def call(mesh: Mesh) -> None:
-    await InventoryServiceStub(mesh.channel(SERVICE)).GetStock(GET, timeout=5.0)
+    await InventoryServiceStub(mesh.channel(SERVICE)).GetStock(GET, timeout=20.0)
 
 
 async def failure(mesh: Mesh) -> MeshRpcError:
@@ -104,7 +104,8 @@ async def test_calls_go_on_and_warnings_are_given_while_nobody_renews_and_none_f
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    async with SecureMesh(tmp_path, leaf_lifetime=12.0) as secure:
+    # What is left when the warning comes is half of it; a control plane has to start in that time, and to be asked.
+    async with SecureMesh(tmp_path, leaf_lifetime=20.0) as secure:
         await secure.start_servers("inventory-1")
         async with secure.serving(instance_id="inventory-2") as server:
             mesh = await secure.connect()
@@ -126,7 +127,7 @@ async def test_calls_go_on_and_warnings_are_given_while_nobody_renews_and_none_f
 
 
 async def test_calls_with_a_certificate_that_has_expired_fail_in_words_until_somebody_renews_it(tmp_path: Path) -> None:
-    async with SecureMesh(tmp_path, leaf_lifetime=3.0) as secure, secure.serving(**AGE) as server:
+    async with SecureMesh(tmp_path, leaf_lifetime=6.0) as secure, secure.serving(**AGE) as server:
         mesh = await secure.connect()
         await until(mesh, lambda: len(mesh.state().services[0].endpoints) == 1)
         await call(mesh)

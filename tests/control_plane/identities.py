@@ -26,7 +26,7 @@ from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
 from mesh_client.core.identity import Principal
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 """Seconds for anything."""
 
 

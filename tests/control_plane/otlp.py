@@ -50,7 +50,7 @@ def otlp_request(*spans: Span, **resource: object) -> ExportTraceServiceRequest:
 
 
 async def export(
-    channel: grpc.aio.Channel, request: ExportTraceServiceRequest | bytes, timeout: float = 10.0, **options: Any
+    channel: grpc.aio.Channel, request: ExportTraceServiceRequest | bytes, timeout: float = 30.0, **options: Any
 ) -> ExportTraceServiceResponse:
     """Sends spans as any exporter does, by a unary call."""
     call: grpc.aio.UnaryUnaryMultiCallable[bytes, ExportTraceServiceResponse] = channel.unary_unary(

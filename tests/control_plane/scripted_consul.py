@@ -45,10 +45,10 @@ class ScriptedConsul:
         """Returns when that many more questions came.
 
         Raises:
-            TimeoutError: they do not within 10 s.
+            TimeoutError: they do not within 30 s.
         """
         wanted = len(self.requests) + times
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(30.0):
             while len(self.requests) < wanted:
                 self.asked.clear()
                 await self.asked.wait()

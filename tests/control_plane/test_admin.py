@@ -133,6 +133,7 @@ class TestStatus:
 class TestEndpoints:
     async def test_every_endpoint_is_listed_those_included_that_leave(self, world: World) -> None:
         await world.source.lists("orders", "1", "2")
+        await world.plane._publisher.opened.wait()
         await world.registry.Drain(registry_pb2.DrainRequest(service="orders", endpoint_id="1"))
         listed = await world.admin.ListEndpoints(admin_pb2.ListEndpointsRequest(service="orders"))
         assert [(each.endpoint.id, each.endpoint.health, each.source, each.held) for each in listed.endpoints] == [
@@ -166,7 +167,7 @@ class TestRemovals:
             assert not (await status(world)).HasField("removal_hold")
 
     async def test_a_hold_that_runs_out_is_published_by_itself(self) -> None:
-        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(guard_hold=0.2))
+        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(guard_hold=2.0))
         async with running(options) as world, world.client() as client:
             await world.source.lists("orders", "1", "2", "3", "4")
             await client.subscribe("orders")
@@ -176,7 +177,7 @@ class TestRemovals:
             await client.follow("orders")
 
     async def test_a_service_that_is_forgotten_is_withdrawn_by_itself(self) -> None:
-        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(forget_after=0.2))
+        options = ControlPlaneOptions(insecure=True, debounce_quiet=0.0, catalog=CatalogSettings(forget_after=1.0))
         async with running(options) as world, world.client() as client:
             await world.source.lists("orders", "1")
             await client.subscribe("orders")

@@ -237,7 +237,7 @@ async def test_an_agent_that_hangs_is_left_and_what_waits_for_it_is_broken_off(c
     async with scripted_consul() as other:
         other.answer("/v1/status/leader", "127.0.0.1:1")
         other.answer("/v1/x", [1])
-        async with ConsulReader([consul.address, other.address], ConsulToken(), grace=0.1) as reader:
+        async with ConsulReader([consul.address, other.address], ConsulToken(), grace=1.0) as reader:
             waiting = asyncio.ensure_future(reader.get("/v1/x", index=1, wait=600.0))
             probing = asyncio.ensure_future(reader.probe(0.02))
             with pytest.raises(ConsulError, match="does not answer"):

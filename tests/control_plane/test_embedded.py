@@ -200,7 +200,7 @@ async def test_a_restart_forgets_nobody_who_comes_back(tmp_path: Path) -> None:
     await database.close()
 
     database = Database(tmp_path)
-    source = EmbeddedSource(database, restart_grace=0.3)
+    source = EmbeddedSource(database, restart_grace=2.0)
     async with recorded(source) as recording:
         await recording.until(lambda: recording.connected)
         assert recording.ids("a") == {"a-1", "a-2"}

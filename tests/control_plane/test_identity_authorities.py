@@ -565,7 +565,7 @@ async def test_maintenance_goes_on_after_a_failure(tmp_path: Path, caplog: pytes
     async with opened(options) as authority:
         before = authority._own.leaf
         (tmp_path / "data" / "ca" / "roots.pem").chmod(0o666)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while "cannot do its work: others may write" not in caplog.text or authority._own.leaf == before:
                 await asyncio.sleep(0.01)
 

@@ -66,7 +66,7 @@ def options(**more: Any) -> ControlPlaneOptions:
 
 async def until(address: str, name: tuple[str, Any], value: float) -> dict[tuple[str, Any], float]:
     """The samples once one of them is as it should be: an acknowledgement is on its way when a client has sent it."""
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(30.0):
         while (found := await samples(address)).get(name) != value:
             await asyncio.sleep(0.02)
     return found

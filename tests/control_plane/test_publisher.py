@@ -79,7 +79,7 @@ class World:
         self.publisher.notify()
 
     async def next(self) -> tuple[Snapshot, frozenset[tuple[ResourceKind, str]]]:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(30.0):
             return await self.published.get()
 
 
@@ -111,7 +111,7 @@ class TestPublisher:
     async def test_a_stream_of_changes_is_published_after_the_maximum_delay(self) -> None:
         world = World(quiet=0.05, maximum=0.1)
         world.publisher.open()
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(30.0):
             for number in itertools.count():
                 world.add(f"s{number}")
                 await asyncio.sleep(0.001)

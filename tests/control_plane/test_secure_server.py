@@ -42,7 +42,7 @@ from mesh_client.identity.workload import WorkloadIdentity
 from mesh_client.transport import CONTROL_PLANE, MutualTls
 from tests.certificates import TestAuthority
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 
 

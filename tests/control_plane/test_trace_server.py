@@ -28,7 +28,8 @@ from tests.control_plane.spans import trace_id
 from tests.control_plane.test_secure_server import DENIED, TIMEOUT, World, refusal, running
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
-SMALL = ReportLimits(requests=Rate(5.0, 10), spans=Rate(10.0, 40), size=Rate(1e6, 4_000_000))
+SMALL = ReportLimits(requests=Rate(0.1, 10), spans=Rate(0.1, 40), size=Rate(1e6, 4_000_000))
+"""They fill so slowly that nothing is allowed anew while a test lasts."""
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mesh_client.core.model import Endpoint
 
 POLICY = resource_pb2.RESOURCE_TYPE_SERVICE_POLICY
 ENDPOINTS = resource_pb2.RESOURCE_TYPE_SERVICE_ENDPOINTS
-BOUND = 10.0
+BOUND = 30.0
 """Seconds after which a test that waits for something gives up."""
 
 Request = discovery_pb2.DeltaResourcesRequest

@@ -190,7 +190,11 @@ async def test_an_order_becomes_a_shipment_and_a_notification(
             assert await shop.outbox("orders") == 1
             await shop.broker.start()
             await arrives(edge, second)
-            assert await shop.outbox("orders") == 0
+
+            async def is_empty() -> bool:
+                return await shop.outbox("orders") == 0
+
+            await comes_true(is_empty)
             await is_traced(jaeger, first, shop)
 
         notifications = await shop.member("notifications", monkeypatch)

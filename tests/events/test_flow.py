@@ -79,7 +79,7 @@ async def test_events_of_a_key_are_handled_in_order_and_keys_side_by_side(servic
     bus.group(concurrency=8)
     seen: dict[str, list[int]] = defaultdict(list)
     running: set[str] = set()
-    most = 0
+    most, full = 0, asyncio.Event()
 
     @bus.subscribe(OrderPlaced)
     async def handle(event: Event[OrderPlaced]) -> None:
@@ -87,6 +87,9 @@ async def test_events_of_a_key_are_handled_in_order_and_keys_side_by_side(servic
         assert event.key not in running
         running.add(event.key)
         most = max(most, len(running))
+        if most == 8:
+            full.set()
+        await full.wait()  # however slowly they come
         await asyncio.sleep(0.001)
         running.remove(event.key)
         seen[event.key].append(event.message.quantity)
@@ -174,7 +177,7 @@ async def test_a_full_outbox_is_a_clear_error_and_makes_room_again(services: Ser
     for number in range(3):
         await orders.publish(OrderPlaced(), key=str(number))
     with pytest.raises(OutboxFullError, match=r"full: 3 of 3 events.*no broker is configured.*nothing was stored"):
-        await orders.publish(OrderPlaced(), timeout=0.1)
+        await orders.publish(OrderPlaced(), timeout=1.0)
     assert orders.state().published.refused_full == 1
     await orders.close()
     _, seen = await services.subscribed("shipping", OrderPlaced)
@@ -187,8 +190,8 @@ async def test_the_outbox_is_bounded_in_bytes_too(services: Services) -> None:
     orders = services.bus("orders", broker=False, max_bytes=1_000)
     await orders.publish(OrderPlaced(order_id="x" * 600))
     with pytest.raises(OutboxFullError, match="of 1000 bytes"):
-        await orders.publish(OrderPlaced(order_id="x" * 600), timeout=0.1)
-    await orders.publish(OrderPlaced(order_id="x" * 100), timeout=0.5)
+        await orders.publish(OrderPlaced(order_id="x" * 600), timeout=1.0)
+    await orders.publish(OrderPlaced(order_id="x" * 100), timeout=20)
 
 
 async def test_publishing_waits_for_a_locked_database_up_to_its_deadline(services: Services) -> None:

@@ -210,7 +210,7 @@ async def test_a_paused_group_finishes_what_it_has_begun_and_goes_on_in_order(
     await until(lambda: shipping.group.broker == "paused by the service's policy")
     assert (shipping.group.connected, shipping.group.paused) == (False, True)
     assert (shipping.group.counters.handled, shipping.group.running, shipping.group.waiting) == (1, 0, 0)
-    assert await services.depth("shipping.shipping") == 5
+    await services.has("shipping.shipping", 5)
     assert held.begun == ["0"]
     assert "is paused by the service's policy" in caplog.text
     for _ in range(5):

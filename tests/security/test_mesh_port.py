@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,12 @@ async def test_workloads_do_not_get_to_do_what_operators_do(world: World) -> Non
 
 async def test_a_workload_that_does_not_give_up_does_not_fill_the_log(world: World) -> None:
     async with world.mesh(await world.join("payments")) as raw, world.mesh(await world.join("orders")) as other:
+        began = time.monotonic()
         for _ in range(6):
             await asyncio.gather(*(refused(status(raw)) for _ in range(50)))
         await denied(world, status(other), "that takes an operator's identity")
     said = world.log.control_plane.count("refused: spiffe://mesh.internal/service/payments")
-    assert 100 <= said <= 110
+    assert 100 <= said <= 101 + time.monotonic() - began  # one more each second
     assert world.plane.access.denials[f"spiffe://{DOMAIN}/service/payments"] == 300
     assert "refused: spiffe://mesh.internal/service/orders" in world.log.control_plane
 
@@ -291,7 +293,7 @@ async def _to_the_end(stream: grpc.aio.StreamStreamCall[Any, Any]) -> None:
 async def test_calls_of_a_revoked_workload_are_refused_and_its_streams_end_with_their_connection(world: World) -> None:
     credential = await world.join("gateway")
     async with (
-        world.serving("orders", max_connection_age=1.0, max_connection_age_grace=0.1) as server,
+        world.serving("orders", max_connection_age=1.0, max_connection_age_grace=1.0) as server,
         world.to(server, credential) as raw,
     ):
         method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = raw.channel.stream_stream("/test.Echo/Stream")

@@ -45,7 +45,7 @@ from mesh_client.transport import Transport
 from tests.security.mint import Credential, Mint, new_key, signing_request
 
 DOMAIN = "mesh.internal"
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 """Seconds for anything."""
 SECRET_REQUEST = b"the card number is 4711"
 

@@ -118,7 +118,7 @@ asyncio.run(main())
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(grandchild, gone.set)
         await parent.kill()
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), 30)
     finally:
         asyncio.get_running_loop().remove_reader(grandchild)
         os.close(grandchild)
