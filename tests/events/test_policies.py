@@ -304,5 +304,6 @@ async def test_with_identity_a_group_waits_for_its_policy_and_remembers_it(servi
         mesh = await client("shipping", "", joins=False)
         async with consumer(mesh) as bus:
             await until(lambda: mesh._resolver.discovery.rounds > 1, "that nobody is there")
+            await until(lambda: bus.state().groups[0].broker != "not connected yet", "the group's first look")
             assert bus.state().groups[0].broker == WAITS
     assert not seen.events
