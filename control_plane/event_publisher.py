@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from mesh.v1 import event_pb2
 
+from control_plane.broker import broker_of
 from control_plane.catalog import Catalog
 from control_plane.discovery import StreamHub
 from control_plane.identity.ca import Leaf
@@ -28,14 +29,13 @@ from control_plane.publisher import Publisher
 from control_plane.snapshot import Snapshot
 from control_plane.subscription import SubscriptionState
 from control_plane.telemetry.recorder import OutboxReport, Recorder
-from mesh_client.core.errors import ConfigError, MeshError
+from mesh_client.core.errors import MeshError
 from mesh_client.core.events.state import OutboxState
 from mesh_client.core.events.topology import CONTROL_PLANE
 from mesh_client.core.identity import Principal
 from mesh_client.core.model import ResourceKind
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.events import EventBus
-from mesh_client.events.settings import BrokerSettings, broker_settings
 from mesh_client.identity import IdentityState
 from mesh_client.tasks import end_tasks
 
@@ -59,20 +59,6 @@ TELL_EVERY = 60.0
 """Seconds between complaints in the log."""
 
 _log = logging.getLogger(__name__)
-
-
-def broker_of(options: ControlPlaneOptions) -> BrokerSettings:
-    """The broker that the options name.
-
-    Raises:
-        ConfigError: it is no AMQP URL, it is plaintext without ``insecure``, or the credentials are missing.
-    """
-    settings = broker_settings(
-        options.broker, options.broker_credentials, options.broker_roots, insecure=options.insecure
-    )
-    if settings is None:
-        raise ConfigError("broker: it names none")
-    return settings
 
 
 class _Identity:
@@ -136,7 +122,7 @@ class EventPublisher:
         self._bus = EventBus(
             CONTROL_PLANE,
             _As(authority),
-            broker_of(options),
+            broker_of(options.broker, options.broker_credentials, options.broker_roots, insecure=options.insecure),
             self._directory / OUTBOX,
             max_events=MAX_EVENTS,
             max_bytes=MAX_BYTES,

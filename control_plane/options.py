@@ -115,10 +115,10 @@ class ControlPlaneOptions:
             raise ConfigError("broker: events wait in data_dir, so there must be one")
         try:
             # Brings in the AMQP client, which is an extra.
-            from control_plane.event_publisher import broker_of
+            from control_plane.broker import broker_of
         except ModuleNotFoundError as error:
             raise ConfigError(f"broker: {error.name} is not installed; install 'grpc-mesh[events]'") from None
-        broker_of(self)
+        broker_of(self.broker, self.broker_credentials, self.broker_roots, insecure=self.insecure)
 
     @property
     def enrols_at(self) -> str:

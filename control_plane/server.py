@@ -36,6 +36,7 @@ from control_plane.edges import EdgeHub
 from control_plane.events import Event, PolicyDeleted, PolicyStored, SourceConnected
 from control_plane.identity.authority import AuthorityServicer
 from control_plane.identity.certificate_authority import CertificateAuthority
+from control_plane.identity.services import add_enrolment_services, add_mesh_services
 from control_plane.operations.diagnosis import Diagnosis
 from control_plane.operations.drains import OperatorDrains
 from control_plane.operations.own_log import OwnLog
@@ -238,7 +239,7 @@ class ControlPlane:
         files = [each.DESCRIPTOR for each in services]
         files += self.traces.add_mesh_services(server)
         if authority is not None:
-            authority.add_mesh_services(server, self.access)
+            add_mesh_services(authority, server, self.access)
             files += [authority_pb2.DESCRIPTOR, certificate_pb2.DESCRIPTOR]
         names = [each.full_name for file in files for each in file.services_by_name.values()]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -248,7 +249,7 @@ class ControlPlane:
             self.port = add_port(server, options.address)
         else:
             enrolment = enrolment_server()
-            authority.add_enrolment_services(enrolment)
+            add_enrolment_services(authority, enrolment)
             self.enrolment_port = add_port(enrolment, options.enrols_at, authority.enrolment_credentials())
             self.port = add_port(server, options.address, authority.mesh_credentials())
         plain = self.traces.plain_server()

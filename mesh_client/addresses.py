@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.model import check_address
@@ -136,3 +137,13 @@ def address_towards(peer: HostPort) -> str:
             f"cannot tell which of this host's addresses others should call: no route to {peer} ({error}); "
             "give advertise=host or a listening address that is not a wildcard"
         ) from error
+
+
+def parse_peer_ip(peer: str) -> str:
+    """The address in a gRPC peer string such as ``ipv4:10.0.0.7:5123`` or ``ipv6:%5B::1%5D:5123``; else empty."""
+    kind, _, rest = peer.partition(":")
+    if kind == "ipv4":
+        return rest.rpartition(":")[0]
+    if kind == "ipv6":
+        return unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
+    return ""

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 import grpc.aio
 
-from mesh_client.context import CALLER_METADATA_KEY, LATE_WITHIN, InboundCall, inbound, parse_peer_ip
+from mesh_client.addresses import parse_peer_ip
+from mesh_client.context import CALLER_METADATA_KEY, LATE_WITHIN, InboundCall, inbound
 from mesh_client.core.authorization import HEALTH_METHODS
 from mesh_client.core.caller import Caller
 from mesh_client.core.policy import RateLimit, ServicePolicy

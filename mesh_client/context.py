@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
-from urllib.parse import unquote
 
+from mesh_client.addresses import parse_peer_ip
 from mesh_client.core.caller import Caller
 from mesh_client.core.tally import Tally
 
@@ -89,13 +89,3 @@ def current_caller() -> Caller | None:
     """
     call = inbound.get()
     return None if call is None else call.caller
-
-
-def parse_peer_ip(peer: str) -> str:
-    """The address in a gRPC peer string such as ``ipv4:10.0.0.7:5123`` or ``ipv6:%5B::1%5D:5123``; else empty."""
-    kind, _, rest = peer.partition(":")
-    if kind == "ipv4":
-        return rest.rpartition(":")[0]
-    if kind == "ipv6":
-        return unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]
-    return ""

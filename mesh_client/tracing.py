@@ -29,7 +29,7 @@ from opentelemetry.trace import (
     TraceFlags,
 )
 
-from mesh_client.context import parse_peer_ip
+from mesh_client.addresses import parse_peer_ip
 from mesh_client.core.errors import MeshErrorDetail
 from mesh_client.core.node import Node
 from mesh_client.spans import Spans, spans_of

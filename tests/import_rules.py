@@ -138,6 +138,7 @@ RULES = (
     ),
     _rule("mesh_client/*", "mesh_client mesh"),
     # The one that publishes events does so as services do.
+    _rule("control_plane/broker.py", "mesh_client.core mesh_client.events"),
     _rule(
         "control_plane/event_publisher.py",
         "control_plane mesh_client.core mesh_client.events mesh_client.identity mesh_client.tasks mesh",

@@ -14,7 +14,6 @@ import grpc
 import grpc.aio
 from cryptography import x509
 
-from control_plane.access import Access
 from control_plane.files import (
     data_directory,
     lock_directory,
@@ -22,10 +21,8 @@ from control_plane.files import (
     secret_directory,
 )
 from control_plane.identity import ca
-from control_plane.identity.authority import AuthorityServicer, add_authority_service
 from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
-from control_plane.identity.certificates import EnrolmentServicer, RenewalServicer, add_certificate_service
 from control_plane.identity.errors import IssuerNotValidError
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.issuance import CreatedToken, InForce, Issuance
@@ -208,15 +205,6 @@ class CertificateAuthority:
     def mesh_credentials(self) -> grpc.ServerCredentials:
         """For the mesh port: both sides show one."""
         return self._own.mesh_credentials()
-
-    def add_enrolment_services(self, server: grpc.aio.Server) -> None:
-        """Adds what the enrolment port serves."""
-        add_certificate_service(EnrolmentServicer(self), server)
-
-    def add_mesh_services(self, server: grpc.aio.Server, access: Access) -> None:
-        """Adds what the mesh port serves: renewal, the trust bundle, and the operators' API."""
-        add_certificate_service(RenewalServicer(self, access), server)
-        add_authority_service(AuthorityServicer(self, access), server)
 
     # -- certificates and join tokens
 

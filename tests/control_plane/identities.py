@@ -24,6 +24,7 @@ from control_plane.access import Access
 from control_plane.identity import ca
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
+from control_plane.identity.services import add_enrolment_services, add_mesh_services
 from mesh_client.core.identity import Principal
 
 TIMEOUT = 30.0
@@ -239,8 +240,8 @@ async def plane(options: IdentityOptions | None = None) -> AsyncIterator[Plane]:
         access = Access(authority.trust_domain, authority)
         unsubscribe = authority.on_change(access.cut_revoked)
         enrolment, mesh = grpc.aio.server(), grpc.aio.server()
-        authority.add_enrolment_services(enrolment)
-        authority.add_mesh_services(mesh, access)
+        add_enrolment_services(authority, enrolment)
+        add_mesh_services(authority, mesh, access)
         ports = (
             enrolment.add_secure_port("127.0.0.1:0", authority.enrolment_credentials()),
             mesh.add_secure_port("127.0.0.1:0", authority.mesh_credentials()),

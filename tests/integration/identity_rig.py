@@ -21,6 +21,7 @@ from control_plane.access import Access
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.certificate_authority import CertificateAuthority
 from control_plane.identity.options import IdentityOptions
+from control_plane.identity.services import add_enrolment_services, add_mesh_services
 from mesh_client.core.caller import Caller
 from mesh_client.identity.settings import IdentitySettings, identity_settings
 from mesh_client.identity.workload import WorkloadIdentity
@@ -107,7 +108,7 @@ class IdentityRig:
     async def open_enrolment(self) -> None:
         """Opens the enrolment port, always at the same address."""
         server = self._enrolment_server = grpc.aio.server(options=SERVER_OPTIONS)
-        self.authority.add_enrolment_services(server)
+        add_enrolment_services(self.authority, server)
         server.add_secure_port(self.enrolment, self.authority.enrolment_credentials())
         await server.start()
 
@@ -116,7 +117,7 @@ class IdentityRig:
         server = self._mesh_server = grpc.aio.server(options=[*SERVER_OPTIONS, *options])
         access = Access(self.authority.trust_domain, self.authority)
         self.stack.callback(self.authority.on_change(access.cut_revoked))
-        self.authority.add_mesh_services(server, access)
+        add_mesh_services(self.authority, server, access)
         self.plane.add_to(server)
         server.add_secure_port(self.mesh, self.authority.mesh_credentials())
         await server.start()

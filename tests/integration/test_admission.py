@@ -10,8 +10,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from mesh_client.addresses import parse_peer_ip
 from mesh_client.admission import Admission
-from mesh_client.context import InboundCall, inbound, parse_peer_ip
+from mesh_client.context import InboundCall, inbound
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.core.retry import PUSHBACK_KEY, parse_pushback
 from mesh_client.guard import Guard
