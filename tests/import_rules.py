@@ -165,8 +165,6 @@ class Import:
     module: str
     name: str | None
     line: int
-    for_types: bool = False
-    """Below ``if TYPE_CHECKING``."""
 
     @property
     def top(self) -> str:
@@ -181,19 +179,12 @@ class Import:
 
 def imports(tree: ast.AST) -> Iterator[Import]:
     """Every import in the tree, wherever it stands."""
-    for_types = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
-        for statement in branch.body
-        for node in ast.walk(statement)
-    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (Import(alias.name, None, node.lineno, id(node) in for_types) for alias in node.names)
+            yield from (Import(alias.name, None, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            yield from (Import(module, alias.name, node.lineno, id(node) in for_types) for alias in node.names)
+            yield from (Import(module, alias.name, node.lineno) for alias in node.names)
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -256,13 +247,9 @@ def module_name(path: str) -> str:
 
 
 def cycle(sources: Mapping[str, str]) -> list[str]:
-    """Modules that import each other in a ring, the first one repeated at the end; empty when there is none."""
+    """Modules that import each other in a ring, be it for types, the first one repeated at the end; else empty."""
     edges = {
-        name: {
-            item.full if item.full in sources else item.module
-            for item in imports(ast.parse(source))
-            if not item.for_types
-        }
+        name: {item.full if item.full in sources else item.module for item in imports(ast.parse(source))}
         for name, source in sources.items()
     }
     finished: set[str] = set()
