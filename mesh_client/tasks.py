@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,7 +15,7 @@ AGAIN = 5.0
 """Seconds that a cancelled task has for its end before it is cancelled again."""
 
 
-async def end_tasks(*tasks: asyncio.Future[Any] | None, again: float = AGAIN) -> None:
+async def end_tasks(*tasks: asyncio.Future[Any] | None, again: float = AGAIN, limit: float = math.inf) -> bool:
     """Cancels tasks, and returns once they have ended. What they raised is not raised here; None is no task.
 
     Once may not be enough, for a cancellation can be lost. `asyncio.wait_for` drops one that comes while what it waits
@@ -23,15 +25,23 @@ async def end_tasks(*tasks: asyncio.Future[Any] | None, again: float = AGAIN) ->
     Args:
         tasks: that are to end.
         again: seconds after which those that are still there are cancelled again; more than they need for their end.
+        limit: seconds after which those that are still there are left behind.
+
+    Returns:
+        Whether all have ended.
     """
     alive = {task for task in tasks if task is not None}
+    give_up = time.monotonic() + limit
     while alive:
         for task in alive:
             task.cancel()
-        ended, alive = await asyncio.wait(alive, timeout=again)
+        ended, alive = await asyncio.wait(alive, timeout=min(again, max(0.0, give_up - time.monotonic())))
         for task in ended:
             if not task.cancelled():
                 task.exception()  # or asyncio reports that nobody asked
+        if alive and time.monotonic() >= give_up:
+            return False
+    return True
 
 
 def obey_cancellation() -> None:

@@ -26,6 +26,7 @@ from mesh_client.core.load_report import Consumer
 from mesh_client.events.broker import Broker
 from mesh_client.events.consumer import GroupConsumer
 from mesh_client.events.event import Handler
+from mesh_client.events.handling import check_handler
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
 from mesh_client.events.publisher import WORKLOAD, source_of
@@ -242,7 +243,7 @@ class EventBus:
                 dead letters. Empty for everybody's.
 
         Raises:
-            ConfigError: the group has a handler for it, or the bus has been started.
+            ConfigError: the group has a handler for it, this one is no coroutine function, or the bus has been started.
             InvalidValueError: the group's name, the message's type or a publisher's name is not allowed.
         """
         self._not_started()
@@ -253,6 +254,7 @@ class EventBus:
             raise ConfigError(f"timeout: {timeout} is not allowed; expected seconds, above 0 to 3600")
 
         def subscribed(handler: Handler[M]) -> Handler[M]:
+            check_handler(handler)
             handlers = self._subscriptions.setdefault(name, {})
             if message_type in handlers:
                 raise ConfigError(f"group {name} has a handler for {message_type} already; use another group")

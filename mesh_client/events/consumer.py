@@ -22,6 +22,7 @@ from mesh_client.core.events.state import GroupCounters, GroupState
 from mesh_client.core.events.topology import EXCHANGE, Group, binding_key
 from mesh_client.core.policy import NO_GROUP, EventGroup
 from mesh_client.core.served import ServedBook
+from mesh_client.events import handling
 from mesh_client.events.broker import (
     CONNECT_TIMEOUT,
     FAILURES,
@@ -48,7 +49,7 @@ from mesh_client.events.event import Event
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.pause import Permission, first_of
 from mesh_client.events.publisher import check_publisher, proven_user
-from mesh_client.events.relay import end
+from mesh_client.events.relay import break_off, end
 from mesh_client.events.schema import decode
 from mesh_client.events.subscription import Subscription
 from mesh_client.events.tracing import EventTracing, failed
@@ -56,6 +57,8 @@ from mesh_client.tasks import end_tasks, obey_cancellation
 
 logger = logging.getLogger(__name__)
 
+STUBBORN = 5.0
+"""Seconds that cancelled handlers have to end."""
 SETTLE = 2.0
 """Seconds that a new queue has before anything may get into it. RabbitMQ writes the name of a new quorum queue to the
 disk up to a second later; killed before that it forgets what it had confirmed to be in the queue (seen with 3.10)."""
@@ -157,7 +160,8 @@ class GroupConsumer:
         self._draining = True
         if self._handlers:
             await asyncio.wait(self._handlers, timeout=grace)
-        await end_tasks(*self._handlers)
+        if not await end_tasks(*self._handlers, again=1.0, limit=STUBBORN):
+            logger.error("handlers of %s do not end when they are cancelled; they are left behind", self._group.queue)
         await end_tasks(self._task)
         self._task = None
 
@@ -211,10 +215,10 @@ class GroupConsumer:
         broken = self._broken = asyncio.get_running_loop().create_future()
 
         def closed(_: object, error: BaseException | None) -> None:
-            if not broken.done():
-                broken.set_exception(
-                    error if isinstance(error, Exception) else ConnectionError("the connection was closed")
-                )
+            break_off(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
+
+        def dismissed(_: object) -> None:
+            break_off(broken, RuntimeError("the broker has ended it, because its queue is gone"))
 
         await declare_exchange(connection)
         fresh = not await queue_exists(connection, self._group.queue)
@@ -224,6 +228,7 @@ class GroupConsumer:
         try:
             queue = await self._declare(channel, fresh=fresh)
             await channel.set_qos(prefetch_count=self._options.ahead, timeout=CONNECT_TIMEOUT)
+            (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(dismissed)
             await queue.consume(self._arrived, timeout=CONNECT_TIMEOUT)
             obey_cancellation()  # aiormq may have lost one
             logger.info("the group %s gets events", self._group.queue)
@@ -282,7 +287,7 @@ class GroupConsumer:
 
     def _go_on(self) -> None:
         """Does what the lanes say now."""
-        if self._draining or not self._permission.given:
+        if self._draining or not self._permission.given or self._broken is None or self._broken.done():
             return
         for action in self._lanes.next(asyncio.get_running_loop().time()):
             work = self._handle(action.delivery) if isinstance(action, Run) else self._defer(action)
@@ -293,9 +298,9 @@ class GroupConsumer:
     async def _handle(self, delivery: Delivery) -> None:
         """Calls the handler, and tells the lanes what became of it."""
         taken = self._taken[delivery]
-        attempt = attempt_of(taken.message)
         level: int | None = None
         try:
+            attempt = attempt_of(taken.message)
             try:
                 await self._call(taken, attempt)
             except UnusableEventError as error:
@@ -306,9 +311,9 @@ class GroupConsumer:
                 with self._settles(taken):
                     await taken.message.ack()
                 self.counters.handled += 1
-        except FAILURES as error:
-            # Not acknowledged: the broker delivers it again.
-            self._break(error)
+        except Exception as error:
+            # Not acknowledged: the broker delivers it again, and those behind it, for none of them is begun before.
+            break_off(taken.session, error)
         finally:
             del self._taken[delivery]
             if level is None:
@@ -357,17 +362,13 @@ class GroupConsumer:
             with self._tracing.handling(envelope, size, message.headers, queue, group, attempt) as span:
                 limit = asyncio.timeout(timeout)
                 try:
-                    async with limit:
-                        await subscription.handler(event)
-                except TimeoutError as error:
+                    await handling.call(subscription.handler, event, limit)
+                except Exception as error:
                     failed(span, error)
-                    if not limit.expired():
+                    if not (isinstance(error, TimeoutError) and limit.expired()):
                         raise
                     self.counters.timed_out += 1
                     raise TimeoutError(f"the handler took more than {timeout:g} s") from None
-                except Exception as error:
-                    failed(span, error)
-                    raise
         except BaseException as error:
             code = code_of(error)
             raise
@@ -398,10 +399,11 @@ class GroupConsumer:
         try:
             await self._move(taken, self._retry_queue(action.level), {})
             self.counters.deferred += 1
-        except FAILURES as error:
-            self._break(error)
+        except Exception as error:
+            break_off(taken.session, error)
 
     async def _bury(self, taken: _Taken, reason: DeadReason, detail: str) -> None:
+        detail = detail.encode(errors="replace").decode()  # names of files may have what is no text
         headers: dict[str, aio_pika.abc.FieldValue] = {
             REASON: reason.value,
             DETAIL: detail[:_MAX_DETAIL],
@@ -436,10 +438,6 @@ class GroupConsumer:
 
     def _retry_queue(self, level: int) -> str:
         return self._group.retry(self._options.retries.milliseconds[level])
-
-    def _break(self, error: BaseException) -> None:
-        if self._broken is not None and not self._broken.done():
-            self._broken.set_exception(error)
 
     def _types(self) -> str:
         return ", ".join(sorted(self._subscriptions))

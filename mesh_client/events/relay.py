@@ -274,7 +274,7 @@ class Outbox:
         broken: asyncio.Future[None] = loop.create_future()
 
         def closed(_: object, error: BaseException | None) -> None:
-            _break(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
+            break_off(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
 
         channel.close_callbacks.add(closed)
         connection.close_callbacks.add(closed)
@@ -363,7 +363,7 @@ class Outbox:
                 self._words = "the broker takes no events for now: it is short of disk or memory"
             else:
                 self._patience = min(2 * self._patience, MOST_PATIENCE)
-                _break(broken, TimeoutError())
+                break_off(broken, TimeoutError())
         return self._wake.is_set()
 
     async def _send(self, wire: Wire, rows: Sequence[StoredEvent], user: str, broken: asyncio.Future[None]) -> None:
@@ -395,7 +395,7 @@ class Outbox:
                 # It closed the channel over one of those on their way. Sent one at a time, it is found.
                 self._alone = max(self._alone, self._relay.in_flight)
                 self._oversize = (row, str(error)) if self._relay.in_flight == 1 else None
-            _break(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
+            break_off(broken, error if isinstance(error, Exception) else ConnectionError("the connection was closed"))
         else:
             self.counters.confirmed += 1
             self._settle(row.number)
@@ -435,6 +435,7 @@ def end(broken: asyncio.Future[None]) -> None:
         broken.exception()
 
 
-def _break(broken: asyncio.Future[None], error: Exception) -> None:
+def break_off(broken: asyncio.Future[None], error: Exception) -> None:
+    """Ends a session: whoever serves it is told of the first error."""
     if not broken.done():
         broken.set_exception(error)

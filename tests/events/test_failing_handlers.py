@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
 from collections import defaultdict
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 from shop.v1.events_pb2 import OrderPlaced, OrderShipped
 from shop.v1.orders_pb2 import Order
 
+from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.envelope import CONTENT_TYPE, Envelope
 from mesh_client.core.events.topology import EXCHANGE, Group
-from mesh_client.events import Event, Reject, RetrySchedule
+from mesh_client.events import Event, Reject, RetrySchedule, consumer, delivery
 from mesh_client.events.delivery import DETAIL, REASON
 from mesh_client.events.schema import schema_version
 from tests.events.services import Seen, Services, started, until
@@ -255,3 +258,125 @@ async def test_handlers_that_run_finish_when_a_service_stops_and_the_rest_is_lef
     await seen.count(4)
     await asyncio.sleep(0.1)
     assert not set(seen.ids) & set(done)
+
+
+class Fatal(BaseException):
+    """What no `except Exception` sees."""
+
+
+async def test_a_handler_that_is_cancelled_from_within_has_failed_and_order_is_kept(services: Services) -> None:
+    bus = services.bus("shipping")
+    bus.group(retries=RetrySchedule((0.05,)), concurrency=1, prefetch=2)
+    handled: list[tuple[int, int]] = []
+
+    @bus.subscribe(OrderPlaced)
+    async def handle(event: Event[OrderPlaced]) -> None:
+        number = event.message.quantity
+        if event.attempt == 1 and number < 5:
+            if number % 2:
+                raise Fatal
+            other = asyncio.ensure_future(asyncio.sleep(60.0))
+            other.cancel()
+            await other
+        handled.append((number, event.attempt))
+
+    await started(bus)
+    orders = services.bus("orders")
+    for number in range(6):  # more than the broker sends ahead
+        await orders.publish(OrderPlaced(quantity=number), key="one")
+    await until(lambda: len(handled) == 6)
+    assert handled == [(number, 2 if number < 5 else 1) for number in range(6)]
+    counters = bus.state().groups[0].counters
+    assert (counters.failed, counters.dead) == (5, {})
+
+
+async def test_why_an_event_is_rejected_may_be_anything(services: Services) -> None:
+    bus = services.bus("shipping")
+    bus.group(concurrency=1)
+
+    @bus.subscribe(OrderPlaced)
+    async def handle(event: Event[OrderPlaced]) -> None:
+        raise Reject("of a file's name: \udcff")
+
+    await started(bus)
+    for _ in range(3):
+        await services.bus("orders").publish(OrderPlaced())
+    await until(lambda: bus.state().groups[0].counters.dead == {"rejected": 3})
+    letters = await services.dead("shipping")
+    assert {letter.headers[DETAIL] for letter in letters} == {"of a file's name: ?"}
+
+
+async def test_an_error_of_the_consumer_itself_gives_the_event_back_and_those_behind_it_wait(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, seen = services.bus("shipping"), Seen()
+    bus.subscribe(OrderPlaced)(seen)
+    await started(bus)
+    real, broken = delivery.attempt_of, 0
+
+    def defect(message: Any) -> int:
+        nonlocal broken
+        broken += 1
+        if broken <= 2:
+            raise ValueError("a defect")
+        return real(message)
+
+    monkeypatch.setattr(consumer, "attempt_of", defect)
+    orders = services.bus("orders")
+    for number in range(4):
+        await orders.publish(OrderPlaced(quantity=number), key="one")
+    await seen.count(4)
+    assert [event.message.quantity for event in seen.events] == list(range(4))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_group_whose_queue_is_deleted_makes_it_again(services: Services, whole: bool) -> None:
+    bus, seen = services.bus("shipping"), Seen()
+    bus.subscribe(OrderPlaced)(seen)
+    await started(bus)
+    orders = services.bus("orders")
+    await orders.publish(OrderPlaced(order_id="before"))
+    await seen.count(1)
+    async with await services.connect("shipping") as connection:
+        channel = await connection.channel()
+        await channel.queue_delete("shipping.shipping")
+        if whole:
+            await channel.exchange_delete(Group("shipping", "shipping").exchange)
+    await until(lambda: not bus.state().groups[0].connected, "that the group notices")
+    await until(lambda: bus.state().groups[0].connected, "that the group is back")
+    await orders.publish(OrderPlaced(order_id="after"))
+    await seen.count(2)
+    assert seen.events[1].message.order_id == "after"
+
+
+async def test_only_coroutine_functions_are_handlers(services: Services) -> None:
+    bus = services.bus("shipping")
+
+    def plain(event: Event[OrderPlaced]) -> None:
+        raise AssertionError
+
+    with pytest.raises(ConfigError, match="plain is no coroutine function: write `async def`"):
+        bus.subscribe(OrderPlaced)(plain)  # type: ignore[arg-type]
+    bus.subscribe(OrderPlaced)(functools.partial(Seen().__call__))
+
+
+async def test_a_handler_that_ignores_its_cancellation_holds_no_drain_up(
+    services: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(consumer, "STUBBORN", 0.2)
+    bus, go, begun = services.bus("shipping"), asyncio.Event(), asyncio.Event()
+
+    @bus.subscribe(OrderPlaced)
+    async def stubborn(event: Event[OrderPlaced]) -> None:
+        begun.set()
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+
+    await started(bus)
+    await services.bus("orders").publish(OrderPlaced())
+    await begun.wait()
+    async with asyncio.timeout(30.0):
+        await bus.drain(grace=0.05)
+    assert "do not end when they are cancelled" in caplog.text
+    go.set()
