@@ -22,7 +22,8 @@ from mesh_client.events.bus import EventBus
 from mesh_client.events.event import Event
 from mesh_client.events.options import GroupOptions
 from mesh_client.events.outbox import SCHEMA as OUTBOX_SCHEMA
-from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
+from mesh_client.events.outbox import OutboxStore, SqliteOutbox
+from mesh_client.events.prepared import PreparedEvent
 
 __all__ = [
     "OUTBOX_SCHEMA",

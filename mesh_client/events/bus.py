@@ -28,7 +28,8 @@ from mesh_client.events.consumer import GroupConsumer
 from mesh_client.events.event import Handler
 from mesh_client.events.handling import check_handler
 from mesh_client.events.options import GroupOptions
-from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
+from mesh_client.events.outbox import OutboxStore, SqliteOutbox
+from mesh_client.events.prepared import PreparedEvent
 from mesh_client.events.publisher import WORKLOAD, source_of
 from mesh_client.events.relay import Outbox
 from mesh_client.events.schema import schema_version

@@ -7,28 +7,24 @@ PostgreSQL.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.errors import OutboxFullError
+from mesh_client.events.prepared import PreparedEvent
+from mesh_client.events.rows import StoredEvent, events_of, next_events
 
 LEASE = 5.0
 """Seconds after which another process takes the relaying over from one that hangs."""
 
-INSERT = (
-    "INSERT INTO mesh_outbox (id, type, event_key, source, created, schema_version, headers, mandatory, body)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
 _COLUMNS = "number, id, type, event_key, source, created, schema_version, headers, mandatory, body"
 
 SCHEMA = """
@@ -78,54 +74,6 @@ CREATE TRIGGER IF NOT EXISTS mesh_outbox_removed AFTER DELETE ON mesh_outbox
 """
 """Everything that an outbox in SQLite consists of. Run it again and again: it makes what is not there. The triggers
 count what is in it, and refuse what is beyond the bound, also inside a service's own transactions."""
-
-_FULL = "mesh outbox is full"
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedEvent:
-    """An event that is ready to be stored: by `store`, in a transaction of the service's own SQLite database.
-
-    Attributes:
-        parameters: for the columns of the table ``mesh_outbox``, in the order of `INSERT`.
-    """
-
-    envelope: Envelope
-    headers: dict[str, str]
-    mandatory: bool
-    body: bytes
-
-    @property
-    def parameters(self) -> tuple[str, str, str, str, float, str, str, int, bytes]:
-        """Values of the columns, in the order of `INSERT`."""
-        at = self.envelope
-        headers = json.dumps(self.headers, separators=(",", ":")) if self.headers else ""
-        return at.id, at.type, at.key, at.source, at.time, at.schema, headers, int(self.mandatory), self.body
-
-    def store(self, connection: sqlite3.Connection) -> None:
-        """Stores it within the transaction that the connection is in: with everything else in it, or not at all.
-
-        Raises:
-            OutboxFullError: the outbox is full.
-            sqlite3.Error: anything else that SQLite says.
-        """
-        try:
-            connection.execute(INSERT, self.parameters)
-        except sqlite3.IntegrityError as error:
-            if _FULL not in str(error):
-                raise
-            raise OutboxFullError(
-                "the outbox is full: the broker takes no events, or nobody is subscribed to them; nothing was stored"
-            ) from None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
-    """A row of the table."""
-
-    number: int
-    event: PreparedEvent
-
 
 POSTGRES = ("postgresql://", "postgres://")
 """How addresses of outboxes in PostgreSQL begin; others are files of SQLite."""
@@ -284,17 +232,14 @@ class SqliteOutbox:
             connection.execute("COMMIT")
         if limit <= 0:
             return []
-        rows = connection.execute(
-            f"SELECT {_COLUMNS} FROM mesh_outbox WHERE number > ? ORDER BY number LIMIT ?",  # noqa: S608 - constants
-            (after, limit),
-        )
-        return [_stored(row) for row in rows]
+        query = f"SELECT {_COLUMNS} FROM mesh_outbox WHERE number > ? ORDER BY number LIMIT ?"  # noqa: S608 - constants
+        return next_events(lambda: connection.execute(query, (after, limit)).fetchall(), self.refuse)
 
     def read(self, numbers: Sequence[int]) -> list[StoredEvent]:
         """See `OutboxStore`."""
         query = f"SELECT {_COLUMNS} FROM mesh_outbox WHERE number = ?"  # noqa: S608 - constants
-        rows = (self._relays.execute(query, (number,)).fetchone() for number in numbers)
-        return [_stored(row) for row in rows if row is not None]
+        rows = [row for number in numbers for row in self._relays.execute(query, (number,))]
+        return events_of(rows, self.refuse)
 
     def refuse(self, number: int, why: str) -> None:
         """See `OutboxStore`."""
@@ -365,13 +310,6 @@ def _connect(path: Path, max_events: int, max_bytes: int) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def _stored(row: Iterable[object]) -> StoredEvent:
-    number, id, type, key, source, created, schema, headers, mandatory, body = row
-    envelope = Envelope(str(id), str(source), str(type), float(created), str(schema), str(key))  # type: ignore[arg-type]  # SQLite's own types
-    loaded = json.loads(str(headers)) if headers else {}
-    return StoredEvent(int(number), PreparedEvent(envelope, loaded, bool(mandatory), bytes(body)))  # type: ignore[call-overload]  # likewise
 
 
 def _died(relay: str) -> bool:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -26,11 +25,12 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.envelope import Envelope
 from mesh_client.core.events.errors import OutboxFullError
 from mesh_client.events import inbox
 from mesh_client.events.event import Event
-from mesh_client.events.outbox import LEASE, OutboxSize, PreparedEvent, StoredEvent
+from mesh_client.events.outbox import LEASE, OutboxSize
+from mesh_client.events.prepared import PreparedEvent
+from mesh_client.events.rows import StoredEvent, events_of, next_events
 
 INSERT = (
     "INSERT INTO mesh_outbox (id, type, event_key, source, created, schema_version, headers, mandatory, body)"
@@ -226,7 +226,8 @@ class PostgresOutbox:
             late = sorted(there - self._known)[:limit]
             rows = self.read(late) if late else []
             query = f"SELECT {_COLUMNS} FROM mesh_outbox WHERE number > %s ORDER BY number LIMIT %s"  # noqa: S608 - constants
-            rows += map(_stored, connection.execute(query, (after, limit - len(rows))))
+            room = limit - len(rows)
+            rows += next_events(lambda: connection.execute(query, (after, room)).fetchall(), self.refuse)
             self._known &= there  # somebody may have deleted some
             self._known.update(row.number for row in rows)
             return rows
@@ -235,7 +236,8 @@ class PostgresOutbox:
         """See `OutboxStore`."""
         query = f"SELECT {_COLUMNS} FROM mesh_outbox WHERE number = ANY(%s) ORDER BY number"  # noqa: S608 - constants
         with self._usable():
-            return [_stored(row) for row in self._relays.execute(query, (list(numbers),))]
+            rows = self._relays.execute(query, (list(numbers),)).fetchall()
+            return events_of(rows, self.refuse)
 
     def refuse(self, number: int, why: str) -> None:
         """See `OutboxStore`."""
@@ -351,13 +353,6 @@ def _read(connection: Connection, max_events: int, max_bytes: int) -> OutboxSize
     ).fetchone()
     events, held, oldest, refused = row or (0, 0, None, 0)
     return OutboxSize(events, held, oldest, refused, max_events, max_bytes)
-
-
-def _stored(row: Sequence[Any]) -> StoredEvent:
-    number, id, type, key, source, created, schema, headers, mandatory, body = row
-    loaded = json.loads(headers) if headers else {}
-    envelope = Envelope(id, source, type, created, schema, key)
-    return StoredEvent(number, PreparedEvent(envelope, loaded, bool(mandatory), bytes(body)))
 
 
 def _words(error: psycopg.Error) -> str:

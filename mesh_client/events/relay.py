@@ -22,7 +22,9 @@ from mesh_client.core.events.outbox import OutboxRelay
 from mesh_client.core.events.state import OutboxState, PublishCounters, RelayState
 from mesh_client.core.events.topology import EXCHANGE
 from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain, is_blocked
-from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, PreparedEvent, StoredEvent
+from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore
+from mesh_client.events.prepared import PreparedEvent
+from mesh_client.events.rows import StoredEvent
 from mesh_client.events.wire import Wire, outgoing
 from mesh_client.events.writer import OutboxWriter
 from mesh_client.tasks import end_tasks, obey_cancellation

@@ -20,7 +20,7 @@ from pamqp.header import ContentHeader
 
 from mesh_client.core.events.envelope import CONTENT_TYPE
 from mesh_client.core.events.topology import routing_key
-from mesh_client.events.outbox import PreparedEvent
+from mesh_client.events.prepared import PreparedEvent
 
 _FRAME_OVERHEAD = 8
 PERSISTENT = 2

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
-from mesh_client.events.outbox import OutboxStore, PreparedEvent
+from mesh_client.events.outbox import OutboxStore
+from mesh_client.events.prepared import PreparedEvent
 
 BATCH = 512
 """Events that are stored in one transaction at most."""

@@ -22,9 +22,11 @@ from mesh_client.core.errors import ConfigError
 from mesh_client.events import Event, EventBus, OutboxFullError, PublishTimeoutError
 from mesh_client.events import postgres as postgres_module
 from mesh_client.events.choice import make_bus
-from mesh_client.events.outbox import OutboxStore, PreparedEvent, SqliteOutbox
+from mesh_client.events.outbox import OutboxStore, SqliteOutbox
 from mesh_client.events.postgres import INBOX_SCHEMA, INSERT, SCHEMA, PostgresOutbox, first_time, store
+from mesh_client.events.prepared import PreparedEvent
 from mesh_client.transport import PlaintextTransport
+from tests.events import test_rows
 from tests.events.services import Seen, Services, until
 from tests.integration.postgres import USER, Postgres, missing
 from tests.integration.rabbitmq import REPOSITORY
@@ -370,3 +372,14 @@ async def test_the_status_shows_what_waits_in_it(database: str, services: Servic
     assert table.exit_code == 0
     assert PostgresOutbox(database).name in table.stdout
     assert "secret" not in table.output
+
+
+async def test_rows_that_are_no_events_are_put_aside(services: Services, database: str) -> None:
+    orders = bus(services, database)
+    await orders.start()
+    bad = {name: changes for name, changes in test_rows.BAD.items() if name != "half of a surrogate pair"}
+    with psycopg.connect(database, autocommit=True) as connection:
+        for changes in bad.values():
+            test_rows.insert(connection, "%s", **changes)
+        test_rows.insert(connection, "%s")
+    await test_rows.arrives(services, orders, len(bad))
