@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from mesh_client.context import inbound
 from mesh_client.core.errors import ConfigError, InvalidTransitionError
 from mesh_client.core.events.envelope import Envelope, check_key, check_type
-from mesh_client.core.events.errors import EventTooLargeError
+from mesh_client.core.events.errors import EventTooLargeError, OutboxAwayError, PublishTimeoutError
 from mesh_client.core.events.state import EventsState
 from mesh_client.core.events.topology import CONTROL_PLANE, Group, check_member
 from mesh_client.core.load_report import Consumer
@@ -36,6 +36,7 @@ from mesh_client.events.schema import schema_version
 from mesh_client.events.settings import BrokerSettings
 from mesh_client.events.subscription import Subscription
 from mesh_client.events.tracing import EventTracing
+from mesh_client.tasks import end_tasks
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -54,6 +55,9 @@ DEFAULT_HANDLER_TIMEOUT = 30.0
 MAX_EVENTS = 100_000
 MAX_OUTBOX_BYTES = 256 << 20
 MAX_EVENT_BYTES = 1 << 20
+OPEN_TIMEOUT = 10.0
+"""Seconds for which the start waits for the outbox's database."""
+OPEN_AGAIN = 0.1
 FLUSH_TIMEOUT = 2.0
 """Seconds for which a service that stops waits for its outbox to become empty, while there is a broker."""
 
@@ -123,7 +127,7 @@ class EventBus:
         self._subscriptions: dict[str, dict[str, Subscription]] = {}
         self._options: dict[str, GroupOptions] = {}
         self._consumers: dict[str, GroupConsumer] = {}
-        self._started = self._closed = False
+        self._used = self._started = self._closed = False
         self._stored: Counter[str] = Counter()
 
     # -- publishing
@@ -153,8 +157,15 @@ class EventBus:
             InvalidValueError: the key or the message's type is not allowed.
         """
         event = self.prepare(message, key=key, mandatory=mandatory)
-        await self._open()
-        await self._outbox.publish(event, self._timeout(timeout))
+        timeout = self._timeout(timeout)
+        if not self._is_open:
+            deadline = time.monotonic() + timeout
+            try:
+                await self._open(timeout)
+            except OutboxAwayError as error:
+                raise PublishTimeoutError(f"the event could not be stored in time: {error}") from None
+            timeout = deadline - time.monotonic()
+        await self._outbox.publish(event, timeout)
         self._stored[event.envelope.type] += 1
         return event.envelope.id
 
@@ -310,13 +321,13 @@ class EventBus:
         self._closed = True
         self._stop_following()
         await self.drain()
-        if self._opening is None:
+        if not self._used:
             return
-        await asyncio.wait({self._opening})
-        if self._opening.exception() is None:
+        if self._opening is not None and self._opening.done():
             state = self._outbox.state(time.time())
             if state is not None and state.connected and state.relaying:
                 await self._outbox.flush(FLUSH_TIMEOUT)
+        await end_tasks(self._opening)
         await self._outbox.close()
 
     async def __aenter__(self) -> Self:
@@ -348,12 +359,43 @@ class EventBus:
         """The groups whose load is reported."""
         return [Consumer(name, consumer.book) for name, consumer in self._consumers.items()]
 
-    async def _open(self) -> None:
-        if self._closed:
-            raise InvalidTransitionError("the event bus is closed")
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._outbox.open(), name="outbox opens")
-        await asyncio.shield(self._opening)
+    @property
+    def _is_open(self) -> bool:
+        opening = self._opening
+        if self._closed or opening is None or not opening.done():
+            return False
+        return not opening.cancelled() and opening.exception() is None
+
+    async def _open(self, timeout: float = OPEN_TIMEOUT) -> None:
+        """Opens the outbox, unless it is open; what keeps it from that may have been mended since the last time.
+
+        Raises:
+            OutboxAwayError: its database does not answer in time, or somebody else holds it.
+            ConfigError: the outbox cannot be used.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        while True:
+            if self._closed:
+                raise InvalidTransitionError("the event bus is closed")
+            if self._opening is None:
+                self._used = True
+                self._opening = asyncio.create_task(self._outbox.open(), name="outbox opens")
+                self._opening.add_done_callback(self._opened)
+            opening = self._opening
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await asyncio.shield(opening)
+                    return
+            except TimeoutError:
+                raise OutboxAwayError(f"outbox: the database of {self._outbox.name} does not answer") from None
+            except OutboxAwayError:
+                if asyncio.get_running_loop().time() + OPEN_AGAIN >= deadline:
+                    raise
+            await asyncio.sleep(OPEN_AGAIN)
+
+    def _opened(self, opening: asyncio.Task[None]) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            self._opening = None
 
     def _not_started(self) -> None:
         if self._started:

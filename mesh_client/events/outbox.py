@@ -12,13 +12,14 @@ import socket
 import sqlite3
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.errors import OutboxFullError
+from mesh_client.core.events.errors import OutboxAwayError, OutboxFullError
 from mesh_client.events.prepared import PreparedEvent
 from mesh_client.events.rows import StoredEvent, events_of, next_events
 
@@ -111,8 +112,12 @@ class OutboxStore(Protocol):
         """Makes what is not there yet.
 
         Raises:
+            OutboxAwayError: it cannot be used now; the same again may succeed.
             ConfigError: it cannot be used.
         """
+
+    def abort(self) -> None:
+        """Ends waits for a database that does not answer. The one method that is called in another thread."""
 
     def close(self) -> None:
         """Ends the relaying, so that another process may begin at once, and closes what is open."""
@@ -166,20 +171,27 @@ class SqliteOutbox:
 
     def open(self, max_events: int, max_bytes: int) -> None:
         """Makes the tables that are not there; see `OutboxStore`."""
-        give_up = time.monotonic() + 10.0
+        give_up = time.monotonic() + 1.0
         while True:
             try:
                 self._connection = _connect(self._path, max_events, max_bytes)
                 self._relaying = _open(self._path, "NORMAL")
             except sqlite3.OperationalError as error:
-                # Siblings that start at the same moment collide where SQLite does not wait.
-                if "locked" not in str(error) or time.monotonic() > give_up:
+                self.close()
+                if not self.busy(error):
                     raise ConfigError(f"outbox: {self._path} cannot be used: {error}") from None
+                # Siblings that start at the same moment collide where SQLite does not wait.
+                if time.monotonic() > give_up:
+                    raise OutboxAwayError(f"outbox: {self._path} cannot be used now: {error}") from None
                 time.sleep(0.02)
             except sqlite3.DatabaseError as error:
+                self.close()
                 raise ConfigError(f"outbox: {self._path} cannot be used: {error}") from None
             else:
                 return
+
+    def abort(self) -> None:
+        """See `OutboxStore`. SQLite waits for nobody longer than 5 s."""
 
     def close(self) -> None:
         """See `OutboxStore`."""
@@ -278,6 +290,29 @@ class SqliteOutbox:
         if self._relaying is None:
             raise ConfigError("outbox: it is not open")
         return self._relaying
+
+
+def explain_full(name: str, size: OutboxSize | None, broker: str, held: int, unroutable: Counter[str]) -> str:
+    """Why nothing more can be stored, in words.
+
+    Args:
+        name: of the outbox.
+        size: what is in it, as far as it is known.
+        broker: the connection's state, in words.
+        held: events that wait because nobody is subscribed to them.
+        unroutable: by type, how often an event was returned for that.
+    """
+    if size is None:
+        return f"the outbox at {name} is full; nothing was stored"
+    oldest = 0.0 if size.oldest is None else time.time() - size.oldest
+    why = f"; broker: {broker}"
+    if held:
+        types = ", ".join(f"{type} ({count} times)" for type, count in unroutable.most_common(3))
+        why += f"; {held} wait because nobody is subscribed to them: {types}"
+    return (
+        f"the outbox at {name} is full: {size.events} of {size.max_events} events, {size.bytes} of "
+        f"{size.max_bytes} bytes, the oldest for {oldest:.0f} s{why}; nothing was stored"
+    )
 
 
 def read_size(connection: sqlite3.Connection) -> OutboxSize:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 import uuid
@@ -25,7 +26,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.core.events.errors import OutboxFullError
+from mesh_client.core.events.errors import OutboxAwayError, OutboxFullError
 from mesh_client.events import inbox
 from mesh_client.events.event import Event
 from mesh_client.events.outbox import LEASE, OutboxSize
@@ -151,7 +152,7 @@ class PostgresOutbox:
     def open(self, max_events: int, max_bytes: int) -> None:
         """Makes the tables that are not there; see `OutboxStore`."""
         self._bounds = max_events, max_bytes
-        with self._usable():
+        with self._usable(opens=True):
             connection = self._writes
             with connection.transaction():
                 connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -162,6 +163,16 @@ class PostgresOutbox:
                 if row is None or row[0] < 3:
                     connection.execute(SCHEMA)
             self._count()
+
+    def abort(self) -> None:
+        """See `OutboxStore`. A server that hangs takes what it is sent, so nothing but the client can end the wait."""
+        for connection in (self._relaying, self._writing):
+            if connection is not None and not connection.closed:
+                with (
+                    contextlib.suppress(psycopg.Error, OSError),
+                    socket.socket(fileno=os.dup(connection.fileno())) as its,
+                ):
+                    its.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """See `OutboxStore`."""
@@ -298,11 +309,13 @@ class PostgresOutbox:
             )
 
     @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
+    def _usable(self, *, opens: bool = False) -> Iterator[None]:
         """What PostgreSQL says becomes an error that says it in words."""
         try:
             yield
         except psycopg.Error as error:
+            if opens and self.busy(error) and not _REFUSED.search(str(error)):
+                raise OutboxAwayError(f"outbox: {self._name} cannot be used now: {_words(error)}") from None
             raise ConfigError(f"outbox: {self._name} cannot be used: {_words(error)}") from None
 
     @property
@@ -320,6 +333,10 @@ class PostgresOutbox:
 
     def _connect(self) -> Connection:
         return _connect(self._conninfo)
+
+
+_REFUSED = re.compile(r"FATAL:\s++(?!the database system|sorry, too many|remaining connection|terminating)")
+"""Of those that connect: a wrong password, or a database that there is not. Another attempt is of no use."""
 
 
 def read_size(conninfo: str) -> OutboxSize:
@@ -341,7 +358,11 @@ def _connect(conninfo: str) -> Connection:
         application_name="grpc-mesh outbox",
         prepare_threshold=None,  # poolers in between may not keep them
     )
-    connection.execute("SELECT set_config('statement_timeout', %s, false)", (STATEMENT_TIMEOUT,))
+    try:
+        connection.execute("SELECT set_config('statement_timeout', %s, false)", (STATEMENT_TIMEOUT,))
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

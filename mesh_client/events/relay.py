@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from mesh_client.core.events.outbox import OutboxRelay
 from mesh_client.core.events.state import OutboxState, PublishCounters, RelayState
 from mesh_client.core.events.topology import EXCHANGE
 from mesh_client.events.broker import FAILURES, Backoff, Broker, check_user, declare_exchange, explain, is_blocked
-from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore
+from mesh_client.events.outbox import LEASE, OutboxSize, OutboxStore, explain_full
 from mesh_client.events.prepared import PreparedEvent
 from mesh_client.events.rows import StoredEvent
 from mesh_client.events.wire import Wire, outgoing
@@ -50,6 +49,8 @@ MOST_PATIENCE = 60.0
 CLOSED_LEASE = LEASE / 5
 """Seconds between looks at who relays."""
 
+CLOSE_TIMEOUT = 5.0
+"""Seconds for what is under way when the outbox is closed."""
 LOOK = 0.5
 """Seconds between looks at how much waits, while nothing is sent from here."""
 
@@ -105,10 +106,16 @@ class Outbox:
         self._sent_at: dict[int, float] = {}
         """When those on their way were sent, the first one first."""
 
+    @property
+    def name(self) -> str:
+        """Where the table is, for people."""
+        return self._store.name
+
     async def open(self) -> None:
         """Opens the table and begins to send.
 
         Raises:
+            OutboxAwayError: the table cannot be used now; the same again may succeed.
             ConfigError: the table cannot be used.
         """
         await self._in_thread(self._store.open, *self._bounds)
@@ -120,14 +127,21 @@ class Outbox:
             self._tasks.append(asyncio.create_task(self._run(self._broker), name="outbox"))
 
     async def close(self) -> None:
-        """Ends. What is in the table stays there."""
+        """Ends, within seconds even if the database hangs. What is in the table stays there."""
         await end_tasks(*self._tasks)
-        await self._writer.close()
-        settled, self._settled = self._settled, []
-        with contextlib.suppress(Exception):
-            await self._in_thread(self._store.exchange, settled, 0, 0)
-        with contextlib.suppress(Exception):
-            await self._in_thread(self._store.close)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._writer.close()
+                settled, self._settled = self._settled, []
+                with contextlib.suppress(Exception):
+                    await self._in_thread(self._store.exchange, settled, 0, 0)
+                with contextlib.suppress(Exception):
+                    await self._in_thread(self._store.close)
+        except TimeoutError:
+            logger.warning("the outbox %s does not answer: it is left as it is", self._store.name)
+            self._store.abort()
+            await self._writer.abandon()
+            self._thread.submit(self._store.close)
         self._thread.shutdown(wait=False)
 
     async def publish(self, event: PreparedEvent, timeout: float) -> None:
@@ -165,15 +179,15 @@ class Outbox:
 
     async def flush(self, timeout: float) -> bool:
         """Waits until the table is empty; False when it is not in time."""
-        deadline = time.monotonic() + timeout
-        while (size := await self._in_thread(self._store.size)).events:
-            self._size = size
-            if time.monotonic() >= deadline:
-                return False
-            self._wake.set()
-            await asyncio.sleep(0.01)
-        self._size = size
-        return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while (size := await self._in_thread(self._store.size)).events:
+                    self._size = size
+                    self._wake.set()
+                    await asyncio.sleep(0.01)
+                self._size = size
+                return True
+        return False
 
     async def look(self) -> None:
         """Has `state` show what is in the table now."""
@@ -181,8 +195,7 @@ class Outbox:
 
     def state(self, now: float) -> OutboxState | None:
         """What is known; None before it was opened. ``now`` in seconds since 1970."""
-        size = self._size
-        if size is None:
+        if (size := self._size) is None:
             return None
         age = None if size.oldest is None else max(0.0, now - size.oldest)
         return OutboxState(
@@ -216,16 +229,10 @@ class Outbox:
                     await self.look()
 
     async def _explain_full(self) -> str:
-        self._size = size = await self._in_thread(self._store.size)
-        oldest = 0.0 if size.oldest is None else time.time() - size.oldest
-        why = f"; broker: {self._words}"
-        if self._relay.held:
-            types = ", ".join(f"{name} ({count} times)" for name, count in self._unroutable.most_common(3))
-            why += f"; {self._relay.held} wait because nobody is subscribed to them: {types}"
-        return (
-            f"the outbox at {self._store.name} is full: {size.events} of {size.max_events} events, {size.bytes} of "
-            f"{size.max_bytes} bytes, the oldest for {oldest:.0f} s{why}; nothing was stored"
-        )
+        with contextlib.suppress(TimeoutError):  # then what was known a moment ago has to do
+            async with asyncio.timeout(POLL):
+                await self.look()
+        return explain_full(self._store.name, self._size, self._words, self._relay.held, self._unroutable)
 
     # -- sending
 

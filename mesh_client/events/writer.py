@@ -10,10 +10,12 @@ from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.errors import OutboxFullError, PublishTimeoutError
 from mesh_client.events.outbox import OutboxStore
 from mesh_client.events.prepared import PreparedEvent
+from mesh_client.tasks import end_tasks
 
 BATCH = 512
 """Events that are stored in one transaction at most."""
 _BUSY_WAIT = 0.01
+_SILENT = "somebody else holds its database, or it does not answer"
 
 
 Add = Callable[[list[PreparedEvent]], Awaitable[list[OutboxFullError | None]]]
@@ -32,6 +34,8 @@ class OutboxWriter:
         self._add = add
         self._waiting: deque[tuple[PreparedEvent, asyncio.Future[None]]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._trouble = ""
+        """Why nothing can be stored now, in the database's words."""
 
     async def add(self, event: PreparedEvent, timeout: float) -> None:
         """Returns once the event is stored.
@@ -50,13 +54,17 @@ class OutboxWriter:
                 await stored
         except TimeoutError:
             raise PublishTimeoutError(
-                f"the outbox at {self._store.name} did not store the event in time: somebody else holds its database"
+                f"the outbox at {self._store.name} did not store the event in time: {self._trouble or _SILENT}"
             ) from None
 
     async def close(self) -> None:
         """Returns when everything is stored whose publishers still wait."""
         if self._task is not None:
             await asyncio.wait({self._task})
+
+    async def abandon(self) -> None:
+        """Stores nothing more; publishers that still wait are told at their deadlines."""
+        await end_tasks(self._task)
 
     async def _store_all(self) -> None:
         while self._waiting:
@@ -73,6 +81,7 @@ class OutboxWriter:
             results = await self._add([event for event, _ in batch])
         except Exception as error:
             if self._store.busy(error):
+                self._trouble = " ".join(str(error).split())
                 self._waiting.extendleft(reversed(batch))
                 await asyncio.sleep(_BUSY_WAIT)
                 return
@@ -80,6 +89,7 @@ class OutboxWriter:
                 if not stored.done():
                     stored.set_exception(ConfigError(f"the outbox at {self._store.name} cannot be used: {error}"))
             return
+        self._trouble = ""
         for (_, stored), result in zip(batch, results, strict=True):
             if stored.done():
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections import defaultdict
 
 import pytest
@@ -206,6 +207,65 @@ async def test_publishing_waits_for_a_locked_database_up_to_its_deadline(service
         await asyncio.sleep(0.05)
         connection.execute("COMMIT")
         await waiting
+    finally:
+        connection.close()
+
+
+async def test_an_outbox_that_is_locked_when_it_is_opened_holds_publishers_no_longer_than_they_say(
+    services: Services,
+) -> None:
+    connection = sqlite3.connect(services.directory / "orders.sqlite", isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+        orders = services.bus("orders", broker=False)
+        began = time.monotonic()
+        with pytest.raises(PublishTimeoutError, match=r"does not answer|cannot be used now"):
+            await orders.publish(OrderPlaced(), timeout=0.2)
+        assert time.monotonic() - began < 2.5, "SQLite itself waits for 5 s"
+        waiting = asyncio.create_task(orders.publish(OrderPlaced(order_id="patient"), timeout=30.0))
+        await asyncio.sleep(0.05)
+        connection.execute("COMMIT")
+        await waiting
+    finally:
+        connection.close()
+
+
+async def test_a_full_outbox_that_is_locked_too_is_told_in_time(services: Services) -> None:
+    orders = services.bus("orders", broker=False, max_events=1)
+    await orders.publish(OrderPlaced())
+    connection = sqlite3.connect(services.directory / "orders.sqlite", isolation_level=None)
+    try:
+        publishing = asyncio.create_task(orders.publish(OrderPlaced(), timeout=1.0))
+        await asyncio.sleep(0.3)
+        connection.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with pytest.raises((OutboxFullError, PublishTimeoutError)):
+            await publishing
+        assert time.monotonic() - began < 3.0, "SQLite itself waits for 5 s"
+    finally:
+        connection.close()
+
+
+async def test_what_kept_an_outbox_from_being_opened_may_be_mended(services: Services) -> None:
+    orders = services.bus("orders", broker=False, outbox="later/orders.sqlite")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        await orders.publish(OrderPlaced())
+    (services.directory / "later").mkdir()
+    await orders.publish(OrderPlaced())
+    await until(lambda: (outbox := orders.state().outbox) is not None and outbox.events == 1)
+
+
+async def test_a_bus_is_closed_while_its_outbox_cannot_be_opened(services: Services) -> None:
+    connection = sqlite3.connect(services.directory / "orders.sqlite", isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+        orders = services.bus("orders")
+        starting = asyncio.create_task(orders.start())
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(30.0):
+            await orders.close()
+        await asyncio.wait({starting})
+        assert starting.cancelled() or isinstance(starting.exception(), ConfigError | InvalidTransitionError)
     finally:
         connection.close()
 

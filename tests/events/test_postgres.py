@@ -383,3 +383,44 @@ async def test_rows_that_are_no_events_are_put_aside(services: Services, databas
             test_rows.insert(connection, "%s", **changes)
         test_rows.insert(connection, "%s")
     await test_rows.arrives(services, orders, len(bad))
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_is_away_at_first_is_waited_for(
+    services: Services, server: Postgres, database: str
+) -> None:
+    _, seen = await services.subscribed("shipping", OrderPlaced)
+    server.kill()
+    try:
+        orders = bus(services, database)
+        with pytest.raises(PublishTimeoutError, match="cannot be used now: connection failed"):
+            await orders.publish(OrderPlaced(), timeout=0.5)
+        publishing = asyncio.create_task(orders.publish(OrderPlaced(quantity=7), timeout=60.0))
+    finally:
+        server.begin()
+        await asyncio.to_thread(server.wait_ready)
+    await publishing
+    await seen.count(1)
+    assert quantities(seen) == [7]
+
+
+async def test_a_database_that_there_is_not_is_said_at_once(services: Services, database: str) -> None:
+    with pytest.raises(ConfigError, match='cannot be used: .*"nowhere" does not exist'):
+        await bus(services, f"{database.rpartition('/')[0]}/nowhere").publish(OrderPlaced(), timeout=60.0)
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_hangs_holds_no_bus_open(
+    services: Services, server: Postgres, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    orders = bus(services, database)
+    await orders.publish(OrderPlaced())
+    server.freeze()
+    try:
+        with pytest.raises(PublishTimeoutError, match="did not store the event in time: .* it does not answer"):
+            await orders.publish(OrderPlaced(), timeout=0.3)
+        async with asyncio.timeout(60.0):
+            await orders.close()
+    finally:
+        server.thaw()
+    assert "does not answer: it is left as it is" in caplog.text

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -122,6 +123,20 @@ class Postgres:
         if process is not None:
             process.send_signal(3)  # SIGQUIT: SIGKILL would leave its children and its shared memory
             process.wait()
+
+    def freeze(self) -> None:
+        """Stops it and all that serve connections; the kernel goes on taking what they are sent."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        pid = self.process.pid
+        for each in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+            os.kill(each, number)
 
     def tail(self) -> str:
         """Its last words."""

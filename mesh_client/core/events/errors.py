@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from mesh_client.core.errors import MeshError
+from mesh_client.core.errors import ConfigError, MeshError
 
 
 class DeadReason(enum.Enum):
@@ -62,6 +62,10 @@ class OutboxFullError(EventError):
 
     Nothing was stored. Slow down, and look at ``bus.state()``.
     """
+
+
+class OutboxAwayError(EventError, ConfigError):
+    """The outbox's database does not answer, or somebody else holds it. It may be there a moment later."""
 
 
 class PublishTimeoutError(EventError, TimeoutError):
