@@ -109,8 +109,8 @@ class Mesh:
         credentials: str | Path | None = None,
         roots: str | Path | None = None,
         outbox: str | Path | OutboxStore | None = None,
-        max_events: int = 100_000,
-        max_bytes: int = 256 << 20,
+        max_events: int | None = None,
+        max_bytes: int | None = None,
     ) -> EventBus:
         """The event bus of this process's service; the same one when it is asked for again. Needs the ``events`` extra.
 
@@ -125,14 +125,14 @@ class Mesh:
             outbox: SQLite file in which events wait, which may be the service's own database, or a ``postgresql://``
                 address, or another kind of store; by default MESH_OUTBOX, else ``grpc-mesh/outbox/SERVICE.sqlite`` in
                 XDG_STATE_HOME.
-            max_events: that the outbox holds, 1 at least.
-            max_bytes: of their bodies.
+            max_events: that the outbox holds, 1 at least; by default 100,000.
+            max_bytes: of their bodies; by default 256 MiB.
 
         Raises:
             ConfigError: the client belongs to no service, an argument or environment variable is wrong, the extra is
                 not installed, or there is a bus already and options are given.
         """
-        given = [broker, credentials, roots, outbox]
+        given = [broker, credentials, roots, outbox, max_events, max_bytes]
         if self._bus is None:
             try:
                 from mesh_client.events.choice import make_bus

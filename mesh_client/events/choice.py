@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mesh_client.core.errors import ConfigError
-from mesh_client.events.bus import EventBus, FollowPolicy
+from mesh_client.events.bus import MAX_EVENTS, MAX_OUTBOX_BYTES, EventBus, FollowPolicy
 from mesh_client.events.outbox import POSTGRES, OutboxStore
 from mesh_client.events.settings import OUTBOX, broker_settings
 
@@ -27,8 +27,8 @@ def make_bus(
     credentials: str | Path | None,
     roots: str | Path | None,
     outbox: str | Path | OutboxStore | None,
-    max_events: int,
-    max_bytes: int,
+    max_events: int | None,
+    max_bytes: int | None,
     follow_policy: FollowPolicy | None = None,
 ) -> EventBus:
     """A bus; arguments as for `mesh_client.mesh.Mesh.events`.
@@ -40,6 +40,8 @@ def make_bus(
         raise ConfigError(
             "events: the client belongs to no service; give service= to mesh_client.connect, or MESH_SERVICE"
         )
+    max_events = MAX_EVENTS if max_events is None else max_events
+    max_bytes = MAX_OUTBOX_BYTES if max_bytes is None else max_bytes
     if max_events < 1 or max_bytes < 1:
         raise ConfigError("events: max_events and max_bytes must be 1 at least")
     settings = broker_settings(broker, credentials, roots, insecure=not transport.secure)

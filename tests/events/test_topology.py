@@ -18,6 +18,7 @@ import mesh_client
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
 from mesh_cli.app import app
+from mesh_client.core.errors import ConfigError
 from mesh_client.events import Event, RetrySchedule
 from mesh_client.mesh import Mesh
 from mesh_client.transport import open_channel
@@ -93,6 +94,9 @@ async def test_an_outbox_without_a_broker_is_in_the_status(services: Services, p
         plane.address, service="orders", node_id="orders-1", insecure=True, cache_dir="", load_reports=0.1
     ) as mesh:
         orders = mesh.events(broker="", outbox=services.directory / "orders.sqlite", max_events=10)
+        assert mesh.events() is orders
+        with pytest.raises(ConfigError, match="has an event bus already"):
+            mesh.events(max_events=20)
         for _ in range(3):
             await orders.publish(OrderPlaced())
         async with open_channel(plane.address) as channel:
