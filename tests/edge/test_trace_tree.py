@@ -79,6 +79,6 @@ async def test_a_trace_crosses_the_edge_two_services_and_a_retry_and_is_one_tree
             (4, "contract", Kind.CLIENT, False),
             (5, "payments", Kind.SERVER, False),
         ]
-        assert (rows[0].span.trace_id, rows[0].span.parent_id) == (TRACE, CALLER)
+        assert rows[0].span.parent_id == CALLER
     finally:
         await plane.stop(0.0)
