@@ -112,7 +112,8 @@ def tap(
 ) -> None:
     """Show calls to a service as they end, successful ones too, until Ctrl-C. It ends by itself.
 
-    Processes do a little more for each call to the service while somebody taps it. With --json each call is one line.
+    Those of mesh clients, that is: calls of others, such as a proxy at the edge, are in `mesh top` alone. Processes do
+    a little more for each call to the service while somebody taps it. With --json each call is one line.
     """
     request = traffic_pb2.TapRequest(
         service=service,
@@ -140,7 +141,10 @@ def _follow(client: AdminClient, request: traffic_pb2.TapRequest, limit: int | N
         else:
             console().print(line_of(call), soft_wrap=True)
     if not shown:
-        write_warning(f"no such call to {request.service} ended meanwhile")
+        write_warning(
+            f"no such call of a mesh client to {request.service} ended meanwhile; calls of others, such as a proxy "
+            f"at the edge, are not shown, but `mesh top {request.service}` counts them"
+        )
 
 
 def _calls(

@@ -51,12 +51,13 @@ def percentile(stats: traffic_pb2.TrafficStats, name: Percentile) -> str:
 
 def failure(group: traffic_pb2.FailureGroup, *, told: bool = True) -> Iterator[RenderableType]:
     """A group of failed calls: what, how many, why, the last one, and what to do."""
-    who = printable(group.caller) or "no service"
+    who = printable(group.caller) or ("callers without identity" if group.received else "no service")
     method = printable(group.method.removeprefix("/"))
     yield Text.assemble(
         (f"{count(group.count, 'call')}", "bold"),
         f" of {who} to {printable(group.service)}, {method}: ",
         (code_name(group.code), "red"),
+        ", as received" if group.received else "",
     )
     lines = [printable(group.explanation)] if group.explanation else []
     if told and group.HasField("example"):

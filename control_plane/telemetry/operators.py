@@ -241,6 +241,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
             version.endswith(PROVISIONAL),
             list(self._lagging(service)),
             self._traffic.calls_to(service, now),
+            self._received(service, now),
             list(self._traffic.callers(service)),
             [each for each in self._recorder.reporters if each.connected and each.service == service and each.served],
             self._refused(service, now),
@@ -259,6 +260,14 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
                     node_id = client.peer if client.node is None else client.node.id
                     rejection = state.rejection if state.rejected_version == version else ""
                     yield Lagging(node_id, state.kind, state.acknowledged_version, rejection)
+
+    def _received(self, service: str, now: float) -> dict[str, int]:
+        edges = self._traffic.edges(now, service=service)
+        return {
+            edge.caller: edge.calls.count
+            for edge in edges
+            if edge.received and edge.service == service and edge.calls.count
+        }
 
     def _refused(self, service: str, now: float) -> Refused:
         whole: Counter[int] = Counter()
