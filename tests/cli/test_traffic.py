@@ -119,7 +119,10 @@ def test_calls_are_shown_as_they_end(run: Run, admin: ScriptedAdmin, golden: Gol
     result = run("tap", "orders", "--control-plane", admin.address)
     assert result.exit_code == 0
     golden("tap.txt", result.stdout)
-    assert result.stderr == "mesh: 7 calls not shown, there were too many: ask for fewer, or raise --rate\n"
+    assert result.stderr == (
+        "waiting for calls to orders from 3 processes\n"
+        "mesh: 7 calls not shown, there were too many: ask for fewer, or raise --rate\n"
+    )
     assert admin.requests == [traffic_pb2.TapRequest(service="orders", rate=50, duration=Duration(seconds=60))]
 
 
@@ -175,6 +178,12 @@ def test_a_tap_that_nobody_answers_says_so(run: Run, admin: ScriptedAdmin) -> No
     result = run("tap", "orders", "--control-plane", admin.address)
     assert result.exit_code == 1
     assert "20 taps are open already" in result.stderr
+
+
+def test_an_unknown_service_is_not_tapped_in_silence(run: Run, admin: ScriptedAdmin) -> None:
+    admin.answers["Tap"] = Refusal(grpc.StatusCode.NOT_FOUND, "nobody knows a service oders")
+    result = run("tap", "oders", "--control-plane", admin.address)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "mesh: nobody knows a service oders\n")
 
 
 # -- explain
