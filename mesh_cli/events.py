@@ -185,6 +185,11 @@ def status(
         delays = RetrySchedule(DEFAULT_DELAYS).milliseconds
         letters = _dead_letters(service, group, broker, credentials, roots, insecure=insecure)
         depths = _ask(letters, lambda letters: letters.depths(delays))
+        if not depths and not outbox:
+            from aio_pika.exceptions import ChannelNotFoundEntity
+
+            # A group that there is has its queue: this is what `mesh events dead list` is told.
+            raise ConfigError(letters.explain(ChannelNotFoundEntity()))
         made["queues"] = [{"queue": each.queue, "events": each.events, "consumers": each.consumers} for each in depths]
         for each in depths:
             add_row(shown, each.queue, str(each.events), str(each.consumers), "")

@@ -89,6 +89,9 @@ async def test_what_cannot_be_done_is_said(services: Services) -> None:
     unknown = await mesh(services, "dead", "list", "shipping")
     assert unknown.exit_code == 1
     assert "the broker knows no group shipping.shipping" in unknown.output
+    for options in ((), ("--json",)):
+        empty = await mesh(services, "status", "shipping", *options)
+        assert (empty.exit_code, empty.output) == (1, unknown.output)
     await services.subscribed("shipping", OrderPlaced)
     for command in ("show", "replay", "purge"):
         missing = await mesh(services, "dead", command, "shipping", "nothing")
