@@ -245,6 +245,35 @@ def test_a_trace_that_load_reports_do_not_know_is_explained_by_its_spans(run: Ru
     assert shown["failed_span"]["service"] == "checkout"
 
 
+def test_a_trace_is_explained_by_the_beginning_of_its_id(run: Run, admin: ScriptedAdmin) -> None:
+    whole, service = traffic_pb2.ExplainRequest(trace_id=samples.TRACE), "nobody knows a service 4bf92f3577b3"
+    admin.answers["Explain"] = lambda request: (
+        samples.explanation() if request == whole else Refusal(grpc.StatusCode.NOT_FOUND, service)
+    )
+    admin.answers["GetTrace"] = trace_pb2.GetTraceResponse(summary=trace_pb2.TraceSummary(trace_id=samples.TRACE))
+    result = run("explain", "4BF92F3577B3", "--control-plane", admin.address)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("Calls to orders\n")
+    assert admin.requests[1:] == [trace_pb2.GetTraceRequest(trace_id="4bf92f3577b3"), whole]
+    for code, words in (
+        (grpc.StatusCode.INVALID_ARGUMENT, "trace_id: 2 traces begin with 4bf92f3577b3: ..."),
+        (grpc.StatusCode.NOT_FOUND, "no trace that begins with 4bf92f3577b3 is kept"),
+    ):
+        admin.answers["GetTrace"] = Refusal(code, words)
+        result = run("explain", "4bf92f3577b3", "--control-plane", admin.address)
+        assert (result.exit_code, result.stderr) == (1, f"mesh: {service}; {words}\n")
+    admin.answers["GetTrace"] = Refusal(grpc.StatusCode.INTERNAL, "broken")
+    assert "broken" in run("explain", "4bf92f3577b3", "--control-plane", admin.address).stderr
+
+
+def test_a_service_whose_name_could_begin_the_id_of_a_trace_is_meant(run: Run, admin: ScriptedAdmin) -> None:
+    admin.answers["Explain"] = samples.explanation()
+    assert run("explain", "facade00", "--control-plane", admin.address).exit_code == 0
+    assert admin.requests == [traffic_pb2.ExplainRequest(service="facade00")]
+    admin.answers["Explain"] = Refusal(grpc.StatusCode.INTERNAL, "broken")
+    assert "broken" in run("explain", "facade00", "--control-plane", admin.address).stderr
+
+
 def test_a_trace_in_which_nothing_failed_and_one_that_nobody_knows(run: Run, admin: ScriptedAdmin) -> None:
     admin.answers["Explain"] = Refusal(grpc.StatusCode.NOT_FOUND, "no failed call of this trace is kept")
     admin.answers["GetTrace"] = trace_pb2.GetTraceResponse(spans=[trace_pb2.TraceSpan(service="web")])
