@@ -10,7 +10,6 @@ import grpc
 import typer
 from mesh.v1 import trace_pb2, traffic_pb2
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
 from mesh_cli.client import AdminClient, RefusedError
@@ -27,6 +26,7 @@ from mesh_cli.options import (
 )
 from mesh_cli.output import (
     Failure,
+    Indented,
     Json,
     console,
     printable,
@@ -182,4 +182,4 @@ def _findings(answer: traffic_pb2.ExplainResponse) -> Iterator[RenderableType]:
         mark, style = _MARKS.get(finding.severity, ("-", ""))
         yield Text.assemble((f"{mark:<8}", style), f"{printable(finding.subject)}: {printable(finding.message)}")
         if finding.remedy:
-            yield Padding(Text(f"-> {printable(finding.remedy)}"), (0, 0, 0, 8))
+            yield Indented(Text(f"-> {printable(finding.remedy)}"), 8)

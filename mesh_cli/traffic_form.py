@@ -9,10 +9,9 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import telemetry_pb2, traffic_pb2
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
-from mesh_cli.output import age, count, printable, seconds
+from mesh_cli.output import Indented, age, count, printable, seconds
 from mesh_cli.waterfall import took
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -65,7 +64,7 @@ def failure(group: traffic_pb2.FailureGroup, *, told: bool = True) -> Iterator[R
     if group.remedy:
         lines.append(f"-> {printable(group.remedy)}")
     for line in lines:
-        yield Padding(Text(line), (0, 0, 0, 2))
+        yield Indented(Text(line), 2)
 
 
 def _example(example: telemetry_pb2.FailedCall) -> list[str]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mesh_cli.watch import show
 from tests.cli import traffic_samples as samples
-from tests.cli.conftest import Run
+from tests.cli.conftest import WIDTH, Run
 from tests.cli.samples import ORDERS, SHIPPING
 from tests.cli.scripted import Refusal, ScriptedAdmin
 
@@ -195,6 +195,16 @@ def test_why_calls_fail_is_explained(run: Run, admin: ScriptedAdmin, golden: Gol
     assert (result.exit_code, result.stderr) == (0, "")
     golden("explain.txt", result.stdout)
     assert admin.requests == [traffic_pb2.ExplainRequest(service="orders")]
+
+
+def test_an_explanation_in_a_pipe_has_no_spaces_at_the_ends_of_its_lines(run: Run, admin: ScriptedAdmin) -> None:
+    answer = samples.explanation()
+    answer.findings[0].remedy = "look at it " * 40
+    admin.answers["Explain"] = answer
+    lines = run("explain", "orders", "--control-plane", admin.address).stdout.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert sum(line.startswith("        ") for line in lines) == 4  # a long remedy in three lines, all indented
+    assert max(map(len, lines)) <= WIDTH
 
 
 def test_a_service_that_is_well_is_explained_too(run: Run, admin: ScriptedAdmin, golden: Golden) -> None:
