@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Coroutine
@@ -341,12 +342,18 @@ def _dead_letters(
 def _ask(letters: DeadLetters, ask: Callable[[DeadLetters], Coroutine[object, object, T]]) -> T:
     from mesh_client.events.broker import FAILURES
 
+    # What the library has to say of a broker that cannot be reached is said below, in words.
+    library = logging.getLogger("aiormq")
+    level = library.level
+    library.setLevel(logging.CRITICAL + 1)
     try:
         return asyncio.run(ask(letters))
     except MeshError:
         raise
     except FAILURES as error:
         raise ConfigError(letters.explain(error)) from None
+    finally:
+        library.setLevel(level)
 
 
 def _outbox(named: str) -> tuple[str, dict[str, Json]]:
