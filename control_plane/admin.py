@@ -83,6 +83,8 @@ class AdminServicer(PolicyRpcs):
         """Everything at this moment."""
         now = _now()
         view = self._catalog.view(now)
+        outboxes = [each for known in self._outboxes for each in known()]
+        told = sorted((each for each in outboxes if not each[2].is_quiet), key=lambda each: each[:2])
         return admin_pb2.GetStatusResponse(
             control_plane=self._control_plane,
             uptime=duration_to_proto(now - self._started_at),
@@ -113,11 +115,9 @@ class AdminServicer(PolicyRpcs):
                     outbox=outbox_to_proto(outbox),
                     oldest=None if outbox.oldest is None else duration_to_proto(max(0.0, time.time() - outbox.oldest)),
                 )
-                for service, node_id, outbox in sorted(
-                    (each for known in self._outboxes for each in known()), key=lambda each: each[:2]
-                )
-                if not outbox.is_quiet
+                for service, node_id, outbox in told
             ],
+            sent_outboxes=len(outboxes) - len(told),
         )
 
     async def ListEndpoints(

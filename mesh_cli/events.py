@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Coroutine
@@ -185,6 +186,11 @@ def status(
         delays = RetrySchedule(DEFAULT_DELAYS).milliseconds
         letters = _dead_letters(service, group, broker, credentials, roots, insecure=insecure)
         depths = _ask(letters, lambda letters: letters.depths(delays))
+        if not depths and not outbox:
+            from aio_pika.exceptions import ChannelNotFoundEntity
+
+            # A group that there is has its queue: this is what `mesh events dead list` is told.
+            raise ConfigError(letters.explain(ChannelNotFoundEntity()))
         made["queues"] = [{"queue": each.queue, "events": each.events, "consumers": each.consumers} for each in depths]
         for each in depths:
             add_row(shown, each.queue, str(each.events), str(each.consumers), "")
@@ -336,12 +342,18 @@ def _dead_letters(
 def _ask(letters: DeadLetters, ask: Callable[[DeadLetters], Coroutine[object, object, T]]) -> T:
     from mesh_client.events.broker import FAILURES
 
+    # What the library has to say of a broker that cannot be reached is said below, in words.
+    library = logging.getLogger("aiormq")
+    level = library.level
+    library.setLevel(logging.CRITICAL + 1)
     try:
         return asyncio.run(ask(letters))
     except MeshError:
         raise
     except FAILURES as error:
         raise ConfigError(letters.explain(error)) from None
+    finally:
+        library.setLevel(level)
 
 
 def _outbox(named: str) -> tuple[str, dict[str, Json]]:

@@ -10,7 +10,6 @@ import grpc
 import typer
 from mesh.v1 import trace_pb2, traffic_pb2
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
 from mesh_cli.client import AdminClient, RefusedError
@@ -27,6 +26,7 @@ from mesh_cli.options import (
 )
 from mesh_cli.output import (
     Failure,
+    Indented,
     Json,
     console,
     printable,
@@ -40,6 +40,8 @@ from mesh_cli.traffic_form import failure, one_line
 from mesh_cli.waterfall import took
 
 _TRACE = re.compile(r"[0-9a-f]{32}")
+_BEGINNING = re.compile(r"[0-9a-f]{8,31}")
+"""Of the id of a trace, as `mesh trace` lists them. A service may be called so too, and then is meant."""
 _MARKS = {
     traffic_pb2.SEVERITY_OK: ("ok", "green"),
     traffic_pb2.SEVERITY_WARNING: ("warning", "yellow"),
@@ -50,7 +52,7 @@ _UNKNOWN = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION, grpc
 
 def _checked(text: str) -> str:
     lowered = text.lower()
-    return lowered if _TRACE.fullmatch(lowered) else checked_service(text)
+    return lowered if _TRACE.fullmatch(lowered) or _BEGINNING.fullmatch(lowered) else checked_service(text)
 
 
 @reports_errors
@@ -61,7 +63,7 @@ def explain(
             metavar="SERVICE|TRACE",
             callback=_checked,
             autocompletion=complete_service,
-            help="A service that is called, or a trace by its id of 32 hex digits.",
+            help="A service that is called, or a trace by its id or the first 8 or more of its 32 hex digits.",
             show_default=False,
         ),
     ],
@@ -79,9 +81,10 @@ def explain(
         try:
             if _TRACE.fullmatch(subject):
                 failed, answer = _explain_trace(client, subject)
+            elif _BEGINNING.fullmatch(subject):
+                failed, answer = _explain_either(client, subject)
             else:
-                request = traffic_pb2.ExplainRequest(service=subject)
-                failed, answer = None, client.call(client.traffic.Explain, request)
+                failed, answer = None, _explain_service(client, subject)
         except RefusedError as error:
             if error.code is not grpc.StatusCode.NOT_FOUND:
                 raise
@@ -91,6 +94,30 @@ def explain(
         write_json(_json(failed, answer))
     else:
         console().print(render_explanation(answer, failed))
+
+
+def _explain_service(client: AdminClient, service: str) -> traffic_pb2.ExplainResponse:
+    return client.call(client.traffic.Explain, traffic_pb2.ExplainRequest(service=service))
+
+
+def _explain_either(
+    client: AdminClient, subject: str
+) -> tuple[trace_pb2.TraceSpan | None, traffic_pb2.ExplainResponse]:
+    """The explanation of a service, or of the one trace whose id begins so when no service is called so."""
+    try:
+        return None, _explain_service(client, subject)
+    except RefusedError as error:
+        if error.code is not grpc.StatusCode.NOT_FOUND:
+            raise
+        unknown = error.details
+    try:
+        found = client.call(client.traces.GetTrace, trace_pb2.GetTraceRequest(trace_id=subject))
+    except RefusedError as error:
+        if error.code not in _UNKNOWN:
+            raise
+        write_error(f"{unknown}; {error.details}")
+        raise Failure from None
+    return _explain_trace(client, found.summary.trace_id)
 
 
 def _explain_trace(
@@ -116,7 +143,7 @@ def _explain_trace(
     # Where it began: the failure that has no other below it.
     cause = max(failed, key=lambda span: span.depth)
     service = cause.attributes.get("mesh.service", cause.service)
-    return cause, client.call(client.traffic.Explain, traffic_pb2.ExplainRequest(service=service))
+    return cause, _explain_service(client, service)
 
 
 def _json(failed: trace_pb2.TraceSpan | None, answer: traffic_pb2.ExplainResponse) -> dict[str, Json]:
@@ -155,4 +182,4 @@ def _findings(answer: traffic_pb2.ExplainResponse) -> Iterator[RenderableType]:
         mark, style = _MARKS.get(finding.severity, ("-", ""))
         yield Text.assemble((f"{mark:<8}", style), f"{printable(finding.subject)}: {printable(finding.message)}")
         if finding.remedy:
-            yield Padding(Text(f"-> {printable(finding.remedy)}"), (0, 0, 0, 8))
+            yield Indented(Text(f"-> {printable(finding.remedy)}"), 8)

@@ -13,7 +13,7 @@ from typing import ParamSpec
 
 import typer
 from google.protobuf.duration_pb2 import Duration
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -47,6 +47,19 @@ def printable(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+class Indented:
+    """A text with so many spaces before each of its lines, and none behind: a pipe takes every space for text."""
+
+    def __init__(self, text: Text, by: int) -> None:
+        self._text = text
+        self._by = by
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._text.wrap(console, max(1, options.max_width - self._by)):
+            line.rstrip()
+            yield Text.assemble(" " * self._by, line)
 
 
 def table(*columns: str, right: Iterable[str] = ()) -> Table:

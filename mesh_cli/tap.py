@@ -11,7 +11,7 @@ import typer
 from mesh.v1 import traffic_pb2
 from rich.text import Text
 
-from mesh_cli.client import AdminClient
+from mesh_cli.client import AdminClient, RefusedError
 from mesh_cli.options import (
     DEFAULT_CONTROL_PLANE,
     AsJson,
@@ -25,7 +25,18 @@ from mesh_cli.options import (
     connect,
     span,
 )
-from mesh_cli.output import console, count, printable, reports_errors, seconds, to_json, write_json, write_warning
+from mesh_cli.output import (
+    Failure,
+    console,
+    count,
+    printable,
+    reports_errors,
+    seconds,
+    to_json,
+    write_error,
+    write_json,
+    write_warning,
+)
 from mesh_cli.traffic_form import code_name, one_line
 from mesh_cli.waterfall import took
 from mesh_client.core.errors import InvalidValueError
@@ -112,7 +123,9 @@ def tap(
 ) -> None:
     """Show calls to a service as they end, successful ones too, until Ctrl-C. It ends by itself.
 
-    Processes do a little more for each call to the service while somebody taps it. With --json each call is one line.
+    Those of mesh clients, that is: calls of others, such as a proxy at the edge, are in `mesh top` alone. Processes do
+    a little more for each call to the service while somebody taps it. With --json each call is one line. Exit code 1
+    when nobody knows the service.
     """
     request = traffic_pb2.TapRequest(
         service=service,
@@ -129,28 +142,40 @@ def tap(
             _follow(client, request, limit, as_json=as_json)
         except KeyboardInterrupt:
             return
+        except RefusedError as error:
+            if error.code is not grpc.StatusCode.NOT_FOUND:
+                raise
+            write_error(error.details)
+            raise Failure from None
 
 
 def _follow(client: AdminClient, request: traffic_pb2.TapRequest, limit: int | None, *, as_json: bool) -> None:
     shown = 0
-    for call in itertools.islice(_calls(client.stream(client.traffic.Tap, request), request), limit):
+    responses = client.stream(client.traffic.Tap, request)
+    for call in itertools.islice(_calls(responses, request, told=not as_json), limit):
         shown += 1
         if as_json:
             write_json(to_json(call), compact=True)
         else:
             console().print(line_of(call), soft_wrap=True)
     if not shown:
-        write_warning(f"no such call to {request.service} ended meanwhile")
+        write_warning(
+            f"no such call of a mesh client to {request.service} ended meanwhile; calls of others, such as a proxy "
+            f"at the edge, are not shown, but `mesh top {request.service}` counts them"
+        )
 
 
 def _calls(
-    responses: Iterator[traffic_pb2.TapResponse], request: traffic_pb2.TapRequest
+    responses: Iterator[traffic_pb2.TapResponse], request: traffic_pb2.TapRequest, *, told: bool
 ) -> Iterator[traffic_pb2.CallRecord]:
     first = True
     for response in responses:
         if first and not response.processes:
             who = f"no process of {request.caller}" if request.HasField("caller") else "no process"
             write_warning(f"{who} reports to this control plane, so there are no calls to see")
+        elif first and told:  # else it would seem to hang where nobody calls
+            of = count(response.processes, "process")
+            console(stderr=True).print(f"waiting for calls to {request.service} from {of}", soft_wrap=True)
         first = False
         yield from response.calls
         if response.dropped:

@@ -144,12 +144,13 @@ def _figures(stats: traffic_pb2.TrafficStats) -> tuple[str | Text, ...]:
 
 
 def _trouble(edge: traffic_pb2.EdgeTraffic) -> Text:
-    told = []
+    told = ["as received"] if edge.received else []
     if edge.breakers_open:
         told.append(f"breaker open in {edge.breakers_open} of {edge.processes}")
     if edge.ejected:
         told.append(f"ejected: {names(edge.ejected)}")
-    return Text("; ".join(told), style="red" if edge.breakers_open else "yellow")
+    style = "red" if edge.breakers_open else "yellow" if edge.ejected else ""
+    return Text("; ".join(told), style=style)
 
 
 def _sorted(

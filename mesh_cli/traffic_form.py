@@ -9,10 +9,9 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from mesh.v1 import telemetry_pb2, traffic_pb2
 from rich.console import RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
-from mesh_cli.output import age, count, printable, seconds
+from mesh_cli.output import Indented, age, count, printable, seconds
 from mesh_cli.waterfall import took
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
@@ -51,12 +50,13 @@ def percentile(stats: traffic_pb2.TrafficStats, name: Percentile) -> str:
 
 def failure(group: traffic_pb2.FailureGroup, *, told: bool = True) -> Iterator[RenderableType]:
     """A group of failed calls: what, how many, why, the last one, and what to do."""
-    who = printable(group.caller) or "no service"
+    who = printable(group.caller) or ("callers without identity" if group.received else "no service")
     method = printable(group.method.removeprefix("/"))
     yield Text.assemble(
         (f"{count(group.count, 'call')}", "bold"),
         f" of {who} to {printable(group.service)}, {method}: ",
         (code_name(group.code), "red"),
+        ", as received" if group.received else "",
     )
     lines = [printable(group.explanation)] if group.explanation else []
     if told and group.HasField("example"):
@@ -64,7 +64,7 @@ def failure(group: traffic_pb2.FailureGroup, *, told: bool = True) -> Iterator[R
     if group.remedy:
         lines.append(f"-> {printable(group.remedy)}")
     for line in lines:
-        yield Padding(Text(line), (0, 0, 0, 2))
+        yield Indented(Text(line), 2)
 
 
 def _example(example: telemetry_pb2.FailedCall) -> list[str]:

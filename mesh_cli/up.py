@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mesh_cli.demo import require_shop
 from mesh_cli.output import add_row, console, table
+from mesh_client.core.events.topology import OPERATOR
 from mesh_client.core.identity import DEFAULT_TRUST_DOMAIN, Principal
 
 if TYPE_CHECKING:
@@ -62,19 +63,22 @@ def _describe(system: System, out: Console, link: str) -> None:
     victim = system.of("orders")[0]
     order = """-d '{"idempotencyKey": "mine", "sku": "espresso-beans", "quantity": 1}'"""
     rest = f"\n  curl {system.edge_url}/v1/orders {order}" if system.edge_url else ""
+    broker = {} if system.broker is None else system.broker.environment(OPERATOR)
+    exports = "".join(f"\n  export {name}={value}" for name, value in broker.items())
+    letters = "\n  mesh events status shipping\n  mesh events dead list shipping" if broker else ""
     outage = " ".join(str(instance.process.pid) for instance in system.of("payments"))
     out.print(
         f"""
 Try in another terminal:
   export MESH_CONTROL_PLANE={system.address}
-  export MESH_OPERATOR={system.identities.operator}
+  export MESH_OPERATOR={system.identities.operator}{exports}
   mesh dashboard           # a link to look at all of it in a browser
   mesh status --watch
   mesh endpoints orders
   mesh trace               # once there are calls{rest}
   mesh policy get orders
   mesh policy check reviews shop.v1.PaymentService/Charge
-  mesh logs orders --follow
+  mesh logs orders --follow{letters}
   mesh ca status           # who is who, with every certificate
   kill -9 {victim.process.pid}       # {victim.name} dies
   kill -STOP {victim.process.pid}    # or hangs; -CONT lets it go on

@@ -47,6 +47,7 @@ PURE = (
     "control_plane/telemetry/taps.py",
     "control_plane/telemetry/timeline.py",
     "control_plane/telemetry/traffic.py",
+    "control_plane/telemetry/unreported.py",
     "control_plane/telemetry/window.py",
     "control_plane/traces/allowance.py",
     "control_plane/traces/clocks.py",

@@ -27,7 +27,7 @@ from control_plane.dashboard.links import DashboardLinks
 from control_plane.dashboard.options import DashboardOptions
 from control_plane.dashboard.requests import Doors, bracketed
 from control_plane.dashboard.sessions import Session
-from control_plane.dashboard.views import Servicers, Shown, Views
+from control_plane.dashboard.views import MAX_PARAMETER, Servicers, Shown, Views
 from control_plane.files import read_given_secret
 from control_plane.identity.limits import CallerLimits
 from mesh_client.core.errors import ConfigError
@@ -147,8 +147,19 @@ class Dashboard:
             return await handler(request)
         except RefusedError as error:
             return _error(_STATUS.get(error.code, 500), error.code.name, error.details)
+        except web.HTTPUnauthorized as error:
+            return _error(error.status, "UNAUTHENTICATED", error.reason)
+        except web.HTTPNotFound as error:
+            return _error(error.status, "NOT_FOUND", self._nothing)
         except web.HTTPException as error:
             return _error(error.status, "INVALID_ARGUMENT", error.reason)
+
+    @property
+    def _nothing(self) -> str:
+        return (
+            "nothing is here; the dashboard is at /, and what its pages show at /api/feed/ and one of "
+            f"{', '.join(self._views.names)}, with parameters of at most {MAX_PARAMETER} characters"
+        )
 
     def _signed_in(self, request: web.Request) -> Session | None:
         """Who uses the browser; None without identity.
@@ -194,7 +205,9 @@ class Dashboard:
             self._sessions.end(key)
             if not self._told.take(request.remote or "", time.monotonic()):
                 _log.warning("a link to the dashboard is none, was used, or is too old; opened by %s", request.remote)
-            raise web.HTTPUnauthorized(reason="the link has been used, or is older than a minute; `mesh dashboard`")
+            raise web.HTTPUnauthorized(
+                reason="the link has been used, or is older than a minute; `mesh dashboard` writes another"
+            )
         await self._save()
         _log.info("%s signed in to the dashboard from %s", session.identity.caller, request.remote)
         response = web.json_response({"operator": session.identity.caller.principal.name})

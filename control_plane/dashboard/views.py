@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,11 @@ class Views:
             "policy": self._policy,
             "certificates": self._certificates,
         }
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the views that there are."""
+        return tuple(self._views)
 
     def view(self, name: str, parameters: Parameters) -> View | None:
         """A view, if there is one of that name, and its parameters are no longer than may be."""

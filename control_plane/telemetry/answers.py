@@ -57,6 +57,7 @@ def edge_to_proto(edge: Edge) -> traffic_pb2.EdgeTraffic:
         breakers_open=edge.breakers_open,
         ejected=edge.ejected,
         total=edge.total,
+        received=edge.received,
     )
 
 
@@ -108,6 +109,7 @@ def failures_to_proto(failures: Failures, now: float) -> traffic_pb2.FailureGrou
         example=None if failures.example is None else _example(failures.example.example, now),
         explanation=explanation,
         remedy=remedy,
+        received=failures.received,
     )
 
 

@@ -96,6 +96,7 @@ class Facts:
         policy_provisional: whether its policy cannot be read.
         lagging: clients that do not hold what is published.
         calls: how its calls went within the last minute.
+        received: how many of them its instances received of callers that do not report themselves, by caller.
         callers: processes that call it, with what they say of it.
         instances: processes that serve it.
         refused: what its instances refused.
@@ -110,6 +111,7 @@ class Facts:
     policy_provisional: bool = False
     lagging: Sequence[Lagging] = ()
     calls: Stats = field(default_factory=Stats)
+    received: Mapping[str, int] = field(default_factory=dict)
     callers: Sequence[tuple[Reporter, CalledState]] = ()
     instances: Sequence[Reporter] = ()
     refused: Refused = field(default_factory=Refused)
@@ -129,7 +131,7 @@ def _calls(facts: Facts) -> Iterator[Finding]:
         yield Finding(Severity.OK, "calls", "nobody has called it within the last minute")
         return
     percent = _percent(calls.success_rate)
-    message = f"{percent} of {calls.count} calls within the last minute were answered well"
+    message = f"{percent} of {calls.count} calls within the last minute were answered well{_received(facts)}"
     if calls.success_rate >= GOOD:
         yield Finding(Severity.OK, "calls", message)
         return
@@ -138,6 +140,14 @@ def _calls(facts: Facts) -> Iterator[Finding]:
     )
     severity = Severity.WARNING if calls.success_rate >= POOR else Severity.ERROR
     yield Finding(severity, "calls", f"only {message}; {codes}", "see why in the failures below")
+
+
+def _received(facts: Facts) -> str:
+    """Whose calls are counted in another way than the others'."""
+    if not facts.received:
+        return ""
+    callers = [f"{caller or 'callers without identity'} ({count})" for caller, count in sorted(facts.received.items())]
+    return f", counted as received those of {_some(callers)}: no load reports of their calls come"
 
 
 def _endpoints(facts: Facts) -> Iterator[Finding]:
@@ -317,6 +327,8 @@ def explain_failures(failures: Failures) -> tuple[str, str]:
     detail = None if example is None else example.example.detail
     hint = "" if detail is None else detail.hint
     reason = failures.reason
+    if failures.received:
+        reason = Reason.ATTEMPTS_FAILED  # instances answered so, which is all that is known
     if reason is None:
         return f"the call failed with {failures.code}", hint
     if reason is not Reason.ATTEMPTS_FAILED:

@@ -148,8 +148,8 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
                 check_service_name(service)
             groups = self._traffic.failures(now, service=service)
         facts = self._facts(service, now)
-        if facts.records is None and not self._traffic.knows(service):
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody knows a service {service}, and nobody calls one")
+        if facts.records is None:
+            await self._require_known(service, context)
         return traffic_pb2.ExplainResponse(
             service=service,
             findings=map(finding_to_proto, findings(facts)),
@@ -189,6 +189,11 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         context: grpc.aio.ServicerContext[traffic_pb2.TapRequest, traffic_pb2.TapResponse],
     ) -> AsyncIterator[traffic_pb2.TapResponse]:
         """Calls as they end."""
+        self._refreshed()
+        async with _refusing(context):
+            check_service_name(request.service)
+        if request.service not in self._catalog.view(_now()).services:
+            await self._require_known(request.service, context)
         async with _refusing(context):
             tap = self._open_tap(request, _now())
         who = connected_caller(context) or "somebody"
@@ -207,6 +212,11 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         finally:
             self._taps.close(tap)
             self._reports.taps_changed(tap)
+
+    async def _require_known(self, service: str, context: Context) -> None:
+        """Ends the call unless some process is of a service that no registry lists, or calls it."""
+        if not self._traffic.knows(service):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"nobody knows a service {service}, and nobody calls one")
 
     def _open_tap(self, request: traffic_pb2.TapRequest, now: float) -> OpenTap:
         unknown = [code for code in request.codes if code not in CODE_NAMES]
@@ -241,6 +251,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
             version.endswith(PROVISIONAL),
             list(self._lagging(service)),
             self._traffic.calls_to(service, now),
+            self._received(service, now),
             list(self._traffic.callers(service)),
             [each for each in self._recorder.reporters if each.connected and each.service == service and each.served],
             self._refused(service, now),
@@ -259,6 +270,14 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
                     node_id = client.peer if client.node is None else client.node.id
                     rejection = state.rejection if state.rejected_version == version else ""
                     yield Lagging(node_id, state.kind, state.acknowledged_version, rejection)
+
+    def _received(self, service: str, now: float) -> dict[str, int]:
+        edges = self._traffic.edges(now, service=service)
+        return {
+            edge.caller: edge.calls.count
+            for edge in edges
+            if edge.received and edge.service == service and edge.calls.count
+        }
 
     def _refused(self, service: str, now: float) -> Refused:
         whole: Counter[int] = Counter()

@@ -26,6 +26,7 @@ from control_plane.telemetry.timeline import (
     Counters,
 )
 from control_plane.telemetry.window import (
+    INSTANCE,
     EndpointKey,
     EventKey,
     FailureExample,
@@ -50,8 +51,6 @@ MAX_SERVICES = 500
 """Services that one process calls, and servers in it, of which the state is kept."""
 MAX_EVENTS = 20
 """Ejections, and transitions of breakers, that are kept of each process and service."""
-INSTANCE = ""
-"""Stands for caller and method in a `ReceivedKey` of an instance as a whole."""
 
 _EPOCH = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _MIDDLES = tuple(
@@ -151,6 +150,8 @@ class Reporter:
         """The last value of each counter."""
         self.calls: Counter[str] = Counter()
         """Calls since the epoch, by service called."""
+        self.received: Counter[tuple[str, str]] = Counter()
+        """Calls that its servers received since the epoch, by caller and service."""
 
     @property
     def service(self) -> str:
@@ -302,6 +303,8 @@ class Recorder:
             self._series += 1
         if isinstance(key, MethodKey):
             reporter.calls[key.service] += _calls(counters) - _calls(reporter.known.get(key, {}))
+        elif isinstance(key, ReceivedKey) and key.method != INSTANCE:
+            reporter.received[key.caller, key.service] += _calls(counters) - _calls(reporter.known.get(key, {}))
         reporter.known[key] = counters
         if not news:
             return
@@ -315,7 +318,7 @@ class Recorder:
         elif isinstance(key, EventKey):
             window.events.add(key, news, now, interval)
         else:
-            window.received.add(key, news, now, interval)
+            window.add_received(key, news, now, interval)
 
     def _note(self, reporter: Reporter, report: LoadReport, *, begins: bool) -> None:
         """Takes over what is no counter. A stream begins with all events that the process remembers."""
@@ -364,7 +367,7 @@ def _counters(caller: str, report: LoadReport) -> Iterator[tuple[ReportedKey, Co
             yield key, {CODES[failure.code]: failure.count}
     for served in report.served:
         for received in served.received:
-            counters = {CODES[code]: count for code, count in received.calls.codes.items()}
+            counters = _totals(received.calls)
             counters[BUSY] = sum(_MIDDLES[bucket] * count for bucket, count in received.calls.buckets.items())
             yield ReceivedKey(served.service, served.instance_id, received.caller, received.method), counters
         yield (

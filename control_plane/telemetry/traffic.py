@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from control_plane.telemetry.recorder import INSTANCE, CalledState, Recorder, Reporter
+from control_plane.telemetry.recorder import CalledState, Recorder, Reporter
 from control_plane.telemetry.stats import Stats
 from control_plane.telemetry.timeline import STEP, STEPS, WINDOW, Counters, add_up, step_of
-from control_plane.telemetry.window import EventKey, FailureExample, FailureKey, Window
+from control_plane.telemetry.unreported import Unreported
+from control_plane.telemetry.window import INSTANCE, EventKey, FailureExample, FailureKey, Window
 from mesh_client.core.breaker import BreakerState
 from mesh_client.core.errors import Reason
 
@@ -32,6 +33,7 @@ class Edge:
         breakers_open: in how many of them the breaker is open or half-open.
         ejected: ids of endpoints that at least one of them has ejected.
         total: calls since its processes began to count, those included that have ended within the window.
+        received: whether its caller does not report, and all of this is what instances of ``service`` received.
     """
 
     caller: str
@@ -42,6 +44,7 @@ class Edge:
     breakers_open: int = 0
     ejected: tuple[str, ...] = ()
     total: int = 0
+    received: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,18 @@ class EndpointLoad:
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """Calls that failed in one way. ``reason`` is None for one that this version does not know."""
+    """Calls that failed in one way.
+
+    Attributes:
+        caller: who called.
+        service: who was called.
+        method: full name with leading slash.
+        code: name of their status.
+        reason: why; None when nobody said, or for one that this version does not know.
+        count: how many.
+        example: the last one that is known.
+        received: whether the caller does not report, and they are those that instances of ``service`` answered so.
+    """
 
     caller: str
     service: str
@@ -91,6 +105,7 @@ class Failures:
     reason: Reason | None
     count: int
     example: FailureExample | None
+    received: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,24 +178,33 @@ class Traffic:
     def edges(self, now: float, span: float = 60.0, service: str = "") -> list[Edge]:
         """Who called whom, ordered by caller and service; of one service, if it is given, its callers and its callees.
 
-        Those whose last call was before ``span``, but within the window, are there too, without calls.
+        Those whose last call was before ``span``, but within the window, are there too, without calls. Where callers
+        do not report, it is what was received of them.
         """
         sums = self._window.edges.grouped(
             self._first(now, span),
             lambda key: (key.caller, key.service) if service in ("", key.caller, key.service) else None,
         )
         seconds = self._seconds(now, span)
+        unreported = Unreported(self._window).edges(self._first(now, span), service)
+        received: Counter[tuple[str, str]] = Counter()
         states: dict[tuple[str, str], list[CalledState]] = {}
         totals: Counter[tuple[str, str]] = Counter()
         for reporter in self._recorder.reporters:
             totals.update({(reporter.service, called): count for called, count in reporter.calls.items()})
+            received.update(reporter.received)
             if reporter.connected:
                 for state in reporter.called.values():
                     states.setdefault((reporter.service, state.service), []).append(state)
-        return [
+        told = [
             _edge(edge, Stats.of(counters, seconds[edge[0]]), states.get(edge, ()), totals[edge])
-            for edge, counters in sorted(sums.items())
+            for edge, counters in sums.items()
         ]
+        told += [
+            Edge(*edge, Stats.of(counters, seconds[edge[1]]), total=received[edge], received=True)
+            for edge, counters in unreported.items()
+        ]
+        return sorted(told, key=lambda edge: (edge.caller, edge.service))
 
     def event_edges(self, now: float, span: float = 60.0, service: str = "") -> list[EventEdge]:
         """Who handled whose events, ordered by names; of one service, if it is given, those it handles or published."""
@@ -200,10 +224,10 @@ class Traffic:
 
     def calls_to(self, service: str, now: float, span: float = 60.0) -> Stats:
         """How the calls to a service went, all callers and methods together."""
-        sums = self._window.edges.grouped(
-            self._first(now, span), lambda key: service if key.service == service else None
-        )
-        return Stats.of(sums.get(service, {}), self._seconds(now, span)[None])
+        first = self._first(now, span)
+        sums = self._window.edges.grouped(first, lambda key: service if key.service == service else None)
+        add_up(sums.setdefault(service, {}), [Unreported(self._window).to(service, first)])
+        return Stats.of(sums[service], self._seconds(now, span)[None])
 
     def callers(self, service: str) -> Iterator[tuple[Reporter, CalledState]]:
         """Processes that report now and call a service, with what they say of it."""
@@ -214,17 +238,17 @@ class Traffic:
 
     def methods(self, service: str, now: float, span: float = 60.0) -> list[MethodLoad]:
         """The methods of a service, all callers together, ordered by name."""
-        sums = self._window.methods.grouped(
-            self._first(now, span), lambda key: key.method if key.service == service else None
-        )
+        first = self._first(now, span)
+        sums = self._window.methods.grouped(first, lambda key: key.method if key.service == service else None)
+        _merge(sums, Unreported(self._window).methods(service, first))
         seconds = self._seconds(now, span)[None]
         return [MethodLoad(method, Stats.of(counters, seconds)) for method, counters in sorted(sums.items())]
 
     def endpoints(self, service: str, now: float, span: float = 60.0) -> list[EndpointLoad]:
         """The endpoints of a service, all callers together, ordered by id."""
-        sums = self._window.endpoints.grouped(
-            self._first(now, span), lambda key: key.endpoint_id if key.service == service else None
-        )
+        first = self._first(now, span)
+        sums = self._window.endpoints.grouped(first, lambda key: key.endpoint_id if key.service == service else None)
+        _merge(sums, Unreported(self._window).endpoints(service, first))
         seconds = self._seconds(now, span)[None]
         ejected = [state.state.ejected for _, state in self.callers(service) if state.state is not None]
         return [
@@ -234,10 +258,11 @@ class Traffic:
 
     def failures(self, now: float, span: float = WINDOW, service: str = "") -> list[Failures]:
         """Failed calls, to one service if it is given; the largest groups first, at most `MAX_FAILURES`."""
-        sums = self._window.failures.grouped(
-            self._first(now, span), lambda key: key if service in ("", key.service) else None
-        )
+        first = self._first(now, span)
+        sums = self._window.failures.grouped(first, lambda key: key if service in ("", key.service) else None)
         groups = [self._failures(key, sum(counters.values())) for key, counters in sums.items() if counters]
+        answered = Unreported(self._window).failures(first, service)
+        groups += [Failures(*key, count, None, received=True) for key, count in answered.items()]
         return sorted(groups, key=lambda each: (-each.count, each.caller, each.service, each.method))[:MAX_FAILURES]
 
     def failure_of(self, trace_id: str) -> Failures | None:
@@ -259,6 +284,8 @@ class Traffic:
             if caller in (None, key.caller) and service in (None, key.service):
                 for step, counters in self._window.edges.steps(key, first):
                     add_up(by_step.setdefault(step, {}), [counters])
+        for step, counters in Unreported(self._window).steps(first, caller, service):
+            add_up(by_step.setdefault(step, {}), [counters])
         return [
             Moment(
                 max(0.0, now - (step + 1) * STEP),
@@ -315,6 +342,11 @@ class Traffic:
                     lags.setdefault(caller, []).append(min(now - each.last_at, STEP))
         known = {caller: max(_LEAST, whole - sum(each) / len(each)) for caller, each in lags.items()}
         return defaultdict(lambda: max(_LEAST, whole), known)
+
+
+def _merge(sums: dict[str, Counters], more: dict[str, Counters]) -> None:
+    for name, counters in more.items():
+        add_up(sums.setdefault(name, {}), [counters])
 
 
 def _edge(names: tuple[str, str], calls: Stats, states: Collection[CalledState], total: int) -> Edge:

@@ -79,6 +79,17 @@ class ReceivedKey(NamedTuple):
         return self._replace(caller=OTHER, method=OTHER), ReceivedKey(self.service, OTHER, OTHER, OTHER)
 
 
+class ServedKey(NamedTuple):
+    """Calls that a service received from one caller, all instances and methods together."""
+
+    service: str
+    caller: str
+
+    def folded(self) -> tuple[ServedKey, ...]:
+        """As for `MethodKey`; there are never more of these than of `ReceivedKey`."""
+        return (ServedKey(self.service, OTHER),)
+
+
 class EventKey(NamedTuple):
     """Events of one publisher and type that one group of a service handled."""
 
@@ -94,8 +105,11 @@ class EventKey(NamedTuple):
 
 ReportedKey = MethodKey | EndpointKey | FailureKey | ReceivedKey | EventKey
 """Names of what is reported. The first one of each is the service of who reports it."""
-Key = ReportedKey | EdgeKey
+Key = ReportedKey | EdgeKey | ServedKey
 """Names of what is counted."""
+
+INSTANCE = ""
+"""Stands for caller and method in a `ReceivedKey` of an instance as a whole."""
 
 K = TypeVar("K", bound=Key)
 G = TypeVar("G", bound=Hashable)
@@ -229,6 +243,7 @@ class Window:
         endpoints: attempts, by caller, service and endpoint.
         failures: failed calls, by caller, service, method, status and reason.
         received: calls as servers received them, by service, instance, caller and method.
+        served: the same by service and caller, as ``edges`` are.
         events: calls of handlers of events, by service, group, publisher and message type.
         examples: the last failed call that is known of each of ``failures``.
     """
@@ -240,17 +255,24 @@ class Window:
         self.endpoints: Keyed[EndpointKey] = Keyed(budget)
         self.failures: Keyed[FailureKey] = Keyed(budget)
         self.received: Keyed[ReceivedKey] = Keyed(budget)
+        self.served: Keyed[ServedKey] = Keyed(Budget(limits or Limits()))
         self.events: Keyed[EventKey] = Keyed(budget)
         self.examples: dict[FailureKey, FailureExample] = {}
 
     def __len__(self) -> int:
-        """How many names share the room for them: all but those of ``edges``."""
+        """How many names share the room for them: all but those of ``edges`` and ``served``."""
         return sum((len(self.methods), len(self.endpoints), len(self.failures), len(self.received), len(self.events)))
 
     def add_calls(self, key: MethodKey, counters: Mapping[int, int], now: float, interval: float) -> None:
         """Whole calls; as `Keyed.add`."""
         counted = self.methods.add(key, counters, now, interval)
         self.edges.add(EdgeKey(counted.caller, counted.service), counters, now, interval)
+
+    def add_received(self, key: ReceivedKey, counters: Mapping[int, int], now: float, interval: float) -> None:
+        """Calls that an instance received, or what it says of itself as a whole; as `Keyed.add`."""
+        counted = self.received.add(key, counters, now, interval)
+        if (key.caller, key.method) != (INSTANCE, INSTANCE):
+            self.served.add(ServedKey(counted.service, counted.caller), counters, now, interval)
 
     def exemplify(self, key: FailureKey, example: FailureExample) -> None:
         """Keeps an example, unless there is a later one, or nothing is kept of its kind."""
@@ -265,6 +287,7 @@ class Window:
         self.edges.expire(first)
         self.endpoints.expire(first)
         self.received.expire(first)
+        self.served.expire(first)
         self.events.expire(first)
         for key in self.failures.expire(first):
             self.examples.pop(key, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from mesh.v1 import admin_pb2, edge_service_pb2, telemetry_pb2
 
@@ -14,6 +14,7 @@ POLICIES, SERVICES, CLIENTS, EDGES, EVENTS = "policies", "services", "clients", 
 
 LONG_WAITING = 60.0
 """Seconds after which an event that waits in an outbox, with a broker, is one that the broker does not take."""
+_SENDERS = (telemetry_pb2.OUTBOX_RELAY_CONNECTED, telemetry_pb2.OUTBOX_RELAY_DISCONNECTED)
 LONG_DRAINED = 3_600.0
 """Seconds after which somebody has probably forgotten that they drained an endpoint."""
 
@@ -26,7 +27,8 @@ def check_mesh(facts: Facts) -> list[Finding]:
     findings = [*check_policies(first), *check_rules(facts), *check_services(facts), *check_drains(facts)]
     for plane in facts.reached:
         findings += check_clients(plane)
-    outboxes = [finding for plane in facts.reached for finding in check_outboxes(plane)]
+    sending = senders(facts.reached)
+    outboxes = [finding for plane in facts.reached for finding in check_outboxes(plane, sending)]
     return [*findings, *check_edges(first), *outboxes]
 
 
@@ -193,8 +195,30 @@ def _edge(edge: admin_pb2.EdgeStatus) -> Iterator[Finding]:
             yield failure(EDGES, "reports", detail, "see whether its edge runs; the gateway goes on trying")
 
 
-def check_outboxes(plane: PlaneFacts) -> Iterator[Finding]:
-    """Outboxes whose events go nowhere; of those from which all is sent a control plane says nothing."""
+def senders(planes: Iterable[PlaneFacts]) -> set[str]:
+    """Services of which a process speaks that sends what is in their outbox, or would."""
+    return {each.service for plane in planes for each in plane.status.outboxes if each.outbox.relay in _SENDERS}
+
+
+def check_outboxes(plane: PlaneFacts, sending: Collection[str] = ()) -> list[Finding]:
+    """Everything that is published is sent; nothing is said where nobody has an outbox.
+
+    Args:
+        plane: what it says; of outboxes that are well, how many there are.
+        sending: services with a process that sends, or would, and so says itself why events wait.
+    """
+    known = len(plane.status.outboxes) + plane.status.sent_outboxes
+    if not known:
+        return []
+    return or_passed(
+        _outboxes(plane, sending),
+        EVENTS,
+        "broker",
+        f"{known} outboxes known to {plane.address}, from which all is sent",
+    )
+
+
+def _outboxes(plane: PlaneFacts, sending: Collection[str]) -> Iterator[Finding]:
     for each in plane.status.outboxes:
         outbox = each.outbox
         who, waiting = f"{each.node_id} of {each.service}", f"{outbox.events} of {outbox.max_events} events wait"
@@ -209,4 +233,8 @@ def check_outboxes(plane: PlaneFacts) -> Iterator[Finding]:
             yield warning(EVENTS, "broker", f"{who}: {waiting}: {outbox.broker}", "repair the connection to the broker")
         elif outbox.events and each.oldest.ToTimedelta().total_seconds() > LONG_WAITING:
             fix = "subscribe a group to them, or publish them with mandatory=False; see its log"
+            if outbox.relay == telemetry_pb2.OUTBOX_RELAY_STANDBY:
+                if each.service in sending:
+                    continue
+                fix = f"another process of {each.service} has to send them, and reports nothing: see whether it hangs"
             yield warning(EVENTS, "waiting", f"{who}: {waiting}, for longer than a minute", fix)

@@ -22,7 +22,7 @@ from mesh_cli.demo.broker import Broker, hold_broker_ports
 from mesh_cli.demo.consul import find_consul, start_consul
 from mesh_cli.demo.identity import Identities
 from mesh_cli.demo.supervisor import Process, Supervisor
-from mesh_client.core.events.topology import CONTROL_PLANE
+from mesh_client.core.events.topology import CONTROL_PLANE, OPERATOR
 from mesh_client.tasks import end_tasks
 
 SERVICES = ("orders", "inventory", "payments")
@@ -142,7 +142,7 @@ class System:
             ROOT,
             self.directory / "broker",
             hold_broker_ports(self._ports, _held_port),
-            ("orders", *EVENT_SERVICES, CUSTOMERS, CONTROL_PLANE),
+            ("orders", *EVENT_SERVICES, CUSTOMERS, CONTROL_PLANE, OPERATOR),
         )
         # It takes longest to start.
         broker = None if self.broker is None else asyncio.create_task(self.broker.set_up(self._supervisor))

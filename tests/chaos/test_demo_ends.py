@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -84,10 +86,43 @@ def test_up_runs_until_it_is_interrupted(registry: str, broker: bool) -> None:
         edge = up.output.partition("edge           ")[2].split(",")[0]
         with urllib.request.urlopen(f"{edge}/v1/stock/espresso-beans", timeout=10) as answer:
             assert json.load(answer)["sku"] == "espresso-beans"
+        assert received_from_the_edge(address, operator) == {("edge", "inventory")}
+        exports = dict(re.findall(r"^  export (\w+)=(\S+)$", up.output, re.MULTILINE))
+        assert ("MESH_BROKER" in exports) == ("mesh events status shipping" in up.output) == broker
+        if broker:
+            events = subprocess.run(
+                [sys.executable, "-m", "mesh_cli", "events", "status", "shipping", "--json"],
+                env={**os.environ, "MESH_INSECURE": "0", **exports},
+                capture_output=True,
+                timeout=30,
+                check=True,
+            )
+            queue = json.loads(events.stdout)["queues"][0]
+            assert (queue["queue"], queue["consumers"] > 0) == ("shipping.shipping", True)
         up.signal(signal.SIGINT)
         assert up.end(timeout=PATIENCE) == 0, up.output
         assert up.processes() == {}
         assert list(up.temporary.iterdir()) == []
+
+
+def received_from_the_edge(address: str, operator: str) -> set[tuple[str, str]]:
+    """Edges that servers know of a caller that reports nothing, which Envoy is, once there are some."""
+    command = [sys.executable, "-m", "mesh_cli", "top", "--once", "--json"]
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        shown = subprocess.run(
+            [*command, "--control-plane", address, "--operator", operator],
+            env={**os.environ, "MESH_INSECURE": "0"},
+            capture_output=True,
+            timeout=30,
+            check=True,
+        )
+        if found := {
+            (each["caller"], each["service"]) for each in json.loads(shown.stdout)["edges"] if each["received"]
+        }:
+            return found
+        time.sleep(0.5)
+    raise AssertionError("no load report has told of the call")
 
 
 def test_a_consul_that_cannot_be_run_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def healthy_status() -> admin_pb2.GetStatusResponse:
         control_plane="control-plane-1f0c",
         uptime=span(3 * 3600 + 12 * 60 + 5),
         trust_domain="mesh.internal",
+        sent_outboxes=3,
         sources=[admin_pb2.SourceStatus(name="consul", connected=True, since=span(3 * 3600 + 12 * 60 + 4))],
         services=[
             admin_pb2.ServiceStatus(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from mesh.v1 import admin_pb2, authority_pb2, edge_service_pb2, operations_pb2, policy_pb2, telemetry_pb2
+from mesh.v1 import admin_pb2, authority_pb2, edge_service_pb2, operations_pb2, policy_pb2
 
 from mesh_cli.check import host, identity, planes, registry, services
 from mesh_cli.check.command import check_all
@@ -588,23 +588,6 @@ def test_edges_that_do_not_run_by_their_policies_are_found() -> None:
     only(edge(gateways=[rejected]), FAIL, "edge-1 of public cannot obey b and keeps none: no such method")
     only(edge(gateways=[gateway(edge_service_pb2.EDGE_OUTCOME_FAILED)]), FAIL, "cannot be told b")
     assert services.check_edges(a_plane()) == []
-
-
-def test_outboxes_whose_events_go_nowhere_are_found() -> None:
-    def outbox(relay: str, oldest: float = 0.0, events: int = 0, refused: int = 0) -> list[Finding]:
-        status = samples.healthy_status()
-        value = telemetry_pb2.OutboxRelay.Value(f"OUTBOX_RELAY_{relay}")
-        made = telemetry_pb2.OutboxState(
-            max_events=10, relay=value, broker="it is away", events=events, refused=refused
-        )
-        status.outboxes.add(service="orders", node_id="o1", outbox=made, oldest=Duration(seconds=int(oldest)))
-        return list(services.check_outboxes(a_plane(status=status)))
-
-    only(outbox("NO_BROKER", events=3), WARN, "o1 of orders has no broker: 3 of 10 events wait")
-    only(outbox("DISCONNECTED"), WARN, "0 of 10 events wait: it is away")
-    only(outbox("CONNECTED", 61.0, events=3), WARN, "for longer than a minute")
-    assert outbox("CONNECTED", 59.0, events=3) == outbox("STANDBY") == []
-    only(outbox("CONNECTED", refused=2), WARN, "the broker will never take 2 of its events")
 
 
 # -- versions and words

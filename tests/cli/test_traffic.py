@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mesh_cli.watch import show
 from tests.cli import traffic_samples as samples
-from tests.cli.conftest import Run
+from tests.cli.conftest import WIDTH, Run
 from tests.cli.samples import ORDERS, SHIPPING
 from tests.cli.scripted import Refusal, ScriptedAdmin
 
@@ -119,7 +119,10 @@ def test_calls_are_shown_as_they_end(run: Run, admin: ScriptedAdmin, golden: Gol
     result = run("tap", "orders", "--control-plane", admin.address)
     assert result.exit_code == 0
     golden("tap.txt", result.stdout)
-    assert result.stderr == "mesh: 7 calls not shown, there were too many: ask for fewer, or raise --rate\n"
+    assert result.stderr == (
+        "waiting for calls to orders from 3 processes\n"
+        "mesh: 7 calls not shown, there were too many: ask for fewer, or raise --rate\n"
+    )
     assert admin.requests == [traffic_pb2.TapRequest(service="orders", rate=50, duration=Duration(seconds=60))]
 
 
@@ -135,7 +138,10 @@ def test_what_is_tapped_is_chosen_by_options(run: Run, admin: ScriptedAdmin) -> 
     options += ["--slow", "100ms", "--from", "checkout", "--rate", "5", "--duration", "10s"]
     result = run("tap", "orders", *options, "--control-plane", admin.address)
     assert result.exit_code == 0
-    assert result.stderr == "mesh: no such call to orders ended meanwhile\n"
+    assert result.stderr == (
+        "mesh: no such call of a mesh client to orders ended meanwhile; calls of others, such as a proxy at the edge, "
+        "are not shown, but `mesh top orders` counts them\n"
+    )
     assert admin.requests == [
         traffic_pb2.TapRequest(
             service="orders",
@@ -174,6 +180,12 @@ def test_a_tap_that_nobody_answers_says_so(run: Run, admin: ScriptedAdmin) -> No
     assert "20 taps are open already" in result.stderr
 
 
+def test_an_unknown_service_is_not_tapped_in_silence(run: Run, admin: ScriptedAdmin) -> None:
+    admin.answers["Tap"] = Refusal(grpc.StatusCode.NOT_FOUND, "nobody knows a service oders")
+    result = run("tap", "oders", "--control-plane", admin.address)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "mesh: nobody knows a service oders\n")
+
+
 # -- explain
 
 
@@ -183,6 +195,16 @@ def test_why_calls_fail_is_explained(run: Run, admin: ScriptedAdmin, golden: Gol
     assert (result.exit_code, result.stderr) == (0, "")
     golden("explain.txt", result.stdout)
     assert admin.requests == [traffic_pb2.ExplainRequest(service="orders")]
+
+
+def test_an_explanation_in_a_pipe_has_no_spaces_at_the_ends_of_its_lines(run: Run, admin: ScriptedAdmin) -> None:
+    answer = samples.explanation()
+    answer.findings[0].remedy = "look at it " * 40
+    admin.answers["Explain"] = answer
+    lines = run("explain", "orders", "--control-plane", admin.address).stdout.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert sum(line.startswith("        ") for line in lines) == 4  # a long remedy in three lines, all indented
+    assert max(map(len, lines)) <= WIDTH
 
 
 def test_a_service_that_is_well_is_explained_too(run: Run, admin: ScriptedAdmin, golden: Golden) -> None:
@@ -231,6 +253,35 @@ def test_a_trace_that_load_reports_do_not_know_is_explained_by_its_spans(run: Ru
     assert "Calls to orders" in result.stdout
     shown = json.loads(run("explain", samples.TRACE, "--json", "--control-plane", admin.address).stdout)
     assert shown["failed_span"]["service"] == "checkout"
+
+
+def test_a_trace_is_explained_by_the_beginning_of_its_id(run: Run, admin: ScriptedAdmin) -> None:
+    whole, service = traffic_pb2.ExplainRequest(trace_id=samples.TRACE), "nobody knows a service 4bf92f3577b3"
+    admin.answers["Explain"] = lambda request: (
+        samples.explanation() if request == whole else Refusal(grpc.StatusCode.NOT_FOUND, service)
+    )
+    admin.answers["GetTrace"] = trace_pb2.GetTraceResponse(summary=trace_pb2.TraceSummary(trace_id=samples.TRACE))
+    result = run("explain", "4BF92F3577B3", "--control-plane", admin.address)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("Calls to orders\n")
+    assert admin.requests[1:] == [trace_pb2.GetTraceRequest(trace_id="4bf92f3577b3"), whole]
+    for code, words in (
+        (grpc.StatusCode.INVALID_ARGUMENT, "trace_id: 2 traces begin with 4bf92f3577b3: ..."),
+        (grpc.StatusCode.NOT_FOUND, "no trace that begins with 4bf92f3577b3 is kept"),
+    ):
+        admin.answers["GetTrace"] = Refusal(code, words)
+        result = run("explain", "4bf92f3577b3", "--control-plane", admin.address)
+        assert (result.exit_code, result.stderr) == (1, f"mesh: {service}; {words}\n")
+    admin.answers["GetTrace"] = Refusal(grpc.StatusCode.INTERNAL, "broken")
+    assert "broken" in run("explain", "4bf92f3577b3", "--control-plane", admin.address).stderr
+
+
+def test_a_service_whose_name_could_begin_the_id_of_a_trace_is_meant(run: Run, admin: ScriptedAdmin) -> None:
+    admin.answers["Explain"] = samples.explanation()
+    assert run("explain", "facade00", "--control-plane", admin.address).exit_code == 0
+    assert admin.requests == [traffic_pb2.ExplainRequest(service="facade00")]
+    admin.answers["Explain"] = Refusal(grpc.StatusCode.INTERNAL, "broken")
+    assert "broken" in run("explain", "facade00", "--control-plane", admin.address).stderr
 
 
 def test_a_trace_in_which_nothing_failed_and_one_that_nobody_knows(run: Run, admin: ScriptedAdmin) -> None:

@@ -109,6 +109,20 @@ async def test_single_calls_are_shown_as_they_end(rig: Rig, mesh: Mesh) -> None:
     await eventually(lambda: not len(rig.plane.telemetry.taps))
 
 
+async def test_whoever_taps_is_told_what_is_waited_for_or_that_it_is_unknown(rig: Rig, mesh: Mesh) -> None:
+    result = await mesh("tap", "oders", "--duration", "1s")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "mesh: nobody knows a service oders, and nobody calls one\n"
+    async with called(rig):
+        result = await mesh("tap", "orders", "--duration", "1s")
+        assert result.exit_code == 0
+        first, nothing = result.stderr.splitlines()
+        assert first == "waiting for calls to orders from 2 processes"  # web, and orders itself
+        assert nothing.startswith("mesh: no such call of a mesh client to orders ended meanwhile")
+        # In whatever way somebody knows of it: this one is registered nowhere, and calls.
+        assert (await mesh("tap", "web", "--duration", "1s", "--json")).exit_code == 0
+
+
 async def test_why_calls_fail(rig: Rig, mesh: Mesh) -> None:
     await rig.register("orders", "gone", 1)
     client = await rig.mesh(service="web", node_id="web-1")
@@ -173,6 +187,7 @@ async def test_what_cannot_be_asked_is_refused_in_words(rig: Rig) -> None:
         async for _ in stub.Tap(traffic_pb2.TapRequest(**arguments)):
             pass
 
+    await rig.register("orders", "orders-1", 1)
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     for answer, words in (
         (stub.GetTraffic(traffic_pb2.GetTrafficRequest(service="No Service")), "expected a DNS label"),
@@ -188,6 +203,8 @@ async def test_what_cannot_be_asked_is_refused_in_words(rig: Rig) -> None:
         code, details = await refused(answer)
         assert code is invalid
         assert words in details
+    code, details = await refused(tapped(service="oders"))
+    assert (code, details) == (grpc.StatusCode.NOT_FOUND, "nobody knows a service oders, and nobody calls one")
     taps = [stub.Tap(traffic_pb2.TapRequest(service="orders")) for _ in range(MAX_TAPS)]
     for tap in taps:
         await tap.read()

@@ -47,6 +47,9 @@ def traffic() -> traffic_pb2.GetTrafficResponse:
                 ejected=["orders-2"],
                 total=912_211,
             ),
+            traffic_pb2.EdgeTraffic(
+                caller="edge", service="orders", calls=stats(52, 0.87, 1.0, (2.5, 4.2, 6.7)), total=52, received=True
+            ),
             traffic_pb2.EdgeTraffic(caller="orders", service="inventory", calls=stats(0, 0.0, None), processes=2),
             traffic_pb2.EdgeTraffic(
                 caller="orders",
@@ -132,6 +135,16 @@ def failures() -> list[traffic_pb2.FailureGroup]:
             reason=telemetry_pb2.FAILURE_REASON_ATTEMPTS_FAILED,
             count=1,
             explanation="the application answered so",
+        ),
+        traffic_pb2.FailureGroup(
+            caller="edge",
+            service="orders",
+            method=GET,
+            code=7,
+            count=1,
+            explanation="instances refused the caller",
+            remedy="`mesh policy check edge shop.v1.OrderService/GetOrder` says why",
+            received=True,
         ),
     ]
 

@@ -61,6 +61,17 @@ def stats(**codes: int) -> Stats:
     return Stats.of({int(StatusCode[code]): count for code, count in codes.items()}, 60.0)
 
 
+def test_calls_that_are_counted_as_received_are_said_to_be() -> None:
+    assert found(calls=stats(OK=52), received={"edge": 40, "": 2})[0][2] == (
+        "100% of 52 calls within the last minute were answered well, counted as received those of callers without "
+        "identity (2), edge (40): no load reports of their calls come"
+    )
+    denied = Failures("edge", "orders", PLACE, "PERMISSION_DENIED", None, 3, None, received=True)
+    meaning, remedy = explain_failures(denied)
+    assert meaning == "instances refused the caller"
+    assert "`mesh policy check edge" in remedy
+
+
 def test_of_a_service_that_is_well_it_is_said_what_was_looked_at() -> None:
     well = found(calls=stats(OK=998, NOT_FOUND=2, CANCELLED=500), callers=[calling("checkout-1")])
     assert well == [

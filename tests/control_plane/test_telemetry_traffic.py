@@ -9,7 +9,7 @@ import pytest
 from control_plane.telemetry.recorder import Recorder, Session
 from control_plane.telemetry.timeline import BUSY, CODES, PEAK, STEPS, WINDOW
 from control_plane.telemetry.traffic import MAX_FAILURES, Traffic
-from control_plane.telemetry.window import EventKey, Limits, Window
+from control_plane.telemetry.window import EventKey, Limits, MethodKey, ReceivedKey, Window
 from mesh_client.core.errors import Reason
 from mesh_client.core.tally import OTHER
 from tests.control_plane.load_reports import EVENT, PLACE, Process
@@ -216,6 +216,83 @@ def test_what_instances_received_is_given_step_by_step() -> None:
     assert first.calls["checkout", PLACE][BUSY] / 1e6 == pytest.approx(1.5, rel=0.1)
     assert first.whole[PEAK] == 2
     assert world.traffic.received("stock", 19.0) == []
+
+
+def test_calls_of_a_caller_that_does_not_report_are_those_that_instances_received() -> None:
+    world, one, two = World(), Process("orders-1", "orders"), Process("orders-2", "orders")
+    for now in (5.0, 10.0):
+        one.receives(20, "edge", took=0.5)
+        one.receives(4, "edge", code="PERMISSION_DENIED", method=GET)
+        two.receives(16, "edge", took=0.5)
+        world.report(one, now)
+        world.report(two, now)
+    (edge,) = world.traffic.edges(10.0)
+    assert (edge.caller, edge.service, edge.received, edge.total) == ("edge", "orders", True, 80)
+    assert edge.calls.codes == {"OK": 72, "PERMISSION_DENIED": 8}
+    assert edge.calls.rate == pytest.approx(8.0)
+    assert edge.calls.success_rate == pytest.approx(0.9)
+    assert edge.calls.p50 == pytest.approx(0.5, rel=0.2)
+    assert (edge.calls.retries, edge.processes, edge.in_flight, edge.breakers_open, edge.ejected) == (0, 0, 0, 0, ())
+    assert world.traffic.edges(10.0, service="orders") == world.traffic.edges(10.0, service="edge") == [edge]
+    assert world.traffic.edges(10.0, service="stock") == []
+    assert world.traffic.calls_to("orders", 10.0).count == 80
+    assert world.traffic.calls_to("edge", 10.0).count == 0
+    methods = world.traffic.methods("orders", 10.0)
+    assert [(each.method, each.calls.count) for each in methods] == [(GET, 8), (PLACE, 72)]
+    endpoints = world.traffic.endpoints("orders", 10.0)
+    assert [(each.endpoint_id, each.attempts.count) for each in endpoints] == [("orders-1", 48), ("orders-2", 32)]
+    assert [moment.calls.count for moment in world.traffic.history(10.0, "edge", "orders")] == [80, 0]
+    assert [moment.calls.count for moment in world.traffic.history(10.0, "web")] == [0, 0]
+    (failed,) = world.traffic.failures(10.0)
+    assert (failed.caller, failed.method, failed.code, failed.count) == ("edge", GET, "PERMISSION_DENIED", 8)
+    assert (failed.reason, failed.example, failed.received) == (None, None, True)
+    assert world.traffic.failures(10.0, service="stock") == []
+    world.recorder.expire(700.0)
+    assert world.traffic.edges(700.0) == []
+    assert len(world.window.served) == 0
+
+
+def test_calls_that_their_caller_reports_are_not_counted_as_received_too() -> None:
+    world, client, server = World(), Process("checkout-1"), Process("orders-1", "orders")
+    client.calls(10)
+    client.fails(1)  # three attempts, each of which the server has counted
+    server.receives(10, "checkout")
+    server.receives(3, "checkout", code="UNAVAILABLE")
+    server.receives(5, "edge")
+    world.report(server, 5.0)
+    early = {edge.caller: (edge.received, edge.calls.count) for edge in world.traffic.edges(5.0)}
+    assert early == {"checkout": (True, 13), "edge": (True, 5)}
+    world.report(client, 5.0)
+    edges = {edge.caller: (edge.received, edge.calls.count) for edge in world.traffic.edges(5.0)}
+    assert edges == {"checkout": (False, 11), "edge": (True, 5)}
+    assert world.traffic.calls_to("orders", 5.0).count == 16
+    assert sum(each.calls.count for each in world.traffic.methods("orders", 5.0)) == 16
+    endpoints = {each.endpoint_id: each.attempts.count for each in world.traffic.endpoints("orders", 5.0)}
+    assert endpoints.pop("orders-1") == 5
+    assert sum(endpoints.values()) == 13
+    assert sum(moment.calls.count for moment in world.traffic.history(5.0, service="orders")) == 16
+    assert [(each.caller, each.received) for each in world.traffic.failures(5.0)] == [("checkout", False)]
+
+
+def test_received_calls_whose_caller_is_not_told_apart_count_only_where_nobody_reports() -> None:
+    world, client, server = World(), Process("checkout-1"), Process("orders-1", "orders")
+    server.receives(7, "")
+    server.receives(2, OTHER)
+    world.report(server, 5.0)
+    assert [(edge.caller, edge.calls.count) for edge in world.traffic.edges(5.0)] == [("", 7), (OTHER, 2)]
+    client.calls(7)  # without identity these are the same calls
+    world.report(client, 5.0)
+    assert [(edge.caller, edge.calls.count) for edge in world.traffic.edges(5.0)] == [("checkout", 7)]
+
+
+def test_a_caller_whose_services_are_not_told_apart_any_more_is_not_counted_twice() -> None:
+    window, counted = Window(Limits(keys_of_one=1)), {CODES["OK"]: 1}
+    for service in ("stock", "orders"):
+        window.add_calls(MethodKey("checkout", service, PLACE), counted, 5.0, 5.0)
+    window.add_received(ReceivedKey("orders", "orders-1", "checkout", PLACE), counted, 5.0, 5.0)
+    window.add_received(ReceivedKey("mail", "mail-1", "", PLACE), counted, 5.0, 5.0)
+    traffic = Traffic(Recorder(window), window, 0.0)
+    assert [(edge.service, edge.received) for edge in traffic.edges(5.0)] == [(OTHER, False), ("stock", False)]
 
 
 def test_a_service_is_known_once_a_process_is_of_it_or_calls_it() -> None:

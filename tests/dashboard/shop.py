@@ -32,6 +32,8 @@ from tests.dashboard.browser import eventually, guarded
 from tests.ports import held_address
 
 CALLER = "web"
+EDGE = "edge"
+"""Calls too, and reports none of it."""
 COUNTS = {"orders": 2, "inventory": 1, "payments": 1}
 REPORTS_EVERY = "200ms"
 PAUSE = 0.05
@@ -58,6 +60,7 @@ class Shop:
         self._control_plane: subprocess.Popen[bytes] | None = None
         self._load: asyncio.Task[None] | None = None
         self._mesh: mesh_client.Mesh | None = None
+        self._edge: mesh_client.Mesh | None = None
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Does something in the shop's thread."""
@@ -120,6 +123,19 @@ class Shop:
 
         self.run(send())
 
+    def call_unreported(self, count: int) -> None:
+        """Has orders called by somebody who sends no load reports; they ask for what is not there."""
+
+        async def call() -> None:
+            assert self._edge is not None
+            orders = OrderServiceStub(self._edge.channel("orders"))
+            for number in range(count):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    request = orders_pb2.GetOrderRequest(order_id=f"nothing-{number}")
+                    await orders.GetOrder(request, timeout=TIMEOUT, wait_for_ready=True)
+
+        self.run(call())
+
     def report_events(self, publisher: str, count: int) -> None:
         """Reports that the load has handled events, of which there is no broker here."""
 
@@ -142,7 +158,7 @@ class Shop:
     def begin(self) -> None:
         """Starts everything, and has orders placed from then on."""
         self.start_control_plane()
-        self.run(self.identities.set_up(self.directory / "state", self.address, (*COUNTS, CALLER)))
+        self.run(self.identities.set_up(self.directory / "state", self.address, (*COUNTS, CALLER, EDGE)))
         for service, count in COUNTS.items():
             for number in range(1, count + 1):
                 self.start(service, number)
@@ -186,16 +202,20 @@ class Shop:
         return process
 
     async def _begin_load(self) -> None:
-        self._mesh = await mesh_client.connect(
+        self._mesh = await self._client(CALLER, 0.2)
+        self._edge = await self._client(EDGE, 0.0)
+        self._load = asyncio.create_task(self._place_orders(OrderServiceStub(self._mesh.channel("orders"))))
+
+    async def _client(self, service: str, load_reports: float) -> mesh_client.Mesh:
+        return await mesh_client.connect(
             self.address,
-            service=CALLER,
+            service=service,
             enrolment=self.enrolment_address,
-            token_file=self.identities.token_file(CALLER),
+            token_file=self.identities.token_file(service),
             insecure=False,
             cache_dir="",
-            load_reports=0.2,
+            load_reports=load_reports,
         ).__aenter__()
-        self._load = asyncio.create_task(self._place_orders(OrderServiceStub(self._mesh.channel("orders"))))
 
     async def _place_orders(self, orders: Any) -> None:
         number = 0
@@ -210,8 +230,9 @@ class Shop:
         if self._load is not None:
             self._load.cancel()
             await asyncio.wait({self._load})
-        if self._mesh is not None:
-            await self._mesh.__aexit__(None, None, None)
+        for mesh in (self._mesh, self._edge):
+            if mesh is not None:
+                await mesh.__aexit__(None, None, None)
         await self._supervisor.kill_all()
 
 

@@ -257,6 +257,19 @@ def test_a_policy_is_compared_with_the_events_that_were_handled(browser: Browser
     browser.screenshot(tmp_path / "events.png")
 
 
+def test_calls_of_somebody_who_sends_no_load_reports_are_shown_as_received(browser: Browser, shop: Shop) -> None:
+    shop.call_unreported(6)
+    show(browser, "")
+    browser.until("return document.querySelector(\"[data-key='edge orders']\")")
+    assert browser.element("[data-key='edge orders']")[0].split()[:2] == ["edge", "orders"]
+    browser.sees("as received")
+    show(browser, "service/orders")
+    browser.until("return document.querySelector('main').innerText.includes('counted as received those of edge (')")
+    browser.until("return document.querySelector('main').innerText.includes('as received')")
+    show(browser, "failures")
+    browser.sees("Answered so, to callers that do not report their calls: 6 calls", "of edge to orders")
+
+
 def test_whoever_signs_out_sees_nothing_more(signed_in: Browser, shop: Shop) -> None:
     show(signed_in, "")
     signed_in.click("#logout")

@@ -159,12 +159,16 @@ async def test_files_are_for_everybody_and_nothing_else_is(tmp_path: Path) -> No
             assert (await client.get(f"/{file.name}")) == (200, file.read_text())
         for path in ("/api/session", "/api/feed/topology", "/api/feed/service?service=orders"):
             status, answer = await client.get(path)
-            assert status == 401
+            assert (status, answer["error"]["code"]) == (401, "UNAUTHENTICATED")
             assert "mesh dashboard" in answer["error"]["details"]
         for name in ("validate", "diff", "apply"):
             assert (await client.post(f"/api/policy/{name}", {"kind": "service", "document": POLICY}))[0] == 401
         for attack in ATTACKS:
             assert (await client.get(attack))[0] in (401, 404), attack
+        for path in ("/nothing.js", "/api/nothing"):
+            status, answer = await client.get(path)
+            assert (status, answer["error"]["code"]) == (404, "NOT_FOUND")
+            assert "the dashboard is at /, and what its pages show at /api/feed/" in answer["error"]["details"]
         assert (await client.post("/main.js", {}))[0] == 405
 
 
@@ -320,7 +324,11 @@ async def test_the_feed_tells_what_is_and_that_nothing_has_changed(tmp_path: Pat
         ):
             async with client.feed(view) as feed:
                 assert words in (await feed.state())["error"]["details"]
-        assert (await client.get(f"/api/feed/service?service={'x' * 301}"))[0] == 404
+        for wrong in (f"service?service={'x' * 301}", "nothing"):
+            status, answer = await client.get(f"/api/feed/{wrong}")
+            assert (status, answer["error"]["code"]) == (404, "NOT_FOUND")
+            assert "one of topology, service" in answer["error"]["details"]
+            assert "at most 300 characters" in answer["error"]["details"]
 
 
 async def test_so_many_pages_and_no_more_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from mesh_client.core.events.topology import OPERATOR
 from mesh_client.events import Event, RetrySchedule
 from mesh_client.events.settings import read_credentials
 from tests.events.services import Services, started, until
+from tests.ports import held_address
 
 
 async def mesh(services: Services, *arguments: str, user: str = OPERATOR) -> Result:
@@ -89,6 +93,9 @@ async def test_what_cannot_be_done_is_said(services: Services) -> None:
     unknown = await mesh(services, "dead", "list", "shipping")
     assert unknown.exit_code == 1
     assert "the broker knows no group shipping.shipping" in unknown.output
+    for options in ((), ("--json",)):
+        empty = await mesh(services, "status", "shipping", *options)
+        assert (empty.exit_code, empty.output) == (1, unknown.output)
     await services.subscribed("shipping", OrderPlaced)
     for command in ("show", "replay", "purge"):
         missing = await mesh(services, "dead", command, "shipping", "nothing")
@@ -123,6 +130,31 @@ def test_without_a_broker_the_commands_say_what_is_missing() -> None:
     result = CliRunner().invoke(app, ["events", "dead", "list", "shipping"], env={"MESH_BROKER": ""})
     assert result.exit_code == 1
     assert "no broker is named" in result.output
+
+
+def test_a_broker_that_is_not_there_is_one_line_on_standard_error(tmp_path: Path) -> None:
+    file = tmp_path / "operator.credentials"
+    file.touch(mode=0o600)
+    file.write_text("mesh:operator\nsecret\n", encoding="utf-8")
+    with held_address() as address:  # where nobody listens
+        environment = os.environ | {
+            "MESH_BROKER": f"amqp://{address}",
+            "MESH_BROKER_CREDENTIALS": str(file),
+            "MESH_INSECURE": "1",
+        }
+        for command in (["status", "shipping"], ["dead", "list", "shipping"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "mesh_cli", "events", *command],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert (done.returncode, done.stdout) == (1, "")
+            (line,) = done.stderr.splitlines()
+            assert line.startswith("mesh: ")
+            assert address in line
 
 
 def test_users_are_made_with_rights_to_their_own_names(tmp_path: Path) -> None:

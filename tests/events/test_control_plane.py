@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -27,10 +28,12 @@ from mesh.v1 import (
     telemetry_pb2,
     telemetry_pb2_grpc,
 )
+from typer.testing import CliRunner
 
 from control_plane import event_publisher
 from control_plane.options import ControlPlaneOptions
 from control_plane.server import ControlPlane
+from mesh_cli.app import app
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.events.state import RelayState
 from mesh_client.core.events.topology import CONTROL_PLANE
@@ -242,6 +245,18 @@ async def test_events_of_the_mesh_are_in_metrics_and_status(services: Services, 
             [found] = status.outboxes
             assert (found.service, found.outbox.events) == (CONTROL_PLANE, 1)
             assert "cannot be reached" in found.outbox.broker
+
+
+async def test_an_outbox_that_is_sent_is_counted_in_the_status_and_is_a_line_of_a_check(plane: ControlPlane) -> None:
+    publisher = plane.event_publisher
+    assert publisher is not None
+    await until(lambda: [outbox.is_quiet for _, _, outbox in publisher.outboxes()] == [True])
+    async with open_channel(plane.address) as channel:
+        status = await admin_pb2_grpc.AdminServiceStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+    assert (list(status.outboxes), status.sent_outboxes) == ([], 1)
+    command = ["check", "--control-plane", plane.address, "--insecure"]
+    shown = await asyncio.to_thread(CliRunner().invoke, app, command, env={"COLUMNS": "200"})
+    assert f"pass  broker: 1 outboxes known to {plane.address}, from which all is sent" in shown.stdout
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

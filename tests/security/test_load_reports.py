@@ -370,10 +370,11 @@ def test_whatever_comes_nothing_breaks_and_memory_stays_bounded(reports: list[Re
             report = report_from_proto(request, "orders", now)
             recorder.take(session, report, now, more=request.more)
     assert len(window) <= 8 + 5
+    assert len(window.served) <= 8 + 1
     assert len(session.reporter.known) <= 15
     recorder.close(session, 2000.0)
     recorder.expire(5000.0)
-    assert len(window) == 0
+    assert len(window) == len(window.served) == 0
 
 
 async def test_a_newer_stream_of_a_process_ends_the_older_one(world: World) -> None:

@@ -18,8 +18,8 @@ export function findings(found) {
 export function failure(group) {
   const key = [group.caller, group.service, group.method, group.code, group.reason].join(" ");
   return h("article", { class: "failure", "data-key": key },
-    h("p", {}, h("strong", {}, count(group.count, "call")), " of ", group.caller ? service(group.caller) : "no service", " to ", service(group.service),
-      `, ${method(group.method)}: `, badge(code(group.code), "bad")),
+    h("p", {}, h("strong", {}, count(group.count, "call")), " of ", group.caller ? service(group.caller) : group.received ? "callers without identity" : "no service", " to ", service(group.service),
+      `, ${method(group.method)}: `, badge(code(group.code), "bad"), group.received ? ", as received" : null),
     group.explanation ? h("p", { class: "explanation" }, group.explanation) : null,
     group.remedy ? h("p", { class: "remedy" }, `\u2192 ${group.remedy}`) : null,
     group.example ? example(group.example) : null);

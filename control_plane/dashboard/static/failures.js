@@ -4,7 +4,9 @@ import { h, section } from "./dom.js";
 import { failure } from "./explanation.js";
 import { count } from "./format.js";
 
+const RECEIVED = "received";
 const REASONS = {
+  [RECEIVED]: "Answered so, to callers that do not report their calls",
   FAILURE_REASON_ATTEMPTS_FAILED: "Every attempt failed",
   FAILURE_REASON_UNKNOWN_SERVICE: "Unknown service",
   FAILURE_REASON_NO_ENDPOINTS: "No endpoints",
@@ -24,7 +26,10 @@ export const failures = {
   render({ groups }) {
     if (!groups.length) return h("p", { "data-key": "none" }, "No failed calls were reported within the last 10 minutes.");
     const reasons = new Map();
-    for (const group of groups) reasons.set(group.reason, [...(reasons.get(group.reason) ?? []), group]);
+    for (const group of groups) {
+      const reason = group.received ? RECEIVED : group.reason;
+      reasons.set(reason, [...(reasons.get(reason) ?? []), group]);
+    }
     return [h("p", { "data-key": "about" }, "Of the last 10 minutes, the most frequent first."), [...reasons].map(([reason, of]) => {
       const calls = of.reduce((sum, group) => sum + group.count, 0);
       return section(reason, `${REASONS[reason] ?? "Another reason"}: ${count(calls, "call")}`, of.map(failure));

@@ -93,9 +93,10 @@ export function subscriptionState(subscription) {
 /** Endpoints that somebody who calls has ejected; empty for none. */
 export const ejected = (edge) => (edge.ejected.length ? badge(names(edge.ejected), "poor") : "-");
 
-/** What is wrong with calls of one service to another; empty when nothing is. */
+/** What is to be known of calls of one service to another: whose count it is, and what is wrong; else empty. */
 export function trouble(edge) {
   const told = [];
+  if (edge.received) told.push(badge("as received", "plain"));
   if (edge.breakers_open) told.push(badge(`breaker open in ${edge.breakers_open} of ${edge.processes}`, "bad"));
   if (edge.ejected.length) told.push(" ", badge(`ejected: ${names(edge.ejected)}`, "poor"));
   return told;

@@ -74,7 +74,7 @@ function callers({ service: name, traffic }) {
   return table("Callers", ["Caller", ...FIGURES, ">Retries", ">In flight", "Breaker", "Ejected"], rows);
 }
 
-const breaker = (edge) => (edge.breakers_open ? badge(`open in ${edge.breakers_open} of ${edge.processes}`, "bad") : badge("closed", "plain"));
+const breaker = (edge) => (edge.received ? badge("as received", "plain") : edge.breakers_open ? badge(`open in ${edge.breakers_open} of ${edge.processes}`, "bad") : badge("closed", "plain"));
 
 function methods({ traffic }) {
   if (!traffic.methods.length) return null;

@@ -97,7 +97,7 @@ function label(edge, places, size, narrow) {
   const share = narrow ? { x: 0.85, y: 0.6 } : { x: 0.55, y: 0.6 };
   const x = a.x + (b.x - a.x) * share.x, y = a.y + (b.y - a.y) * share.y;
   const p95 = edge.calls.p95 === null ? "" : took(edge.calls.p95);
-  const state = edge.breakers_open ? "breaker open" : edge.ejected.length ? `${edge.ejected.length} ejected` : "";
+  const state = edge.breakers_open ? "breaker open" : edge.ejected.length ? `${edge.ejected.length} ejected` : edge.received ? "as received" : "";
   const texts = [`${rate(edge.calls.rate)}/s ${percent(edge.calls)}`, p95, state].filter(Boolean);
   return s("text", { class: `label ${grade(edge.calls)}`, x, y: y - (texts.length - 1) * 6, "data-key": `label ${edge.caller} ${edge.service}`, "aria-hidden": "true" },
     texts.map((text, index) => s("tspan", { x, dy: index ? 12 : 3 }, text)));
