@@ -26,7 +26,8 @@ KEEP = 7 * 86_400.0
 KEEP_REVOKED = 400 * 86_400.0
 """The same for revoked workloads: a clock that is set forward and back again must not bring them back."""
 
-_SCHEMA = """
+_SCHEMA = (
+    """
 CREATE TABLE join_tokens (
     id TEXT PRIMARY KEY,
     service TEXT NOT NULL,
@@ -50,17 +51,26 @@ CREATE TABLE workloads (
     revoked INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
-"""
+""",
+    # What a revoked workload was attested by, and its key, attest nobody any more.
+    """
+ALTER TABLE workloads ADD COLUMN key TEXT NOT NULL DEFAULT '';
+CREATE INDEX revoked_by_attestation ON workloads (attested_by) WHERE revoked = 1;
+CREATE INDEX revoked_by_key ON workloads (key) WHERE revoked = 1;
+""",
+)
 
 _INSERT = (
-    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root, key) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _GOOD = "SELECT 1 FROM join_tokens WHERE id = ? AND service = ? AND revoked = 0 AND expires > ?"
 _SPEND = (
     "UPDATE join_tokens SET uses_left = uses_left - 1 "
     "WHERE id = ? AND service = ? AND revoked = 0 AND expires > ? AND uses_left > 0"
 )
+_REVOKED_BY_KEY = "SELECT id FROM workloads WHERE revoked = 1 AND key = ?"
+_REVOKED_BY_ATTESTATION = "SELECT id FROM workloads WHERE revoked = 1 AND attested_by = ?"
 _REVOKE = {
     "id": "UPDATE workloads SET revoked = 1 WHERE id = ? AND last_expiry > ? RETURNING id",
     "spiffe_id": "UPDATE workloads SET revoked = 1 WHERE spiffe_id = ? AND last_expiry > ? RETURNING id",
@@ -158,11 +168,12 @@ class IdentityStore:
 
         Raises:
             InvalidTokenError: the token is unknown, revoked, ended, spent or for another service.
-            RevokedError: the workload has been revoked.
+            RevokedError: the workload, or another one with its key, has been revoked.
             StoreUnavailableError: SQLite failed.
         """
 
         def work(connection: sqlite3.Connection) -> None:
+            _refuse_key(connection, workload)
             key = (token_id, service, now)
             known = connection.execute("SELECT 1 FROM workloads WHERE id = ?", (workload.id,)).fetchone()
             if known is None:
@@ -177,12 +188,24 @@ class IdentityStore:
         await self._run(work)
 
     async def add_workload(self, workload: WorkloadRecord) -> None:
-        """Remembers a new workload.
+        """Remembers a new workload, unless one that was attested by the same token, or has the same key, was revoked.
 
         Raises:
+            RevokedError: there is such a workload; the message says which, and what to do.
             StoreUnavailableError: SQLite failed.
         """
-        await self._run(lambda connection: connection.execute(_INSERT, _row(workload)))
+
+        def work(connection: sqlite3.Connection) -> None:
+            _refuse_key(connection, workload)
+            found = connection.execute(_REVOKED_BY_ATTESTATION, (workload.attested_by,)).fetchone()
+            if found is not None:
+                raise RevokedError(
+                    f"workload {found[0]}, which joined by {workload.attested_by}, has been revoked, so this token "
+                    "attests nobody any more: delete it, and give the workload a new one"
+                )
+            connection.execute(_INSERT, _row(workload))
+
+        await self._run(work)
 
     async def note(self, workload: WorkloadRecord) -> None:
         """Remembers with which root a workload was seen, and all of one that was not signed for here.
@@ -236,10 +259,11 @@ class IdentityStore:
                     trusted=frozenset(row[7].split()),
                     seen_root=row[8],
                     revoked=bool(row[9]),
+                    key=row[10],
                 )
                 for row in connection.execute(
                     "SELECT id, spiffe_id, serial, expires, root, attested_by, bundle_version, trusted, "
-                    "seen_root, revoked "
+                    "seen_root, revoked, key "
                     "FROM workloads WHERE expires > ? ORDER BY spiffe_id, id",
                     (now,),
                 )
@@ -318,7 +342,7 @@ class IdentityStore:
             _check_file(self._path)
         try:
             # After a power cut a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
-            self._connection = connect(self._path, [_SCHEMA])
+            self._connection = connect(self._path, _SCHEMA)
         except sqlite3.Error as error:
             raise ConfigError(
                 f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
@@ -342,7 +366,7 @@ def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
         raise ConfigError(f"{path} is not there: start the control plane first")
     _check_file(path)
     try:
-        with contextlib.closing(connect(path, [_SCHEMA])) as connection:
+        with contextlib.closing(connect(path, _SCHEMA)) as connection:
             connection.execute(_INSERT, _row(workload))
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
@@ -359,13 +383,21 @@ def _row(workload: WorkloadRecord) -> tuple[object, ...]:
         workload.attested_by,
         " ".join(sorted(workload.trusted)),
         workload.seen_root,
+        workload.key,
     )
+
+
+def _refuse_key(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
+    """A join with a key of another workload that was revoked; the same workload is known by its id."""
+    found = connection.execute(_REVOKED_BY_KEY, (workload.key,)).fetchone() if workload.key else None
+    if found is not None:
+        raise RevokedError(f"workload {found[0]}, which has this key, has been revoked: make a new key")
 
 
 def _renew(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
     done = connection.execute(
         f"{_INSERT} ON CONFLICT (id) DO UPDATE SET serial = excluded.serial, expires = excluded.expires, "
-        "last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root "
+        "last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root, key = excluded.key "
         "WHERE revoked = 0 AND spiffe_id = excluded.spiffe_id",
         _row(workload),
     )
