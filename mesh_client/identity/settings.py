@@ -121,7 +121,9 @@ def identity_settings(
 ) -> IdentitySettings | None:
     """The settings that arguments and environment variables state; None for plaintext.
 
-    An argument overrides its variable; of token and token file, either argument overrides both variables.
+    An argument overrides its variable; of token and token file, either argument overrides both variables. Plaintext
+    that the environment alone asks for is refused where an argument says anything of identity, or a variable is a way
+    to prove who the process is: an environment must not turn off what was asked for.
 
     Args:
         service: the process's own service; may be empty for plaintext alone.
@@ -150,8 +152,20 @@ def identity_settings(
     given = [name for name, value in zip(names, (token, token_file), strict=True) if value]
     given += [ATTESTATION] if attestation else []
     if plaintext:
+        if insecure is None:
+            said = {
+                "enrolment": enrolment,
+                "trust_roots": trust_roots,
+                "trust_domain": trust_domain,
+                "identity_dir": identity_dir,
+                IDENTITY_DIR: _env(IDENTITY_DIR),
+            }
+            given += [name for name, value in said.items() if value]
         if given:
-            raise ConfigError(f"{INSECURE} and {given[0]}: a process either proves who it is or speaks plaintext")
+            raise ConfigError(
+                f"{INSECURE} and {given[0]}: a process either proves who it is or speaks plaintext; drop {INSECURE}, "
+                f"or drop {given[0]} and give insecure=True"
+            )
         return None
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: one of them is enough")

@@ -205,3 +205,34 @@ async def test_credentials_that_cannot_follow_a_rotation_do_not_fail_the_command
         plane.authority.on_change(vanish)
         await secure("ca", "rotate", "add", *options)
         assert "do not follow the rotation" in caplog.text
+
+
+async def test_a_variable_alone_makes_nothing_plaintext_that_has_an_identity(
+    secure: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    async with running(data_dir=state) as plane:
+        monkeypatch.setenv("MESH_CONTROL_PLANE", plane.address)
+        made = await secure("operator", "create", "alice", "--data-dir", str(state))
+        assert made.exit_code == 0
+    operator = str(tmp_path / "config" / "grpc-mesh" / "operator")
+    monkeypatch.setenv("MESH_INSECURE", "1")
+    start = ("control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(state))
+    refused = words(await secure(*start, code=2))
+    assert "MESH_INSECURE asks for plaintext, but" in refused
+    assert "holds a certificate authority" in refused
+    assert "give --insecure if plaintext is meant" in refused
+
+    async with running(insecure=True) as plain:
+        monkeypatch.setenv("MESH_CONTROL_PLANE", plain.address)
+        assert "names credentials" in words(await secure("status", "--operator", operator, code=2))
+        await secure("status", "--operator", operator, "--insecure")
+        await secure("status")
+        monkeypatch.setenv("MESH_OPERATOR", operator)
+        assert "names credentials" in words(await secure("status", code=2))
+        await secure("status", "--insecure")
+    monkeypatch.delenv("MESH_OPERATOR")
+    gateway = ("gateway", "run", "kong", "--protos", str(tmp_path), str(tmp_path / "api.binpb"))
+    (tmp_path / "api.binpb").touch()
+    monkeypatch.setenv("MESH_IDENTITY_DIR", str(tmp_path / "identity"))
+    assert "MESH_IDENTITY_DIR names an identity" in words(await secure(*gateway, code=2))
