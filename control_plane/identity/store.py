@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
 from control_plane.identity.records import TokenRecord, WorkloadRecord
+from control_plane.identity.store_schema import SCHEMA
 from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
@@ -25,40 +26,6 @@ KEEP = 7 * 86_400.0
 """Seconds for which ended tokens and workloads are remembered."""
 KEEP_REVOKED = 400 * 86_400.0
 """The same for revoked workloads: a clock that is set forward and back again must not bring them back."""
-
-_SCHEMA = (
-    """
-CREATE TABLE join_tokens (
-    id TEXT PRIMARY KEY,
-    service TEXT NOT NULL,
-    expires INTEGER NOT NULL,
-    uses INTEGER NOT NULL,
-    uses_left INTEGER NOT NULL CHECK (uses_left BETWEEN 0 AND uses),
-    created_by TEXT NOT NULL,
-    revoked INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE workloads (
-    id TEXT PRIMARY KEY,
-    spiffe_id TEXT NOT NULL,
-    serial TEXT NOT NULL,
-    expires REAL NOT NULL,
-    last_expiry REAL NOT NULL,
-    root TEXT NOT NULL,
-    bundle_version TEXT NOT NULL DEFAULT '',
-    trusted TEXT NOT NULL DEFAULT '',
-    seen_root TEXT NOT NULL DEFAULT '',
-    attested_by TEXT NOT NULL,
-    revoked INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
-""",
-    # What a revoked workload was attested by, and its key, attest nobody any more.
-    """
-ALTER TABLE workloads ADD COLUMN key TEXT NOT NULL DEFAULT '';
-CREATE INDEX revoked_by_attestation ON workloads (attested_by) WHERE revoked = 1;
-CREATE INDEX revoked_by_key ON workloads (key) WHERE revoked = 1;
-""",
-)
 
 _INSERT = (
     "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root, key) "
@@ -301,6 +268,32 @@ class IdentityStore:
             )
         )
 
+    async def unrecorded(self) -> list[WorkloadRecord]:
+        """Workloads that were noted beside the control plane, of which its audit record says nothing yet.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: [
+                WorkloadRecord(*row)
+                for row in connection.execute(
+                    "SELECT id, spiffe_id, serial, expires, root, attested_by FROM workloads WHERE unrecorded = 1"
+                )
+            ]
+        )
+
+    async def recorded(self, ids: Iterable[str]) -> None:
+        """Remembers that they are in the audit record.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        rows = [(each,) for each in ids]
+        await self._run(
+            lambda connection: connection.executemany("UPDATE workloads SET unrecorded = 0 WHERE id = ?", rows)
+        )
+
     async def forget(self, now: float) -> None:
         """Forgets what ended long ago.
 
@@ -342,7 +335,7 @@ class IdentityStore:
             _check_file(self._path)
         try:
             # After a power cut a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
-            self._connection = connect(self._path, _SCHEMA)
+            self._connection = connect(self._path, SCHEMA)
         except sqlite3.Error as error:
             raise ConfigError(
                 f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
@@ -356,7 +349,7 @@ class IdentityStore:
 
 
 def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
-    """Remembers a workload in the file of a control plane that may be running.
+    """Remembers a workload in the file of a control plane that may be running, which then records it.
 
     Raises:
         ConfigError: the file is not there or cannot be used.
@@ -366,8 +359,11 @@ def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
         raise ConfigError(f"{path} is not there: start the control plane first")
     _check_file(path)
     try:
-        with contextlib.closing(connect(path, _SCHEMA)) as connection:
+        with contextlib.closing(connect(path, SCHEMA)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
             connection.execute(_INSERT, _row(workload))
+            connection.execute("UPDATE workloads SET unrecorded = 1 WHERE id = ?", (workload.id,))
+            connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
 

@@ -15,6 +15,7 @@ from control_plane.identity import store as store_module
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
 from control_plane.identity.records import TokenRecord, WorkloadRecord
 from control_plane.identity.store import FILE_NAME, KEEP, KEEP_REVOKED, IdentityStore, note_beside
+from control_plane.identity.store_schema import SCHEMA
 from mesh_client.core.errors import ConfigError
 
 NOW = 1_000.0
@@ -177,7 +178,7 @@ async def test_what_attested_a_revoked_workload_and_its_key_attest_nobody_any_mo
 async def test_a_file_of_the_first_version_goes_on(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(f"{store_module._SCHEMA[0]} PRAGMA user_version = 1;")
+        connection.executescript(f"{SCHEMA[0]} PRAGMA user_version = 1;")
         connection.execute(
             "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, revoked) "
             "VALUES ('w1', ?, '1', 2000, 2000, 'r1', 'consul token a1', 1)",
