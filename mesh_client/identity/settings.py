@@ -12,7 +12,7 @@ from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.identity import check_trust_domain
 from mesh_client.core.join_token import JoinTokenClaims, read_claims
 from mesh_client.identity.certificates import from_pem
-from mesh_client.identity.store import read_secret_file, read_small_file
+from mesh_client.identity.store import read_secret_file, read_trusted_file
 
 INSECURE = "MESH_INSECURE"
 ENROLMENT = "MESH_ENROLMENT"
@@ -223,9 +223,7 @@ def _roots(value: str | Path | None) -> tuple[bytes, ...]:
         return ()
     path = Path(file).expanduser()
     try:
-        if path.stat().st_mode & 0o022:
-            raise ConfigError(f"{name}: {path} can be written by others; chmod go-w it, and check what is in it")
-        return from_pem(read_small_file(path))
+        return from_pem(read_trusted_file(path, name))
     except OSError as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
     except ValueError:
