@@ -121,20 +121,20 @@ class Access:
             return None
         who = caller(context)
         if who is None:
-            await self._refuse(context, None, f"may not {action}: the connection has no identity of this mesh")
+            await self.refuse(context, None, f"may not {action}: the connection has no identity of this mesh")
         if who.principal.trust_domain != self._trust_domain:
-            await self._refuse(
+            await self.refuse(
                 context, who, f"may not {action}: it is of another trust domain than {self._trust_domain}"
             )
         if self.is_revoked(who):
-            await self._refuse(context, who, f"may not {action}: the workload has been revoked")
+            await self.refuse(context, who, f"may not {action}: the workload has been revoked")
         return who
 
     async def require_operator(self, context: Context, action: str) -> Caller | None:
         """Whoever calls, who must be an operator; None without identity."""
         who = await self.require_caller(context, action)
         if who is not None and not who.is_operator:
-            await self._refuse(context, who, f"may not {action}: that takes an operator's identity")
+            await self.refuse(context, who, f"may not {action}: that takes an operator's identity")
         return who
 
     async def require_service(
@@ -153,21 +153,21 @@ class Access:
         if who is None or who.service == service:
             return who
         if not ((operators and who.is_operator) or (control_planes and who.is_control_plane)):
-            await self._refuse(context, who, f"may not {action}: only {service}'s own workloads may")
+            await self.refuse(context, who, f"may not {action}: only {service}'s own workloads may")
         return who
 
     async def require_one_of(self, context: Context, services: Collection[str], action: str) -> Caller | None:
         """Whoever calls, who must be a workload of one of these services; None without identity."""
         who = await self.require_caller(context, action)
         if who is not None and who.service not in services:
-            await self._refuse(context, who, f"may not {action}: only workloads of {' or '.join(services)} may")
+            await self.refuse(context, who, f"may not {action}: only workloads of {' or '.join(services)} may")
         return who
 
     async def require_workload(self, context: Context, action: str) -> Caller | None:
         """Whoever calls, who must be a workload of some service; None without identity."""
         who = await self.require_caller(context, action)
         if who is not None and who.service is None:
-            await self._refuse(context, who, f"may not {action}: that takes the identity of a service")
+            await self.refuse(context, who, f"may not {action}: that takes the identity of a service")
         return who
 
     def when_revoked(self, caller: Caller | None, cut: Callable[[], None]) -> Callable[[], None]:
@@ -213,7 +213,14 @@ class Access:
             for cut in list(cuts.values()):
                 cut()
 
-    async def _refuse(self, context: Context, who: Caller | None, reason: str) -> NoReturn:
+    async def refuse(self, context: Context, who: Caller | None, reason: str) -> NoReturn:
+        """Ends the RPC with PERMISSION_DENIED; counted, and logged unless one workload is refused all the time.
+
+        Args:
+            context: of the RPC.
+            who: who called; None for nobody of this mesh.
+            reason: as in "may not ACTION: WHY".
+        """
         self.denials["nobody" if who is None else who.spiffe_id] += 1
         if not self._told.take("" if who is None else who.workload_id, time.monotonic()):
             _log.warning("refused: %s at %s %s", who or "a caller without identity", context.peer(), reason)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
@@ -11,8 +13,9 @@ from typing import Protocol
 import grpc
 from mesh.v1 import registry_pb2, registry_pb2_grpc
 
-from control_plane.access import Access, Caller
+from control_plane.access import TOLD_AT_ONCE, TOLD_PER_SECOND, Access, Caller
 from control_plane.convert import duration_to_proto, endpoint_from_proto
+from control_plane.identity.limits import CallerLimits
 from control_plane.sources.embedded import EmbeddedSource, LeaseStream
 from control_plane.sources.leases import LeaseHeldError, LeaseLimitError
 from mesh_client.core.errors import InvalidValueError
@@ -23,6 +26,8 @@ MAX_DRAIN_TIMEOUT = 300.0
 MAX_PENDING = 100
 MAX_LEASES_OF_ONE = 100
 """Endpoints that one workload may register, so that none of them keeps the others out: mostly it is one."""
+
+_log = logging.getLogger(__name__)
 
 _RegisterContext = grpc.aio.ServicerContext[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]
 _DrainContext = grpc.aio.ServicerContext[registry_pb2.DrainRequest, registry_pb2.DrainResponse]
@@ -73,6 +78,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self._registry = registry
         self._streams: set[LeaseStream] = set()
         self._registered: Counter[str] = Counter()
+        self._told = CallerLimits(TOLD_PER_SECOND, TOLD_AT_ONCE)
         self._closed = False
 
     async def Register(
@@ -101,7 +107,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"the workload has registered {MAX_LEASES_OF_ONE} endpoints already"
             )
-        stream = await _register(leases, first, context)
+        stream = await _register(leases, first, context, _workload(caller))
         self._streams.add(stream)
         self._count(caller, 1)
         stop_watching = self._access.when_revoked(caller, stream.ended.set)
@@ -163,7 +169,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             stream.ended.set()
 
     async def Drain(self, request: registry_pb2.DrainRequest, context: _DrainContext) -> registry_pb2.DrainResponse:
-        """Takes an endpoint out of what is published and waits for the subscribers."""
+        """Takes an endpoint out of what is published and waits for the subscribers.
+
+        A workload may drain what it has registered itself, and what is registered elsewhere for its service.
+        """
         try:
             service = check_service_name(request.service)
             endpoint_id = check_endpoint_id(request.endpoint_id)
@@ -174,9 +183,24 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 raise InvalidValueError("timeout", timeout, f"0 to {MAX_DRAIN_TIMEOUT:.0f} seconds")
         except InvalidValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        await self._access.require_service(context, service, f"drain an endpoint of {service}", operators=True)
+        caller = await self._access.require_service(context, service, f"drain an endpoint of {service}", operators=True)
         if self._leases is not None:
+            if (
+                caller is not None
+                and not caller.is_operator
+                and not self._leases.is_of(service, endpoint_id, caller.workload_id, request.lease_token)
+            ):
+                await self._access.refuse(
+                    context,
+                    caller,
+                    f"may not drain endpoint {endpoint_id} of {service}: another workload than {caller.workload_id} "
+                    "has registered it, and its lease token was not shown",
+                )
             self._leases.drain(service, endpoint_id)
+        if not self._told.take(_workload(caller), time.monotonic()):
+            _log.info(
+                "%s at %s drains %s/%s", caller or "a caller without identity", context.peer(), service, endpoint_id
+            )
         self._drains.drain(service, endpoint_id)
         outcome = await self._drains.wait_drained(service, endpoint_id, timeout)
         return registry_pb2.DrainResponse(
@@ -186,11 +210,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         )
 
 
+def _workload(caller: Caller | None) -> str:
+    return "" if caller is None else caller.workload_id
+
+
 async def _register(
-    leases: EmbeddedSource, request: registry_pb2.RegisterRequest, context: _RegisterContext
+    leases: EmbeddedSource, request: registry_pb2.RegisterRequest, context: _RegisterContext, workload: str
 ) -> LeaseStream:
     try:
-        return await leases.register(request.service, _endpoint(request), request.lease_token, context.peer())
+        return await leases.register(request.service, _endpoint(request), request.lease_token, context.peer(), workload)
     except InvalidValueError as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except LeaseHeldError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from mesh_cli.log_options import LogFormat, LogLevel, logged
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, Insecure, span
+from mesh_cli.options import DEFAULT_CONTROL_PLANE, Insecure, contradicts_variable, insecure_by_variable, span
 from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
@@ -26,6 +27,7 @@ CONTROL_PLANE = "control-plane"
 
 @reports_errors
 def control_plane(
+    context: typer.Context,
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where clients connect; port 0 for any free one.")
     ] = DEFAULT_CONTROL_PLANE,
@@ -297,11 +299,14 @@ def control_plane(
         raise missing_extra(error) from None
     if dashboard_listen is None and (dashboard_certificate is not None or dashboard_key is not None):
         raise typer.BadParameter("--dashboard-certificate and --dashboard-key go with --dashboard-listen")
+    data_dir = data_dir or default_data_dir()
+    if insecure_by_variable(context):
+        _refuse_to_forget(data_dir, ca_certificate)
     try:
         options = ControlPlaneOptions(
             address=listen,
             registry=registry,
-            data_dir=data_dir or default_data_dir(),
+            data_dir=data_dir,
             insecure=insecure,
             enrolment_address=enrol_listen,
             metrics_address=metrics_listen,
@@ -339,6 +344,19 @@ def control_plane(
             asyncio.run(serve(options, LogService(logs)))
     finally:
         give_back()
+
+
+def _refuse_to_forget(data_dir: Path, ca_certificate: Path | None) -> None:
+    """A mesh whose members have identities does not lose them, and every rule with them, to a variable.
+
+    Raises:
+        BadParameter: there is a certificate authority.
+    """
+    if ca_certificate is not None:
+        raise contradicts_variable("--ca-certificate names a certificate authority")
+    with contextlib.suppress(OSError):  # the start says what is wrong with the directory
+        if (data_dir / "ca").exists():
+            raise contradicts_variable(f"{data_dir / 'ca'} holds a certificate authority, and everybody could do all")
 
 
 def missing_extra(error: ModuleNotFoundError) -> MeshError:

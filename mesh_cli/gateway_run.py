@@ -13,10 +13,19 @@ import typer
 
 from mesh_cli.gateway_files import ProtoPaths, read_settings
 from mesh_cli.log_options import LogFormat, LogLevel, logged
-from mesh_cli.options import DEFAULT_CONTROL_PLANE, ControlPlane, Insecure, checked_service, span
+from mesh_cli.options import (
+    DEFAULT_CONTROL_PLANE,
+    ControlPlane,
+    Insecure,
+    checked_service,
+    contradicts_variable,
+    insecure_by_variable,
+    span,
+)
 from mesh_cli.output import reports_errors
 from mesh_client.addresses import REGISTRY_VARIABLE, HostPort, parse_registry
 from mesh_client.core.errors import ConfigError, InvalidValueError, MeshError
+from mesh_client.identity.settings import IDENTITY_DIR
 
 if TYPE_CHECKING:
     from gateway.descriptors import Api
@@ -79,6 +88,7 @@ Server = Annotated[
 @app.command(epilog="Example: mesh gateway run envoy --listen 0.0.0.0:8080 --secrets-dir /run/secrets shop.binpb")
 @reports_errors
 def envoy(
+    context: typer.Context,
     files: Files,
     proto_paths: ProtoPaths = None,
     edge: Edge = "edge",
@@ -168,6 +178,7 @@ def envoy(
     except ModuleNotFoundError as error:
         raise _missing(error) from None
     place = (directory or _default_directory(edge)).expanduser().absolute()
+    _check_plaintext(context, place)
     if (tls_certificate is None) != (tls_key is None):
         raise typer.BadParameter("--tls-certificate and --tls-key belong together")
     tls = None
@@ -211,6 +222,7 @@ def envoy(
 @app.command(epilog="Example: mesh gateway run kong --protos /usr/local/kong/protos shop.binpb")
 @reports_errors
 def kong(
+    context: typer.Context,
     files: Files,
     protos: Annotated[
         Path,
@@ -297,6 +309,8 @@ def kong(
         from gateway.settings import KongSettings
     except ModuleNotFoundError as error:
         raise _missing(error) from None
+    place = (directory or _default_directory(edge)).expanduser().absolute()
+    _check_plaintext(context, place)
     try:
         address = parse_admin_address(admin, allow_plaintext=allow_plaintext_admin)
         consul = _consul(registry) if election else None
@@ -304,7 +318,7 @@ def kong(
         raise typer.BadParameter(str(error)) from None
     options = KongOptions(
         edge=edge,
-        directory=(directory or _default_directory(edge)).expanduser().absolute(),
+        directory=place,
         service=service,
         control_plane=control_plane,
         insecure=insecure or None,
@@ -320,6 +334,21 @@ def kong(
     api = _load(files, proto_paths)
     with logged(service or edge, "", log_level, log_format):
         asyncio.run(run_kong(api, options))
+
+
+def _check_plaintext(context: typer.Context, place: Path) -> None:
+    """A gateway that has an identity, or is told of one, does not lose it to a variable.
+
+    Raises:
+        BadParameter: it would.
+    """
+    if not insecure_by_variable(context):
+        return
+    if os.environ.get(IDENTITY_DIR):
+        raise contradicts_variable(f"{IDENTITY_DIR} names an identity")
+    with contextlib.suppress(OSError):  # the start says what is wrong with the directory
+        if (place / "identity" / "identity.json").exists():
+            raise contradicts_variable(f"{place / 'identity'} holds an identity")
 
 
 def _load(files: list[Path], proto_paths: list[Path] | None) -> Api:

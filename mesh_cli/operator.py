@@ -10,6 +10,7 @@ import typer
 
 from mesh_cli.control_plane import default_data_dir, missing_extra
 from mesh_cli.credentials import OPERATOR_VARIABLE, default_operator_directory
+from mesh_cli.log_options import LogFormat, logged
 from mesh_cli.options import AsJson, span
 from mesh_cli.output import console, reports_errors, write_json
 from mesh_client.core.errors import ConfigError, InvalidValueError
@@ -79,8 +80,12 @@ def create(
         ),
     ] = 30 * 86_400.0,
     as_json: AsJson = False,
+    log_format: LogFormat = None,
 ) -> None:
-    """Make an operator's credentials, on the control plane's host, from the files of its certificate authority."""
+    """Make an operator's credentials, on the control plane's host, from the files of its certificate authority.
+
+    Writes the certificate's audit record to standard error; a control plane that runs on these files logs it as well.
+    """
     try:
         from control_plane.identity.operators import create_operator, create_operator_from_files
     except ModuleNotFoundError as error:
@@ -91,22 +96,24 @@ def create(
         principal = Principal.operator(trust_domain, name)
     except InvalidValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if ca_certificate is not None and ca_key is not None and ca_roots is not None:
-        files = create_operator_from_files(
-            ca_certificate,
-            ca_key,
-            ca_roots,
-            name,
-            directory,
-            now=now,
-            lifetime=lifetime,
-            trust_domain=trust_domain,
-        )
-    elif ca_certificate is ca_key is ca_roots is None:
-        data_dir = data_dir or default_data_dir()
-        files = create_operator(data_dir, name, directory, now=now, lifetime=lifetime, trust_domain=trust_domain)
-    else:
-        raise ConfigError("--ca-certificate, --ca-key and --ca-roots: give all three or none")
+    # The audit record of the certificate, which a control plane that does not run, or runs elsewhere, cannot write.
+    with logged("operator", "", "info", log_format):
+        if ca_certificate is not None and ca_key is not None and ca_roots is not None:
+            files = create_operator_from_files(
+                ca_certificate,
+                ca_key,
+                ca_roots,
+                name,
+                directory,
+                now=now,
+                lifetime=lifetime,
+                trust_domain=trust_domain,
+            )
+        elif ca_certificate is ca_key is ca_roots is None:
+            data_dir = data_dir or default_data_dir()
+            files = create_operator(data_dir, name, directory, now=now, lifetime=lifetime, trust_domain=trust_domain)
+        else:
+            raise ConfigError("--ca-certificate, --ca-key and --ca-roots: give all three or none")
     ends = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(files.expires))
     if as_json:
         write_json(

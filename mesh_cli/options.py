@@ -129,11 +129,37 @@ def _ask(context: typer.Context, question: Callable[[AdminClient], Answer], noth
         return nothing
 
 
+def insecure_by_variable(context: typer.Context) -> bool:
+    """Whether plaintext is asked for by the environment alone, and not on the command line."""
+    source = context.get_parameter_source("insecure")
+    return bool(context.params.get("insecure")) and source is not None and source.name == "ENVIRONMENT"
+
+
+def contradicts_variable(what: str) -> typer.BadParameter:
+    """The error where the environment asks for plaintext, and something else says that there are identities."""
+    return typer.BadParameter(
+        f"{INSECURE_VARIABLE} asks for plaintext, but {what}; unset {INSECURE_VARIABLE}, or give --insecure if "
+        "plaintext is meant"
+    )
+
+
+def _check_insecure(context: typer.Context, value: bool) -> bool:
+    """An operator who names credentials does not speak plaintext because of a variable."""
+    # What is on the command line was read before what is in the environment.
+    source = context.get_parameter_source("insecure")
+    if value and not context.resilient_parsing and source is not None and source.name == "ENVIRONMENT":
+        named = context.params.get("operator") or os.environ.get(OPERATOR_VARIABLE)
+        if named and any(each.name == "operator" for each in context.command.params):
+            raise contradicts_variable(f"--operator or {OPERATOR_VARIABLE} names credentials")
+    return value
+
+
 Insecure = Annotated[
     bool,
     typer.Option(
         "--insecure",
         envvar=INSECURE_VARIABLE,
+        callback=_check_insecure,
         help="Plaintext, and nobody proves who they are. Never by itself: only when asked for.",
     ),
 ]

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +29,7 @@ from mesh_client.core.served import NOBODY, ServedBook
 from mesh_client.core.tally import Tally
 from mesh_client.guard import Guard, Refusal
 from mesh_client.handlers import WrappingHandler, parts, wrap_methods
+from mesh_client.open_streams import OpenStream
 from mesh_client.servicer_context import CallContext, SyncContext, status_details, status_name
 
 if TYPE_CHECKING:
@@ -117,11 +118,14 @@ class Admission:
         if inspect.isasyncgenfunction(behavior):
             wrapped = self._wrap_generator(served, behavior)
         elif inspect.iscoroutinefunction(behavior):
-            wrapped = self._wrap_coroutine(served, behavior)
+            streaming = handler.request_streaming or handler.response_streaming
+            wrapped = self._wrap_coroutine(served, self._cut_when_revoked(served, behavior) if streaming else behavior)
         elif handler.response_streaming:
-            wrapped = self._wrap_plain_stream(served, behavior)
+            wrapped = self._wrap_plain_stream(served, behavior, requests=handler.request_streaming)
         else:
-            wrapped = self._wrap_plain(served, behavior)
+            wrapped = self._wrap_plain(
+                served, self._read_until_revoked(served, behavior) if handler.request_streaming else behavior
+            )
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _wrap_coroutine(
@@ -153,6 +157,40 @@ class Admission:
 
         return admit
 
+    # Streaming calls end when their workload is revoked. Unary ones are over before that would matter.
+
+    def _open(self, method: _Method, caller: Caller | None, cut: Callable[[], object] | None = None) -> OpenStream:
+        # The health service is for revoked workloads too, as for everybody.
+        return self._guard.streams.open(None if method.tallies is None else caller, cut)
+
+    def _cut_when_revoked(
+        self, method: _Method, behavior: Callable[..., Awaitable[Any]]
+    ) -> Callable[..., Awaitable[Any]]:
+        async def run(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            call = cast("InboundCall", inbound.get())
+            stream = self._open(method, call.caller, cast("asyncio.Task[Any]", asyncio.current_task()).cancel)
+            try:
+                return await behavior(request, context)
+            except asyncio.CancelledError:
+                if stream.revoked:
+                    call.cancel()
+                    await context.abort(grpc.StatusCode.PERMISSION_DENIED, stream.revoked)
+                raise
+            finally:
+                stream.close()
+
+        return run
+
+    def _read_until_revoked(self, method: _Method, behavior: Callable[..., Any]) -> Callable[..., Any]:
+        def run(requests: Iterator[Any], context: Any) -> Any:
+            stream = self._open(method, cast("InboundCall", inbound.get()).caller)
+            try:
+                return behavior(_until_revoked(requests, stream, context), context)
+            finally:
+                stream.close()
+
+        return run
+
     def _wrap_generator(
         self, method: _Method, behavior: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
@@ -163,15 +201,22 @@ class Admission:
             if isinstance(call, Refusal):
                 await context.abort(call.code, call.details)
             inbound.set(call)
-            code = "OK"
+            stream = self._open(method, call.caller, cast("asyncio.Task[Any]", asyncio.current_task()).cancel)
+            code, untold = "OK", False
             try:
-                async with contextlib.aclosing(behavior(request, context)) as responses:
-                    async for response in responses:
-                        yield response
+                try:
+                    async with contextlib.aclosing(behavior(request, context)) as responses:
+                        async for response in responses:
+                            yield response
+                except asyncio.CancelledError:
+                    if stream.revoked:
+                        call.cancel()
+                        await context.abort(grpc.StatusCode.PERMISSION_DENIED, stream.revoked)
+                    raise
             except (asyncio.CancelledError, GeneratorExit):
                 # A call that is cancelled while it writes a response ends the generator in place of cancelling it.
                 call.cancel()
-                code = self._interrupted(call)
+                code, untold = self._interrupted(call), bool(stream.revoked)
                 raise
             except BaseException as error:
                 code = self._failed(call, context, error)
@@ -179,7 +224,12 @@ class Admission:
             else:
                 code = self._ended(call, context)
             finally:
+                stream.close()
                 self._leave(call, code)
+                if untold:
+                    # The status goes out when the caller has read what was being written, which may be never.
+                    with contextlib.suppress(Exception):
+                        await context.abort(grpc.StatusCode.PERMISSION_DENIED, stream.revoked)
 
         return admit
 
@@ -196,7 +246,7 @@ class Admission:
         return admit
 
     def _wrap_plain_stream(
-        self, method: _Method, behavior: Callable[..., Iterator[Any]]
+        self, method: _Method, behavior: Callable[..., Iterator[Any]], *, requests: bool
     ) -> Callable[..., Iterator[Any]]:
         def admit(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             if self._guard.waits and method.tallies is not None:
@@ -205,7 +255,12 @@ class Admission:
             if isinstance(call, Refusal):
                 context.abort(call.code, call.details)
             with self._in_thread(call, context) as shown:
-                yield from behavior(request, shown)
+                stream = self._open(method, call.caller)
+                try:
+                    read = _until_revoked(request, stream, shown) if requests else request
+                    yield from _until_revoked(behavior(read, shown), stream, shown)
+                finally:
+                    stream.close()
 
         return admit
 
@@ -341,6 +396,14 @@ class Admission:
         """What was counted; nothing of it changes within the block, where calls wait."""
         with self._lock:
             yield self.book
+
+
+def _until_revoked(messages: Iterable[Any], stream: OpenStream, context: SyncContext) -> Iterator[Any]:
+    """The messages of a plain handler's stream: nobody can interrupt a thread, but it goes no further."""
+    for message in messages:
+        if stream.revoked:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, stream.revoked)
+        yield message
 
 
 def _exceeded(name: str, limit: RateLimit, retry_after: float) -> Refusal:

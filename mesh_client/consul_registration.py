@@ -210,6 +210,8 @@ class ConsulRegistrar:
         rng: draws waits between attempts.
     """
 
+    lease_token = ""
+
     def __init__(self, service: str, endpoint: Endpoint, agent: HostPort, interval: float, rng: Random) -> None:
         self._service = service
         self._endpoint = endpoint

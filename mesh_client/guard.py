@@ -18,6 +18,7 @@ from mesh_client.core.authorization import MAX_DECISIONS, Authorizer
 from mesh_client.core.caller import Caller, CallerCache
 from mesh_client.core.policy import ServicePolicy
 from mesh_client.identity.certificates import caller_of
+from mesh_client.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Guard:
 
     Attributes:
         waits: whether calls are refused because the policy is not known yet.
+        streams: the streaming calls that were let in, which end when their workload is revoked.
     """
 
     def __init__(self, service: str, *, secure: bool, clock: Callable[[], float] = monotonic) -> None:
@@ -82,6 +84,7 @@ class Guard:
         self._arrived_for_threads = threading.Event()
         self._callers = CallerCache(caller_of)
         self._admitted = _Admitted()
+        self.streams = OpenStreams()
         self._log = _RefusalLog(service, clock)
 
     @property
@@ -101,13 +104,18 @@ class Guard:
 
     @property
     def revoked(self) -> frozenset[str]:
-        """Ids of workloads that are not served."""
+        """Ids of workloads that are not served; set in the event loop."""
         return self._revoked
 
     @revoked.setter
     def revoked(self, revoked: frozenset[str]) -> None:
         self._revoked = revoked
         self._decide_anew()
+        # Others end by themselves; a stream would go on for as long as its connection.
+        for workload_id, count in self.streams.revoke(revoked).items():
+            logger.warning(
+                "workload %s has been revoked: its %d streaming calls of %s end", workload_id, count, self._service
+            )
 
     def apply(self, policy: ServicePolicy) -> None:
         """Obeys the authorization rules of a policy from the next call on. In the event loop."""

@@ -135,7 +135,12 @@ class Membership:
         instance_id = settings.endpoint.id
         report, _ = await asyncio.gather(
             drain_everywhere(
-                settings.control_planes, settings.service, instance_id, settings.drain_timeout, self._transport
+                settings.control_planes,
+                settings.service,
+                instance_id,
+                settings.drain_timeout,
+                self._transport,
+                lease_token=self._registrar.lease_token,
             ),
             asyncio.wait({asyncio.ensure_future(self._registrar.announce_drain())}, timeout=settings.drain_timeout),
         )

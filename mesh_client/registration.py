@@ -47,6 +47,10 @@ _REFUSALS = frozenset(
 class Registrar(Protocol):
     """Keeps one endpoint registered. Trouble with the registry is retried, logged and shown; it never raises."""
 
+    @property
+    def lease_token(self) -> str:
+        """Shows the control plane that the endpoint is this server's; empty where that is said otherwise."""
+
     def status(self) -> RegistrationStatus:
         """Where the registration stands."""
 
@@ -91,6 +95,8 @@ class NoRegistrar:
     Args:
         why: shown in the status.
     """
+
+    lease_token = ""
 
     def __init__(self, why: str) -> None:
         self._why = why
@@ -145,6 +151,11 @@ class LeaseRegistrar:
         self._wake = asyncio.Event()
         self._leaving = False
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def lease_token(self) -> str:
+        """Shows the control plane that the endpoint is this server's; empty before it has registered."""
+        return self._token
 
     def status(self) -> RegistrationStatus:
         """Where the registration stands."""
@@ -286,7 +297,13 @@ class DrainReport:
 
 
 async def drain_everywhere(
-    addresses: Sequence[str], service: str, endpoint_id: str, timeout: float, transport: Transport
+    addresses: Sequence[str],
+    service: str,
+    endpoint_id: str,
+    timeout: float,
+    transport: Transport,
+    *,
+    lease_token: str = "",
 ) -> DrainReport:
     """Takes an endpoint out of what the clients of every control plane get, and waits until they have acknowledged.
 
@@ -296,8 +313,9 @@ async def drain_everywhere(
         endpoint_id: the endpoint.
         timeout: seconds, at most 300; clients that have not acknowledged by then are reported as pending.
         transport: opens channels.
+        lease_token: of the endpoint's lease: shows whose it is when this process has become another workload since.
     """
-    request = registry_pb2.DrainRequest(service=service, endpoint_id=endpoint_id)
+    request = registry_pb2.DrainRequest(service=service, endpoint_id=endpoint_id, lease_token=lease_token)
     request.timeout.FromNanoseconds(round(timeout * 1e9))
     # The control plane bounds the wait; the deadline is for one that hangs.
     results = await asyncio.gather(*(_drain(address, request, timeout + 1.0, transport) for address in addresses))

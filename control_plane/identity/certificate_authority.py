@@ -21,6 +21,7 @@ from control_plane.files import (
     secret_directory,
 )
 from control_plane.identity import ca
+from control_plane.identity.audit import record_stored
 from control_plane.identity.authority_state import Authority, AuthorityState
 from control_plane.identity.bundle import TrustBundle
 from control_plane.identity.errors import IssuerNotValidError
@@ -119,6 +120,7 @@ class CertificateAuthority:
                 self._store, key, self._in_force, self.trust_domain, self.options.leaf_lifetime, self._clock
             )
             await self._refresh(now)
+            await self._record_others()
         except OSError as error:
             await self.close()
             raise ConfigError(f"{self._directory} cannot be used: {error}") from error
@@ -140,7 +142,7 @@ class CertificateAuthority:
             self._lock = None
 
     async def maintain(self) -> None:
-        """What is done every few seconds: renews the issuer and the own certificate, drops what has ended.
+        """What is done every few seconds: renews issuer and own certificate, records operators, drops what has ended.
 
         Raises:
             MeshError: something could not be done; everything else goes on as it is.
@@ -154,6 +156,7 @@ class CertificateAuthority:
                     self._authority.follow(self._dependents(await self._store.workloads(now), now))
             finally:
                 await self._refresh(now)
+            await self._record_others()
             if abs(now - self._forgot_at) >= FORGET_EVERY:
                 self._forgot_at = now
                 await self._store.forget(now)
@@ -357,6 +360,14 @@ class CertificateAuthority:
         return found
 
     # -- within
+
+    async def _record_others(self) -> None:
+        """What `mesh operator create` signed, which only its own standard error tells of."""
+        found = await self._store.unrecorded()
+        for workload in found:
+            record_stored(workload)
+        if found:
+            await self._store.recorded(workload.id for workload in found)
 
     def _warn_of_end(self, now: float) -> None:
         """Says once a day that the issuer comes to its end, which is too late for one that is replaced by itself."""

@@ -133,7 +133,7 @@ class Issuance:
         Raises:
             InvalidTokenError: the token does not hold.
             WrongServiceError: it holds, for another service.
-            RevokedError: the workload joined before, and has been revoked.
+            RevokedError: the workload joined before, or its key is another one's, and has been revoked.
             InvalidValueError: the request is not allowed.
             IssuerNotValidError: nothing can be signed now.
             StoreUnavailableError: it cannot be stored.
@@ -147,20 +147,28 @@ class Issuance:
         workload_id = _joined_id(token.id, key)
         leaf = self._sign(Principal.service(self._trust_domain, token.service), workload_id, key)
         attested_by = f"join token {token.id}"
-        await self._store.join(self._joined(leaf, attested_by), token.id, token.service, now)
+        await self._store.join(self._joined(leaf, key, attested_by), token.id, token.service, now)
         return await self._finish("issued", leaf, key, attested_by, peer)
 
     async def attested(self, service: str, request: bytes, attested_by: str, peer: str) -> ca.Leaf:
         """A first certificate for a workload whose service was attested otherwise.
 
+        Args:
+            service: that was attested.
+            request: PKCS #10, DER.
+            attested_by: in words that name whatever attested it, the same each time: what attested a workload that has
+                been revoked since attests no other.
+            peer: address of the caller, for the audit record.
+
         Raises:
+            RevokedError: a workload that was attested by the same, or has the same key, has been revoked.
             InvalidValueError: the request or the service is not allowed.
             IssuerNotValidError: nothing can be signed now.
             StoreUnavailableError: it cannot be stored.
         """
         key = check_request(request)
         leaf = self._sign(Principal.service(self._trust_domain, service), secrets.token_hex(8), key)
-        await self._store.add_workload(self._joined(leaf, attested_by))
+        await self._store.add_workload(self._joined(leaf, key, attested_by))
         return await self._finish("issued", leaf, key, attested_by, peer)
 
     async def renew(self, caller: Caller, chain: Sequence[x509.Certificate], request: bytes, peer: str) -> ca.Leaf:
@@ -195,7 +203,7 @@ class Issuance:
         key = check_request(request)
         leaf = self._sign(caller.principal, caller.workload_id, key, ends)
         # For one that this control plane does not know: another one below the same root attested it.
-        await self._store.renew(_record(leaf, "certificate"))
+        await self._store.renew(_record(leaf, key, "certificate"))
         return await self._finish("renewed", leaf, key, f"certificate {current.serial_number:x}", peer)
 
     def _sign(
@@ -212,9 +220,10 @@ class Issuance:
             ends=now + self._lifetime if ends is None else ends,
         )
 
-    def _joined(self, leaf: ca.Leaf, attested_by: str) -> WorkloadRecord:
+    def _joined(self, leaf: ca.Leaf, key: ec.EllipticCurvePublicKey, attested_by: str) -> WorkloadRecord:
         """The record of a first certificate. The bundle comes with it, so whoever has the one has the other."""
-        return dataclasses.replace(_record(leaf, attested_by), trusted=frozenset(self._in_force().bundle.fingerprints))
+        trusted = frozenset(self._in_force().bundle.fingerprints)
+        return dataclasses.replace(_record(leaf, key, attested_by), trusted=trusted)
 
     async def _finish(
         self, what: str, leaf: ca.Leaf, key: ec.EllipticCurvePublicKey, attested_by: str, peer: str
@@ -222,7 +231,7 @@ class Issuance:
         # The root may have been retired while the certificate was being stored.
         while leaf.root not in map(ca.fingerprint, self._in_force().roots):
             leaf = self._sign(leaf.principal, leaf.workload_id, key, leaf.expires)
-            await self._store.renew(_record(leaf, attested_by))
+            await self._store.renew(_record(leaf, key, attested_by))
         record(what, leaf, attested_by, peer)
         self.issued[what] += 1
         self.on_issued(what, leaf)
@@ -235,9 +244,20 @@ def _nobody(what: str, leaf: ca.Leaf) -> None:
 
 def _joined_id(token_id: str, key: ec.EllipticCurvePublicKey) -> str:
     """Id of the workload that joins by a token with a key: nobody else has the key."""
-    public = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
-    return hashlib.sha256(f"{token_id} ".encode() + public).hexdigest()[:16]
+    return hashlib.sha256(f"{token_id} ".encode() + _point(key)).hexdigest()[:16]
 
 
-def _record(leaf: ca.Leaf, attested_by: str) -> WorkloadRecord:
-    return WorkloadRecord(leaf.workload_id, leaf.principal.spiffe_id, leaf.serial, leaf.expires, leaf.root, attested_by)
+def _point(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+
+
+def _record(leaf: ca.Leaf, key: ec.EllipticCurvePublicKey, attested_by: str) -> WorkloadRecord:
+    return WorkloadRecord(
+        leaf.workload_id,
+        leaf.principal.spiffe_id,
+        leaf.serial,
+        leaf.expires,
+        leaf.root,
+        attested_by,
+        key=hashlib.sha256(_point(key)).hexdigest(),
+    )

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.files import secret_directory, write_atomically
 from control_plane.identity import ca
-from control_plane.identity.audit import record
+from control_plane.identity.audit import LOCAL, record
 from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.given_authority import GivenAuthority
 from control_plane.identity.own_authority import OwnAuthority
@@ -136,7 +136,7 @@ def write_operator(
         write_atomically(files.key, ca.key_pem(key))
     except OSError as error:
         raise ConfigError(f"{directory} cannot be used: {error.strerror}") from None
-    record("issued", leaf, "operator", "local")
+    record("issued", leaf, "operator", LOCAL)
     return files, WorkloadRecord(
         leaf.workload_id, principal.spiffe_id, leaf.serial, leaf.expires, leaf.root, "operator"
     )

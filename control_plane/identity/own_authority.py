@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.files import read_secret, remove, write_atomically
 from control_plane.identity import ca
+from control_plane.identity.audit import record_authority
 from control_plane.identity.authority_state import AuthorityState
 from control_plane.identity.errors import RotationRefusedError
 from control_plane.identity.rotation import Dependent, Rotation
@@ -233,6 +234,7 @@ class OwnAuthority:
         key = ec.generate_private_key(ec.SECP256R1())
         root = ca.make_root(self._trust_domain, secrets.token_hex(4), key, x509.random_serial_number(), now)
         self._keys.put(_root_key(ca.fingerprint(root)), key)
+        record_authority(root, root)
         return root, key
 
     def _make_issuer(self, root: x509.Certificate, root_key: ec.EllipticCurvePrivateKey, now: float) -> ca.Issuer:
@@ -241,6 +243,7 @@ class OwnAuthority:
             self._trust_domain, secrets.token_hex(4), root, root_key, key, x509.random_serial_number(), now
         )
         self._keys.put(_issuer_key(issuer.certificate), key)
+        record_authority(issuer.certificate, root)
         return issuer
 
     def _store(self, stored: _Stored) -> None:

@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from control_plane.identity import ca
+from control_plane.identity.audit import LOCAL, record
 from mesh_client.core.identity import Principal
 
 TICKET_LIFETIME = 60.0
@@ -67,6 +68,7 @@ class OwnIdentity:
         if not renew and roots == self._roots:
             return False
         if leaf is None or renew:
+            what = "issued" if leaf is None else "renewed"
             key = ec.generate_private_key(ec.SECP256R1())
             leaf = ca.issue(
                 issuer,
@@ -78,6 +80,7 @@ class OwnIdentity:
                 ends=now + self._lifetime,
             )
             key_pem = ca.key_pem(key)
+            record(what, leaf, "control plane", LOCAL)
         self._leaf, self._key_pem, self._roots = leaf, key_pem, roots
         self._shown = _Shown(
             0 if self._shown is None else self._shown.generation + 1,

@@ -27,11 +27,12 @@ class WorkloadRecord:
         serial: of the certificate, lower-case hex.
         expires: when it ends, seconds since the epoch.
         root: fingerprint of the root that it leads up to.
-        attested_by: how it was attested first.
+        attested_by: how it was attested first, with the id of the token that did it.
         bundle_version: that the workload has confirmed; empty for none.
         trusted: fingerprints of the roots in it, or in the bundle that came with its first certificate.
         seen_root: fingerprint of the root of the certificate that it was seen with last; empty when it was not seen.
         revoked: whether it has been revoked.
+        key: fingerprint of the public key in the certificate; empty where nobody noted it.
     """
 
     id: str
@@ -44,3 +45,4 @@ class WorkloadRecord:
     trusted: frozenset[str] = frozenset()
     seen_root: str = ""
     revoked: bool = False
+    key: str = ""

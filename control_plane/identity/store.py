@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
 from control_plane.identity.records import TokenRecord, WorkloadRecord
+from control_plane.identity.store_schema import SCHEMA
 from control_plane.sqlite_file import connect
 from mesh_client.core.errors import ConfigError
 
@@ -26,41 +27,17 @@ KEEP = 7 * 86_400.0
 KEEP_REVOKED = 400 * 86_400.0
 """The same for revoked workloads: a clock that is set forward and back again must not bring them back."""
 
-_SCHEMA = """
-CREATE TABLE join_tokens (
-    id TEXT PRIMARY KEY,
-    service TEXT NOT NULL,
-    expires INTEGER NOT NULL,
-    uses INTEGER NOT NULL,
-    uses_left INTEGER NOT NULL CHECK (uses_left BETWEEN 0 AND uses),
-    created_by TEXT NOT NULL,
-    revoked INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE workloads (
-    id TEXT PRIMARY KEY,
-    spiffe_id TEXT NOT NULL,
-    serial TEXT NOT NULL,
-    expires REAL NOT NULL,
-    last_expiry REAL NOT NULL,
-    root TEXT NOT NULL,
-    bundle_version TEXT NOT NULL DEFAULT '',
-    trusted TEXT NOT NULL DEFAULT '',
-    seen_root TEXT NOT NULL DEFAULT '',
-    attested_by TEXT NOT NULL,
-    revoked INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX workloads_by_spiffe_id ON workloads (spiffe_id);
-"""
-
 _INSERT = (
-    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, trusted, seen_root, key) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _GOOD = "SELECT 1 FROM join_tokens WHERE id = ? AND service = ? AND revoked = 0 AND expires > ?"
 _SPEND = (
     "UPDATE join_tokens SET uses_left = uses_left - 1 "
     "WHERE id = ? AND service = ? AND revoked = 0 AND expires > ? AND uses_left > 0"
 )
+_REVOKED_BY_KEY = "SELECT id FROM workloads WHERE revoked = 1 AND key = ?"
+_REVOKED_BY_ATTESTATION = "SELECT id FROM workloads WHERE revoked = 1 AND attested_by = ?"
 _REVOKE = {
     "id": "UPDATE workloads SET revoked = 1 WHERE id = ? AND last_expiry > ? RETURNING id",
     "spiffe_id": "UPDATE workloads SET revoked = 1 WHERE spiffe_id = ? AND last_expiry > ? RETURNING id",
@@ -158,11 +135,12 @@ class IdentityStore:
 
         Raises:
             InvalidTokenError: the token is unknown, revoked, ended, spent or for another service.
-            RevokedError: the workload has been revoked.
+            RevokedError: the workload, or another one with its key, has been revoked.
             StoreUnavailableError: SQLite failed.
         """
 
         def work(connection: sqlite3.Connection) -> None:
+            _refuse_key(connection, workload)
             key = (token_id, service, now)
             known = connection.execute("SELECT 1 FROM workloads WHERE id = ?", (workload.id,)).fetchone()
             if known is None:
@@ -177,12 +155,24 @@ class IdentityStore:
         await self._run(work)
 
     async def add_workload(self, workload: WorkloadRecord) -> None:
-        """Remembers a new workload.
+        """Remembers a new workload, unless one that was attested by the same token, or has the same key, was revoked.
 
         Raises:
+            RevokedError: there is such a workload; the message says which, and what to do.
             StoreUnavailableError: SQLite failed.
         """
-        await self._run(lambda connection: connection.execute(_INSERT, _row(workload)))
+
+        def work(connection: sqlite3.Connection) -> None:
+            _refuse_key(connection, workload)
+            found = connection.execute(_REVOKED_BY_ATTESTATION, (workload.attested_by,)).fetchone()
+            if found is not None:
+                raise RevokedError(
+                    f"workload {found[0]}, which joined by {workload.attested_by}, has been revoked, so this token "
+                    "attests nobody any more: delete it, and give the workload a new one"
+                )
+            connection.execute(_INSERT, _row(workload))
+
+        await self._run(work)
 
     async def note(self, workload: WorkloadRecord) -> None:
         """Remembers with which root a workload was seen, and all of one that was not signed for here.
@@ -236,10 +226,11 @@ class IdentityStore:
                     trusted=frozenset(row[7].split()),
                     seen_root=row[8],
                     revoked=bool(row[9]),
+                    key=row[10],
                 )
                 for row in connection.execute(
                     "SELECT id, spiffe_id, serial, expires, root, attested_by, bundle_version, trusted, "
-                    "seen_root, revoked "
+                    "seen_root, revoked, key "
                     "FROM workloads WHERE expires > ? ORDER BY spiffe_id, id",
                     (now,),
                 )
@@ -275,6 +266,32 @@ class IdentityStore:
                 row[0]
                 for row in connection.execute("SELECT id FROM workloads WHERE revoked = 1 AND last_expiry > ?", (now,))
             )
+        )
+
+    async def unrecorded(self) -> list[WorkloadRecord]:
+        """Workloads that were noted beside the control plane, of which its audit record says nothing yet.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        return await self._run(
+            lambda connection: [
+                WorkloadRecord(*row)
+                for row in connection.execute(
+                    "SELECT id, spiffe_id, serial, expires, root, attested_by FROM workloads WHERE unrecorded = 1"
+                )
+            ]
+        )
+
+    async def recorded(self, ids: Iterable[str]) -> None:
+        """Remembers that they are in the audit record.
+
+        Raises:
+            StoreUnavailableError: SQLite failed.
+        """
+        rows = [(each,) for each in ids]
+        await self._run(
+            lambda connection: connection.executemany("UPDATE workloads SET unrecorded = 0 WHERE id = ?", rows)
         )
 
     async def forget(self, now: float) -> None:
@@ -318,7 +335,7 @@ class IdentityStore:
             _check_file(self._path)
         try:
             # After a power cut a use of a token could be spent twice. Revocations are made sure of, see `revoke`.
-            self._connection = connect(self._path, [_SCHEMA])
+            self._connection = connect(self._path, SCHEMA)
         except sqlite3.Error as error:
             raise ConfigError(
                 f"{self._path} is damaged ({error}). It holds join tokens and who was revoked: restore it, or move it "
@@ -332,7 +349,7 @@ class IdentityStore:
 
 
 def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
-    """Remembers a workload in the file of a control plane that may be running.
+    """Remembers a workload in the file of a control plane that may be running, which then records it.
 
     Raises:
         ConfigError: the file is not there or cannot be used.
@@ -342,8 +359,11 @@ def note_beside(data_dir: Path, workload: WorkloadRecord) -> None:
         raise ConfigError(f"{path} is not there: start the control plane first")
     _check_file(path)
     try:
-        with contextlib.closing(connect(path, [_SCHEMA])) as connection:
+        with contextlib.closing(connect(path, SCHEMA)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
             connection.execute(_INSERT, _row(workload))
+            connection.execute("UPDATE workloads SET unrecorded = 1 WHERE id = ?", (workload.id,))
+            connection.execute("COMMIT")
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
 
@@ -359,13 +379,21 @@ def _row(workload: WorkloadRecord) -> tuple[object, ...]:
         workload.attested_by,
         " ".join(sorted(workload.trusted)),
         workload.seen_root,
+        workload.key,
     )
+
+
+def _refuse_key(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
+    """A join with a key of another workload that was revoked; the same workload is known by its id."""
+    found = connection.execute(_REVOKED_BY_KEY, (workload.key,)).fetchone() if workload.key else None
+    if found is not None:
+        raise RevokedError(f"workload {found[0]}, which has this key, has been revoked: make a new key")
 
 
 def _renew(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
     done = connection.execute(
         f"{_INSERT} ON CONFLICT (id) DO UPDATE SET serial = excluded.serial, expires = excluded.expires, "
-        "last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root "
+        "last_expiry = MAX(last_expiry, excluded.expires), root = excluded.root, key = excluded.key "
         "WHERE revoked = 0 AND spiffe_id = excluded.spiffe_id",
         _row(workload),
     )

@@ -51,6 +51,10 @@ INSERT INTO last_versions SELECT 'policies', version FROM last_version WHERE ver
 DROP TABLE policies;
 DROP TABLE last_version;
 """,
+    # Leases are a workload's.
+    """
+ALTER TABLE leases ADD COLUMN workload TEXT NOT NULL DEFAULT '';
+""",
 )
 
 _logger = logging.getLogger(__name__)

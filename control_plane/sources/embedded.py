@@ -32,7 +32,7 @@ from control_plane.sources.leases import (
 from mesh_client.core.model import Endpoint, check_service_name
 
 _logger = logging.getLogger(__name__)
-_Row = tuple[str, str, str, bytes, str, int]
+_Row = tuple[str, str, str, bytes, str, int, str]
 
 
 class LeaseStream:
@@ -104,8 +104,17 @@ class EmbeddedSource:
             except StoreUnavailableError as error:
                 _logger.error("the last changes of registrations are not stored: %s", error)
 
-    async def register(self, service: str, endpoint: Endpoint, token: str, peer: str) -> LeaseStream:
+    async def register(
+        self, service: str, endpoint: Endpoint, token: str, peer: str, workload: str = ""
+    ) -> LeaseStream:
         """Opens a stream's lease. Its holder may be told of it after `confirmed`.
+
+        Args:
+            service: the service it registers for.
+            endpoint: as it states it.
+            token: the lease token that it showed; empty for none.
+            peer: address of its connection.
+            workload: that registers; empty for one without identity.
 
         Raises:
             LeaseHeldError: another live stream holds it and the token is not its token.
@@ -115,7 +124,15 @@ class EmbeddedSource:
         number = next(self._numbers)
         fresh = secrets.token_urlsafe(24)
         shown = _hash(token) if token else None
-        actions = self._book.register(number, service, endpoint, token_hash=shown, fresh_hash=_hash(fresh), peer=peer)
+        actions = self._book.register(
+            number,
+            service,
+            endpoint,
+            token_hash=shown,
+            fresh_hash=_hash(fresh),
+            peer=peer,
+            workload=workload,
+        )
         lease = self._book.lease(service, endpoint.id)
         kept = lease is not None and lease.token_hash == shown
         stream = LeaseStream(number, service, endpoint.id, token if kept else fresh)
@@ -143,6 +160,11 @@ class EmbeddedSource:
         if self._book.holds(stream.number):
             del self._streams[stream.number]
             self._do(self._book.closed(stream.number))
+
+    def is_of(self, service: str, endpoint_id: str, workload: str, token: str) -> bool:
+        """Whether an endpoint is a workload's, or that of whoever shows its lease token; one that is not there is."""
+        lease = self._book.lease(service, endpoint_id)
+        return lease is None or lease.is_of(workload, _hash(token) if token else None)
 
     def drain(self, service: str, endpoint_id: str) -> None:
         """Marks an endpoint as leaving, so that a restart of the control plane does not bring it back."""
@@ -173,10 +195,11 @@ class EmbeddedSource:
 
     async def _load(self) -> list[Lease]:
         leases = []
-        for service, endpoint_id, endpoint, token_hash, peer, drained in await self._rows():
+        for service, endpoint_id, endpoint, token_hash, peer, drained, workload in await self._rows():
             try:
                 check_service_name(service)
-                leases.append(Lease(service, endpoint_from_json(endpoint), token_hash, peer, drained=bool(drained)))
+                found = endpoint_from_json(endpoint)
+                leases.append(Lease(service, found, token_hash, peer, workload, drained=bool(drained)))
             except ValueError as error:
                 _logger.error("stored registration %s of %s is skipped: %s", endpoint_id, service, error)
                 self._unwritten[service, endpoint_id] = None
@@ -247,7 +270,9 @@ def _hash(token: str) -> bytes:
 
 
 def _read_leases(connection: sqlite3.Connection) -> list[_Row]:
-    return connection.execute("SELECT service, endpoint_id, endpoint, token_hash, peer, drained FROM leases").fetchall()
+    return connection.execute(
+        "SELECT service, endpoint_id, endpoint, token_hash, peer, drained, workload FROM leases"
+    ).fetchall()
 
 
 def _write_leases(connection: sqlite3.Connection, changes: dict[tuple[str, str], Lease | None]) -> None:
@@ -256,9 +281,18 @@ def _write_leases(connection: sqlite3.Connection, changes: dict[tuple[str, str],
         [key for key, lease in changes.items() if lease is None],
     )
     connection.executemany(
-        "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO leases (service, endpoint_id, endpoint, token_hash, peer, drained, workload) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
         [
-            (service, endpoint_id, endpoint_to_json(lease.endpoint), lease.token_hash, lease.peer, int(lease.drained))
+            (
+                service,
+                endpoint_id,
+                endpoint_to_json(lease.endpoint),
+                lease.token_hash,
+                lease.peer,
+                int(lease.drained),
+                lease.workload,
+            )
             for (service, endpoint_id), lease in changes.items()
             if lease is not None
         ],

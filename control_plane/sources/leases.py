@@ -57,12 +57,26 @@ class Lease:
     token_hash: bytes
     peer: str = ""
     """Address of the connection that registered it, for operators."""
+    workload: str = ""
+    """The workload that registered it last; empty for one without identity, or with a control plane that did not note
+    it."""
     drained: bool = False
     """It asked to leave, and is kept only until its holder goes."""
     holder: int | None = None
     """The stream behind it; None while loose."""
     expires_at: float = 0.0
     """When a loose lease is given up, monotonic seconds. Of no meaning while held."""
+
+    def is_of(self, workload: str, token_hash: bytes | None) -> bool:
+        """Whether it is a workload's, or that of whoever shows a token; one that has no workload is everybody's.
+
+        Args:
+            workload: who asks.
+            token_hash: hash of the lease token that it showed; None when it showed none. An instance that joined anew
+                is another workload than the one that registered.
+        """
+        shown = token_hash is not None and hmac.compare_digest(token_hash, self.token_hash)
+        return shown or self.workload in ("", workload)
 
     @property
     def published(self) -> Endpoint:
@@ -149,7 +163,15 @@ class LeaseBook:
         return tuple(self._observed(service) for service in sorted(self._services))
 
     def register(
-        self, stream: int, service: str, endpoint: Endpoint, *, token_hash: bytes | None, fresh_hash: bytes, peer: str
+        self,
+        stream: int,
+        service: str,
+        endpoint: Endpoint,
+        *,
+        token_hash: bytes | None,
+        fresh_hash: bytes,
+        peer: str,
+        workload: str = "",
     ) -> tuple[LeaseAction, ...]:
         """Puts a stream behind an endpoint's lease.
 
@@ -160,6 +182,7 @@ class LeaseBook:
             token_hash: hash of the lease token that it showed; None when it showed none.
             fresh_hash: hash of the token that a new lease shall have. A lease that is resumed keeps its own.
             peer: address of its connection.
+            workload: that registers; empty for one without identity.
 
         Raises:
             InvalidTransitionError: the stream has a lease already.
@@ -176,12 +199,12 @@ class LeaseBook:
             raise LeaseHeldError(service, endpoint.id, old.peer)
         actions: list[LeaseAction] = []
         if old is not None and resumed:
-            lease = replace(old, endpoint=endpoint, peer=peer, holder=stream)
+            lease = replace(old, endpoint=endpoint, peer=peer, workload=workload, holder=stream)
             if old.holder is not None:
                 del self._held[old.holder]
                 actions.append(EndStream(old.holder))
         else:
-            lease = Lease(service, endpoint, fresh_hash, peer, holder=stream)
+            lease = Lease(service, endpoint, fresh_hash, peer, workload, holder=stream)
             if old is not None and old.drained:
                 # The catalog keeps a drained endpoint out until its source stops listing it.
                 actions.append(self._remove(service, endpoint.id))

@@ -192,7 +192,8 @@ class Recorder:
     def __init__(self, window: Window, limits: Limits | None = None) -> None:
         self._window = window
         self._limits = limits or Limits()
-        self._reporters: dict[tuple[str, str, str], Reporter] = {}
+        # By workload first: node id and epoch are what a process says of itself.
+        self._reporters: dict[tuple[str, str, str, str], Reporter] = {}
         self._series = 0
         self.taken = 0
         self.ignored = 0
@@ -231,7 +232,7 @@ class Recorder:
             raise InvalidValueError("epoch", epoch, "1 to 64 characters of A-Z a-z 0-9 . _ : -")
         if not 0.0 <= uptime <= MAX_UPTIME:
             raise InvalidValueError("uptime", uptime, "0 s to 10 years")
-        key = (node.service, node.id, epoch)
+        key = (owner, node.service, node.id, epoch)
         reporter = self._reporters.get(key)
         if reporter is None:
             self._make_room(owner)
@@ -256,7 +257,7 @@ class Recorder:
         self._forget(gone)
 
     def _forget(self, reporter: Reporter) -> None:
-        del self._reporters[reporter.service, reporter.node.id, reporter.epoch]
+        del self._reporters[reporter.owner, reporter.service, reporter.node.id, reporter.epoch]
         self._series -= len(reporter.known)
 
     def close(self, session: Session, now: float) -> None:

@@ -118,8 +118,9 @@ def _contradictory(environment: Mapping[str, str]) -> Iterator[Finding]:
 
     insecure = environment.get("MESH_INSECURE", "").lower() in _TRUE
     proofs = [name for name in ("MESH_TOKEN", "MESH_TOKEN_FILE", "MESH_ATTESTATION") if is_set(name)]
-    if insecure and proofs:
-        detail = f"MESH_INSECURE and {proofs[0]} are set: services refuse to start"
+    identities = [*proofs, *(["MESH_IDENTITY_DIR"] if is_set("MESH_IDENTITY_DIR") else [])]
+    if insecure and identities:
+        detail = f"MESH_INSECURE and {identities[0]} are set: services refuse to start"
         yield failure(GROUP, "environment", detail, "unset one of them")
     elif insecure:
         detail = "MESH_INSECURE is set: everything is in plaintext, and nobody proves who they are"

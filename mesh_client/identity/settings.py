@@ -12,7 +12,7 @@ from mesh_client.core.errors import ConfigError, InvalidValueError
 from mesh_client.core.identity import check_trust_domain
 from mesh_client.core.join_token import JoinTokenClaims, read_claims
 from mesh_client.identity.certificates import from_pem
-from mesh_client.identity.store import read_secret_file, read_small_file
+from mesh_client.identity.store import read_secret_file, read_trusted_file
 
 INSECURE = "MESH_INSECURE"
 ENROLMENT = "MESH_ENROLMENT"
@@ -121,7 +121,9 @@ def identity_settings(
 ) -> IdentitySettings | None:
     """The settings that arguments and environment variables state; None for plaintext.
 
-    An argument overrides its variable; of token and token file, either argument overrides both variables.
+    An argument overrides its variable; of token and token file, either argument overrides both variables. Plaintext
+    that the environment alone asks for is refused where an argument says anything of identity, or a variable is a way
+    to prove who the process is: an environment must not turn off what was asked for.
 
     Args:
         service: the process's own service; may be empty for plaintext alone.
@@ -150,8 +152,20 @@ def identity_settings(
     given = [name for name, value in zip(names, (token, token_file), strict=True) if value]
     given += [ATTESTATION] if attestation else []
     if plaintext:
+        if insecure is None:
+            said = {
+                "enrolment": enrolment,
+                "trust_roots": trust_roots,
+                "trust_domain": trust_domain,
+                "identity_dir": identity_dir,
+                IDENTITY_DIR: _env(IDENTITY_DIR),
+            }
+            given += [name for name, value in said.items() if value]
         if given:
-            raise ConfigError(f"{INSECURE} and {given[0]}: a process either proves who it is or speaks plaintext")
+            raise ConfigError(
+                f"{INSECURE} and {given[0]}: a process either proves who it is or speaks plaintext; drop {INSECURE}, "
+                f"or drop {given[0]} and give insecure=True"
+            )
         return None
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: one of them is enough")
@@ -209,9 +223,7 @@ def _roots(value: str | Path | None) -> tuple[bytes, ...]:
         return ()
     path = Path(file).expanduser()
     try:
-        if path.stat().st_mode & 0o022:
-            raise ConfigError(f"{name}: {path} can be written by others; chmod go-w it, and check what is in it")
-        return from_pem(read_small_file(path))
+        return from_pem(read_trusted_file(path, name))
     except OSError as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
     except ValueError:

@@ -153,14 +153,32 @@ def read_secret_file(path: Path, name: str) -> bytes:
         return _read_small(file)
 
 
-def read_small_file(path: Path) -> bytes:
-    """The file's content.
+def read_trusted_file(path: Path, name: str) -> bytes:
+    """What a file holds that anybody may read, and that nobody but this user and root can change or replace.
+
+    Args:
+        path: the file; links are followed, and nobody else may be able to replace them either.
+        name: the option that named it, for the error.
 
     Raises:
+        ConfigError: it, or its directory, is another user's, or can be written by others.
         OSError: it cannot be read, or is too large to be ours.
     """
     with path.open("rb") as file:
+        _refuse_if_changeable(os.fstat(file.fileno()), path, name)
+        for directory in dict.fromkeys((path.absolute().parent, path.resolve().parent)):
+            # Volumes of configuration in containers are 0777, and read-only.
+            if not os.statvfs(directory).f_flag & os.ST_RDONLY:
+                _refuse_if_changeable(directory.stat(), directory, name)
         return _read_small(file)
+
+
+def _refuse_if_changeable(status: os.stat_result, path: Path, name: str) -> None:
+    # In a sticky directory, such as /tmp, nobody replaces what is another's.
+    if status.st_mode & 0o022 and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX):
+        raise ConfigError(f"{name}: {path} can be written by others; chmod go-w it, and check what is in it")
+    if status.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(f"{name}: {path} belongs to another user; expected one of this process's own, or root's")
 
 
 def _refuse_if_shared(status: os.stat_result, path: Path, name: str) -> None:

@@ -194,6 +194,7 @@ def test_a_missing_or_old_package_is_a_failure() -> None:
         ({"MESH_XYZZY_PLUGH": "x"}, WARN, "unset it"),
         ({"MESH_INSECURE": "1"}, WARN, "plaintext"),
         ({"MESH_INSECURE": "true", "MESH_TOKEN_FILE": "x"}, FAIL, "MESH_INSECURE and MESH_TOKEN_FILE are set"),
+        ({"MESH_INSECURE": "1", "MESH_IDENTITY_DIR": "x"}, FAIL, "MESH_INSECURE and MESH_IDENTITY_DIR are set"),
         ({"MESH_ATTESTATION": "consul", "MESH_TOKEN_FILE": "x"}, FAIL, "keep one of them"),
         ({"MESH_TOKEN": "(set)"}, WARN, "MESH_TOKEN_FILE"),
         ({"CONSUL_HTTP_TOKEN": "(set)", "CONSUL_HTTP_TOKEN_FILE": "x"}, WARN, "the file is not read"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from typer.testing import Result
 
 from control_plane.options import ControlPlaneOptions
@@ -205,3 +206,73 @@ async def test_credentials_that_cannot_follow_a_rotation_do_not_fail_the_command
         plane.authority.on_change(vanish)
         await secure("ca", "rotate", "add", *options)
         assert "do not follow the rotation" in caplog.text
+
+
+async def test_every_certificate_that_the_authority_signs_by_itself_is_recorded(
+    secure: Mesh, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def recorded() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "control_plane.identity.audit"]
+
+    caplog.set_level("INFO", logger="control_plane.identity.audit")
+    state, alice = tmp_path / "state", tmp_path / "alice"
+    async with running(data_dir=state) as plane:
+        assert plane.authority is not None
+        root, issuer, own = recorded()
+        assert root.startswith("issued authority='CN=mesh root ")
+        assert issuer.startswith("issued authority='CN=mesh issuer ")
+        assert own.startswith("issued principal=spiffe://mesh.internal/mesh/control-plane workload=")
+        caplog.clear()
+
+        create = ("operator", "create", "alice", "--data-dir", str(state), "--directory", str(alice), "--log-format")
+        (line,) = [each for each in (await secure(*create, "json")).stderr.splitlines() if "identity.audit" in each]
+        said = json.loads(line)
+        chain = x509.load_pem_x509_certificate((alice / "operator.pem").read_bytes())
+        assert (said["level"], said["logger"]) == ("info", "control_plane.identity.audit")
+        assert said["message"].startswith("issued principal=spiffe://mesh.internal/operator/alice workload=")
+        assert f"serial={chain.serial_number:x} expires=20" in said["message"]
+        assert said["message"].endswith("attested_by='operator' peer=local")
+
+        # In the control plane's log too, which is where somebody looks for it later. Once.
+        caplog.clear()
+        await plane.authority.maintain()
+        await plane.authority.maintain()
+        assert recorded() == [said["message"]]
+    # Also one that was made while it did not run.
+    await secure(*create[:3], "--data-dir", str(state), "--directory", str(tmp_path / "again"))
+    caplog.clear()
+    async with running(data_dir=state):
+        own, other = recorded()
+        assert own.startswith("issued principal=spiffe://mesh.internal/mesh/control-plane ")
+        assert other.startswith("issued principal=spiffe://mesh.internal/operator/alice ")
+
+
+async def test_a_variable_alone_makes_nothing_plaintext_that_has_an_identity(
+    secure: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    async with running(data_dir=state) as plane:
+        monkeypatch.setenv("MESH_CONTROL_PLANE", plane.address)
+        made = await secure("operator", "create", "alice", "--data-dir", str(state))
+        assert made.exit_code == 0
+    operator = str(tmp_path / "config" / "grpc-mesh" / "operator")
+    monkeypatch.setenv("MESH_INSECURE", "1")
+    start = ("control-plane", "--listen", "127.0.0.1:0", "--data-dir", str(state))
+    refused = words(await secure(*start, code=2))
+    assert "MESH_INSECURE asks for plaintext, but" in refused
+    assert "holds a certificate authority" in refused
+    assert "give --insecure if plaintext is meant" in refused
+
+    async with running(insecure=True) as plain:
+        monkeypatch.setenv("MESH_CONTROL_PLANE", plain.address)
+        assert "names credentials" in words(await secure("status", "--operator", operator, code=2))
+        await secure("status", "--operator", operator, "--insecure")
+        await secure("status")
+        monkeypatch.setenv("MESH_OPERATOR", operator)
+        assert "names credentials" in words(await secure("status", code=2))
+        await secure("status", "--insecure")
+    monkeypatch.delenv("MESH_OPERATOR")
+    gateway = ("gateway", "run", "kong", "--protos", str(tmp_path), str(tmp_path / "api.binpb"))
+    (tmp_path / "api.binpb").touch()
+    monkeypatch.setenv("MESH_IDENTITY_DIR", str(tmp_path / "identity"))
+    assert "MESH_IDENTITY_DIR names an identity" in words(await secure(*gateway, code=2))

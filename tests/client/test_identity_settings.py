@@ -118,6 +118,42 @@ def test_plaintext_and_a_proof_of_identity_contradict_each_other(given: dict[str
         settings(insecure=True, **given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("identity_dir", "/identity"),
+        ("trust_roots", "/roots.pem"),
+        ("enrolment", "a.example:1"),
+        ("trust_domain", "mesh.internal"),
+        ("token", JOIN),
+    ],
+)
+def test_a_variable_does_not_turn_off_what_an_argument_asks_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("MESH_INSECURE", "1")
+    given: dict[str, Any] = {name: value}
+    said = f"MESH_INSECURE and {name}: .*; drop MESH_INSECURE, or drop {name} and give insecure=True"
+    with pytest.raises(ConfigError, match=said):
+        identity_settings("orders", PLANES, **given)
+    if name != "token":
+        assert identity_settings("orders", PLANES, insecure=True, **given) is None
+
+
+def test_variables_that_prove_who_a_process_is_contradict_plaintext_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MESH_INSECURE", "1")
+    monkeypatch.setenv("MESH_TRUST_ROOTS", "/roots.pem")
+    monkeypatch.setenv("MESH_ENROLMENT", "a.example:1")
+    monkeypatch.setenv("MESH_TRUST_DOMAIN", "mesh.internal")
+    assert identity_settings("orders", PLANES) is None
+    monkeypatch.setenv("MESH_IDENTITY_DIR", "/identity")
+    with pytest.raises(ConfigError, match="MESH_INSECURE and MESH_IDENTITY_DIR"):
+        identity_settings("orders", PLANES)
+    assert identity_settings("orders", PLANES, insecure=True) is None
+
+
 def test_without_a_proof_of_identity_it_says_what_to_give() -> None:
     with pytest.raises(ConfigError, match="MESH_TOKEN_FILE or MESH_TOKEN.*MESH_ATTESTATION=consul.*MESH_INSECURE=1"):
         identity_settings("orders", PLANES, insecure=False)

@@ -15,7 +15,7 @@ from control_plane.sources import NotStoredError, StoreUnavailableError, Version
 from control_plane.sources.database import _SCHEMA, Database
 from control_plane.sources.embedded import EmbeddedSource
 from control_plane.sources.embedded_policies import EmbeddedPolicyStore
-from control_plane.sources.leases import LeaseHeldError
+from control_plane.sources.leases import LeaseHeldError, endpoint_to_json
 from mesh_client.core.edge_policy import EdgePolicy
 from mesh_client.core.errors import ConfigError
 from mesh_client.core.model import Endpoint, Health
@@ -190,6 +190,26 @@ async def test_policies_of_a_file_that_an_older_version_wrote_are_taken_over(tmp
 # -- leases
 
 
+async def test_leases_of_a_file_that_an_older_version_wrote_are_any_workload_s_until_one_has_registered(
+    tmp_path: Path,
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "registry.sqlite")) as connection:
+        connection.executescript(f"{_SCHEMA[0]}{_SCHEMA[1]} PRAGMA user_version = 2;")
+        connection.execute("INSERT INTO leases VALUES ('a', 'a-1', ?, x'00', 'peer', 0)", (endpoint_to_json(ONE),))
+        connection.commit()
+    database = Database(tmp_path)
+    source = EmbeddedSource(database)
+    async with recorded(source):
+        await source.confirmed()
+        assert source.is_of("a", "a-1", "w1", "")
+        stream = await source.register("a", ONE, "", "peer", "w1")
+        assert source.is_of("a", "a-1", "w1", "")
+        assert source.is_of("a", "a-1", "w2", stream.token)
+        assert not source.is_of("a", "a-1", "w2", "")
+        assert source.is_of("a", "unknown", "w2", "")
+    await database.close()
+
+
 async def test_a_restart_forgets_nobody_who_comes_back(tmp_path: Path) -> None:
     database = Database(tmp_path)
     source = EmbeddedSource(database)
@@ -245,7 +265,7 @@ async def test_rows_that_make_no_sense_are_skipped_and_deleted(
     source = EmbeddedSource(database)
     async with recorded(source):
         await source.register("a", ONE, "", "peer")
-    await execute(database, "INSERT INTO leases VALUES ('b', 'x', 'nonsense', x'00', '', 0)")
+    await execute(database, "INSERT INTO leases VALUES ('b', 'x', 'nonsense', x'00', '', 0, '')")
     await database.close()
     database = Database(tmp_path)
     source = EmbeddedSource(database)

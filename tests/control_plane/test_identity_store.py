@@ -15,6 +15,7 @@ from control_plane.identity import store as store_module
 from control_plane.identity.errors import InvalidTokenError, RevokedError, StoreUnavailableError, TooManyTokensError
 from control_plane.identity.records import TokenRecord, WorkloadRecord
 from control_plane.identity.store import FILE_NAME, KEEP, KEEP_REVOKED, IdentityStore, note_beside
+from control_plane.identity.store_schema import SCHEMA
 from mesh_client.core.errors import ConfigError
 
 NOW = 1_000.0
@@ -155,6 +156,44 @@ async def test_a_service_s_workloads_are_revoked_until_their_last_certificate_en
     assert await store.revoke("id", "unknown", NOW) == []
 
 
+async def test_what_attested_a_revoked_workload_and_its_key_attest_nobody_any_more(store: IdentityStore) -> None:
+    first = replace(workload(1), attested_by="consul token a1", key="k1")
+    await store.add_workload(first)
+    await store.renew(replace(first, attested_by="certificate", key="k2"))
+    await store.add_workload(replace(workload(2), attested_by="consul token a1", key="k3"))  # not revoked yet
+    await store.revoke("id", first.id, NOW)
+    with pytest.raises(RevokedError, match=f"workload {first.id}, which joined by consul token a1, .* delete it"):
+        await store.add_workload(replace(workload(3), attested_by="consul token a1", key="k4"))
+    with pytest.raises(RevokedError, match="make a new key"):
+        await store.add_workload(replace(workload(3), attested_by="consul token a2", key="k2"))
+    await store.add_token(TOKEN, NOW)
+    with pytest.raises(RevokedError, match="make a new key"):
+        await store.join(replace(workload(3), key="k2"), "t1", "orders", NOW)
+    assert await store.tokens(NOW) == [TOKEN]
+    await store.add_workload(replace(workload(3), attested_by="consul token a2", key="k4"))
+    # The other workload of the token is not revoked with it.
+    await store.renew(replace(workload(2, 3_000.0), key="k5"))
+
+
+async def test_a_file_of_the_first_version_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(f"{SCHEMA[0]} PRAGMA user_version = 1;")
+        connection.execute(
+            "INSERT INTO workloads (id, spiffe_id, serial, expires, last_expiry, root, attested_by, revoked) "
+            "VALUES ('w1', ?, '1', 2000, 2000, 'r1', 'consul token a1', 1)",
+            (ORDERS,),
+        )
+        connection.commit()
+    path.chmod(0o600)
+    store = IdentityStore(tmp_path)
+    await store.open()
+    with pytest.raises(RevokedError, match="workload w1, which joined by consul token a1"):
+        await store.add_workload(replace(workload(1), attested_by="consul token a1", key="k1"))
+    await store.add_workload(replace(workload(1), attested_by="consul token a2", key="k1"))
+    await store.close()
+
+
 async def test_what_ended_long_ago_is_forgotten_but_revocations_much_later(store: IdentityStore) -> None:
     await store.add_token(TOKEN, NOW)
     for number in (1, 2):
@@ -227,7 +266,7 @@ async def test_a_page_that_is_damaged_is_noticed(tmp_path: Path) -> None:
 
 async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     (tmp_path / FILE_NAME).chmod(0o600)
     await fails_to_open(tmp_path, "newer version")
 

@@ -215,3 +215,58 @@ async def test_roots_that_others_can_write_are_not_trusted(world: World) -> None
             mesh_client.connect(
                 world.plane.address, service="orders", token=await world.token(), trust_roots=path, insecure=False
             )
+
+
+def foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's, as far as this process can make it so."""
+    if os.geteuid() == 0:
+        os.chown(path, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+
+
+@pytest.mark.parametrize("which", ["the file", "its directory", "the directory of a link to it"])
+@pytest.mark.parametrize("how", ["foreign", "writable"])
+async def test_roots_that_another_user_can_exchange_are_not_trusted(
+    world: World, monkeypatch: pytest.MonkeyPatch, which: str, how: str
+) -> None:
+    kept, links = world.directory / "kept", world.directory / "links"
+    kept.mkdir(0o755)
+    links.mkdir(0o755)
+    path = links / "roots.pem"
+    (kept / "roots.pem").write_bytes(world.mint.roots)
+    (kept / "roots.pem").chmod(0o644)
+    path.symlink_to(kept / "roots.pem")
+    async with world.client("orders", trust_roots=path) as mesh:
+        await mesh.transport.ready()
+    attacked = {"the file": kept / "roots.pem", "its directory": kept}.get(which, links)
+    if how == "foreign":
+        foreign(attacked, monkeypatch)
+    else:
+        attacked.chmod(0o777)
+    token = await world.token()
+    with pytest.raises(
+        ConfigError, match="belongs to another user" if how == "foreign" else "can be written by others"
+    ):
+        mesh_client.connect(world.plane.address, service="orders", token=token, trust_roots=path, insecure=False)
+
+
+async def test_roots_in_a_directory_for_everybody_are_trusted_where_nobody_replaces_what_is_another_s(
+    world: World,
+) -> None:
+    path = world.directory / "tmp" / "roots.pem"
+    path.parent.mkdir()
+    path.parent.chmod(0o1777)
+    path.write_bytes(world.mint.roots)
+    path.chmod(0o644)
+    async with world.client("orders", trust_roots=path) as mesh:
+        await mesh.transport.ready()
+
+
+async def test_an_identity_that_is_another_user_s_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = world.directory / "identity"
+    directory.mkdir(0o700)
+    foreign(directory, monkeypatch)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        async with world.client("orders", token=await world.token(), identity_dir=directory):
+            pass

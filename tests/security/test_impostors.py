@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -329,6 +330,36 @@ async def test_plaintext_and_a_token_are_never_taken_together(world: World, monk
     monkeypatch.setenv("MESH_TOKEN", token)
     with pytest.raises(ConfigError, match="MESH_INSECURE and MESH_TOKEN"):
         mesh_client.connect(world.plane.address, service="orders")
+
+
+async def test_a_process_with_an_identity_does_not_become_plaintext_by_a_variable(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = str(tmp_path / "identity")
+    async with world.client("gateway", identity_dir=kept, token=await world.token("gateway")) as mesh:
+        await mesh.transport.ready()
+    monkeypatch.setenv("MESH_INSECURE", "1")
+    arguments: list[dict[str, Any]] = [
+        {"identity_dir": kept},
+        {"trust_roots": "/roots.pem"},
+        {"enrolment": world.plane.enrolment_address},
+    ]
+    for options in arguments:
+        with pytest.raises(ConfigError, match="drop MESH_INSECURE"):
+            mesh_client.connect(world.plane.address, service="gateway", **options)
+        with pytest.raises(ConfigError, match="drop MESH_INSECURE"):
+            mesh_client.server("gateway", control_plane=world.plane.address, **options)
+    monkeypatch.delenv("MESH_INSECURE")
+    again = mesh_client.connect(
+        world.plane.address,
+        service="gateway",
+        cache_dir="",
+        enrolment=world.plane.enrolment_address,
+        identity_dir=kept,
+    )
+    async with again as mesh:
+        await mesh.transport.ready()
+        assert mesh.transport.secure
 
 
 async def test_a_token_secures_a_process_whatever_the_environment_says(

@@ -7,7 +7,7 @@ import base64
 import logging
 import re
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -247,12 +247,14 @@ class World:
         return Credential(ca.key_pem(key), chain, b"".join(map(_pem, answer.trust_bundle.roots)))
 
     @asynccontextmanager
-    async def serving(self, service: str = "orders", **options: Any) -> AsyncIterator[MeshServer]:
+    async def serving(
+        self, service: str = "orders", *, handlers: Sequence[grpc.GenericRpcHandler] = (), **options: Any
+    ) -> AsyncIterator[MeshServer]:
         """A secure server of the library, which registers unless told not to."""
         options = {**await self._proof(service, options), "check_interval": 1.0, **options}
         made = mesh_client.server(service, reflection=False, **options)
         echo = self.echoes[made] = Echo()
-        made.add_generic_rpc_handlers((echo,))
+        made.add_generic_rpc_handlers((*handlers, echo))
         await made.start()
         try:
             self._keep_key_out(made._transport)
