@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gateway import envoy_authentication, envoy_limits, envoy_transcoder
+from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.envoy_clusters import SERVER_CERTIFICATE, TRACING_CLUSTER, secret_source
 from gateway.envoy_routes import CORS_FILTER, NAME, REST_RESPONSE_FILTER, REST_STATUS_FILTER
 from gateway.envoy_settings import EnvoySettings, split_address
@@ -19,7 +19,7 @@ _MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutation"
 
 _MESSAGES = {
     408: "the request did not come in time",
-    413: "the body is too large",
+    413: "the body is too large, or the method takes none",
     429: "too many requests; try again later",
     431: "the headers are too large",
     502: "the service gave no valid answer",
@@ -114,6 +114,7 @@ def _filters(table: RouteTable, policy: EdgePolicy, api_keys: Mapping[str, str])
     yield extension(REST_RESPONSE_FILTER, _MUTATION)
     yield from envoy_authentication.filters(policy, api_keys)
     yield from envoy_limits.filters(table, policy)
+    yield envoy_body.body_filter()
     yield {"name": envoy_transcoder.FILTER, "typed_config": envoy_transcoder.nothing()}
     yield extension(REST_STATUS_FILTER, _MUTATION)
     router = "extensions.filters.http.router.v3.Router"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from gateway import envoy_authentication, envoy_limits, envoy_transcoder
+from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
 from gateway.envoy_xds import Json, typed
@@ -75,10 +75,12 @@ def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
             "name": route.name,
             "match": match,
             "route": _rest_action(service, settings, method),
+            **envoy_body.of_route(route, envoy_transcoder.max_body(route, service.max_body_bytes)),
             "decorator": _operation(method),
             "request_headers_to_add": _deadline(settings, "OVERWRITE_IF_EXISTS_OR_ADD") if not method.streams else [],
             "typed_per_filter_config": {
                 **envoy_authentication.of_route(settings),
+                **envoy_body.per_filter(route),
                 envoy_transcoder.FILTER: envoy_transcoder.transcoder(route, service.max_body_bytes),
                 **_rest_headers(),
             },

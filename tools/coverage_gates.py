@@ -76,6 +76,7 @@ PURE = (
     "gateway/endpoints.py",
     "gateway/envoy.py",
     "gateway/envoy_authentication.py",
+    "gateway/envoy_body.py",
     "gateway/envoy_clusters.py",
     "gateway/envoy_limits.py",
     "gateway/envoy_listener.py",

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tests.edge.contract import ANYTHING, TABLE, Answer, Row
+from tests.edge.contract import TABLE
+from tests.edge.contract_rows import ANYTHING, Answer, Row
 from tests.gateway.compiling import ROOT
 
 REFERENCE = ROOT / "docs/edge.md"

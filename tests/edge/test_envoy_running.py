@@ -21,6 +21,7 @@ from mesh_client.core.identity import Principal
 from tests.certificates import Certificate, TestAuthority
 from tests.edge import contract
 from tests.edge.contract_rig import ContractRig, contract_rig, contract_server, local, running_envoy
+from tests.edge.contract_rows import Answer
 from tests.edge.http_client import ask
 from tests.ports import held_address
 
@@ -89,9 +90,7 @@ def test_an_endpoint_that_refuses_connections_costs_no_request(changing: Contrac
         assert {changing.ask("/v1/echo/a").status for _ in range(30)} == {200}
         changing.envoy.apply(changing.render(dead))
         answer = changing.ask("/v1/echo/a")
-        contract.Answer(503, code=14, message="the service cannot be reached").check(
-            answer.status, answer.headers, answer.body
-        )
+        Answer(503, code=14, message="the service cannot be reached").check(answer.status, answer.headers, answer.body)
 
 
 def test_an_endpoint_can_be_a_hosts_name(changing: ContractRig) -> None:
