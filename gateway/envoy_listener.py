@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.envoy_clusters import SERVER_CERTIFICATE, TRACING_CLUSTER, secret_source
-from gateway.envoy_routes import CORS_FILTER, NAME, REST_RESPONSE_FILTER, REST_STATUS_FILTER
+from gateway.envoy_routes import CORS_FILTER, NAME, REST_HEADERS_FILTER, REST_STATUS_FILTER
 from gateway.envoy_settings import EnvoySettings, split_address
 from gateway.envoy_xds import Json, extension, file_source, socket_address
 from gateway.http_status import GRPC_STATUS
@@ -111,7 +111,7 @@ def _filters(table: RouteTable, policy: EdgePolicy, api_keys: Mapping[str, str])
     """In the order of requests; answers pass them in the opposite one."""
     if policy.cors is not None:
         yield extension(CORS_FILTER, "extensions.filters.http.cors.v3.Cors")
-    yield extension(REST_RESPONSE_FILTER, _MUTATION)
+    yield extension(REST_HEADERS_FILTER, _MUTATION)
     yield from envoy_authentication.filters(policy, api_keys)
     yield from envoy_limits.filters(table, policy)
     yield envoy_body.body_filter()

@@ -22,7 +22,7 @@ from mesh_client.core.policy_base import format_duration
 
 NAME = "edge"
 
-REST_RESPONSE_FILTER = "rest_response"
+REST_HEADERS_FILTER = "rest_headers"
 REST_STATUS_FILTER = "rest_status"
 CORS_FILTER = "envoy.filters.http.cors"
 
@@ -200,15 +200,16 @@ def _deadline(settings: MethodSettings, action: str) -> list[Json]:
 
 
 def _rest_headers() -> Json:
-    """What is gRPC's own in answers is of no use to callers of REST.
+    """What is gRPC's own means nothing in requests by REST, and in answers is of no use.
 
     Details of errors are dropped: with one of a type that the transcoder does not know, it would answer with no body.
     They also tell the outside what was meant for colleagues.
     """
+    requests = [{"remove_on_match": {"key_matcher": matcher}} for matcher in ({"prefix": "grpc-"}, {"suffix": "-bin"})]
     status = [{"remove": "grpc-status-details-bin"}]
     answers = [{"remove": name} for name in ("grpc-status", "grpc-message", "grpc-encoding", "grpc-accept-encoding")]
     return {
-        REST_RESPONSE_FILTER: typed(_MUTATION, mutations={"response_mutations": answers}),
+        REST_HEADERS_FILTER: typed(_MUTATION, mutations={"request_mutations": requests, "response_mutations": answers}),
         REST_STATUS_FILTER: typed(
             _MUTATION, mutations={"response_mutations": status, "response_trailers_mutations": status}
         ),

@@ -24,6 +24,15 @@ end
 """
 """Runs first. Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
 
+_REST_HEADERS = """\
+-- What is gRPC's own means nothing in requests by REST.
+for name in pairs(kong.request.get_headers(1000)) do
+  if name:find("^grpc%-") or name:find("%-bin$") then
+    kong.service.request.clear_header(name)
+  end
+end
+"""
+
 _QUERY = """\
 -- Kong's grpc-gateway lets query parameters override what the path says.
 local bound = {bound}
@@ -166,7 +175,7 @@ def access(route: Route, max_body_bytes: int | None) -> list[str]:
             expected="a JSON object" if whole else "JSON",
         )
         guards += _OVERRIDE.format(bound=bound) if names and whole else ""
-    return [REQUEST_HEADERS, guards]
+    return [REQUEST_HEADERS, _REST_HEADERS, guards]
 
 
 def audiences(known: Mapping[str, Sequence[str]]) -> str:

@@ -504,6 +504,20 @@ METADATA = (
         kong=Difference("a path that no route has gets no `X-Request-ID`", refused(404, 5)),
     ),
     Row(
+        "headers that mean something to gRPC",
+        "GET",
+        "/v1/metadata",
+        Answer(metadata={"grpc-previous-rpc-attempts": None, "grpc-tags": None, "x-other": "1"}),
+        headers={"grpc-previous-rpc-attempts": "3", "grpc-tags": "1", "x-other": "1"},
+    ),
+    *(
+        Row(f"header that gRPC would not take, {name}", "GET", "/v1/metadata", Answer(), headers={name: value})
+        for name, value in (
+            *(("x-a-bin", "not base64 !!"), ("grpc-trace-bin", "!"), ("grpc-encoding", "junk")),
+            *(("grpc-status", "junk"), ("grpc-retry-pushback-ms", "junk"), ("grpc-timeout", "junk")),
+        )
+    ),
+    Row(
         "no headers of gRPC",
         "GET",
         "/v1/metadata",

@@ -82,8 +82,9 @@ class Contract:
         return stubs()[0].SleepResponse(left=0 if left is None else round(left * 1_000))
 
     async def Metadata(self, request: Any, context: Any) -> Any:
-        received = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        echoed = tuple((key, value) for key, value in received.items() if key.startswith(ECHOED))
+        sent = context.invocation_metadata()
+        received = {key: value for key, value in sent if isinstance(value, str)}
+        echoed = tuple((key, value) for key, value in sent if key.startswith(ECHOED))
         await context.send_initial_metadata(echoed)
         return stubs()[0].MetadataResponse(metadata=received)
 

@@ -190,7 +190,7 @@ def test_without_anything_asked_for_there_are_no_filters_for_it() -> None:
     (listener,) = resources(made(shop(), one("shop.v1.OrderService")), "lds.json")
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     assert [item["name"] for item in manager["http_filters"]] == [
-        "rest_response",
+        "rest_headers",
         "envoy.filters.http.lua",
         "envoy.filters.http.grpc_json_transcoder",
         "rest_status",

@@ -22,6 +22,11 @@ function(request, response, json, decode_base64)
   local kong = { request = {}, response = {}, service = { request = {} } }
   function kong.request.get_query() return request.query end
   function kong.request.get_raw_body() return request.body end
+  function kong.request.get_headers(most)
+    local copy = {}
+    for name, value in pairs(request.headers) do copy[name] = value end
+    return copy
+  end
   function kong.request.get_header(name) return request.headers[name] end
   function kong.service.request.clear_header(name) request.headers[name] = nil end
   function kong.response.get_header(name) return response.headers[name] end
@@ -115,6 +120,11 @@ def test_trailers_are_asked_for_first() -> None:
 def test_what_only_the_mesh_and_kong_may_say_is_removed() -> None:
     kong = Kong(headers={"mesh-caller": "orders", "x-consumer-username": "web", "x-other": "1"}).runs(GET_ORDER)
     assert dict(kong.request_headers) == {"x-other": "1"}
+
+
+def test_what_is_of_grpc_alone_is_removed() -> None:
+    kong = Kong(headers={"grpc-encoding": "junk", "grpc-x": "1", "x-bin": "!", "x-binary": "1", "x-grpc-a": "1"})
+    assert dict(kong.runs(GET_ORDER).request_headers) == {"x-binary": "1", "x-grpc-a": "1"}
 
 
 @pytest.mark.parametrize(
