@@ -14,6 +14,7 @@ from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transc
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
 from gateway.envoy_xds import Json, typed
+from gateway.escapes import text_regex
 from gateway.exposed import OPENAPI_PATH
 from gateway.path_template import PathTemplate, Wildcard
 from gateway.routes import Route, RouteTable
@@ -46,7 +47,7 @@ def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> 
         policy: of the edge.
         openapi: what is answered at `OPENAPI_PATH`.
     """
-    routes = [_openapi(openapi), *_rest(table, policy), *_native(table, policy)]
+    routes = [_not_text(), _openapi(openapi), *_rest(table, policy), *_native(table, policy)]
     allowed = allowed_methods(table)
     if policy.cors is not None and table.routes:
         cluster = policy.services[table.routes[0].method.service].upstream
@@ -214,6 +215,12 @@ def _rest_headers() -> Json:
             _MUTATION, mutations={"response_mutations": status, "response_trailers_mutations": status}
         ),
     }
+
+
+def _not_text() -> Json:
+    """What services could not read as text, and Python's protobuf fails to."""
+    path = {"name": ":path", "string_match": {"safe_regex": {"regex": text_regex()}}, "invert_match": True}
+    return _answer({"prefix": "/", "headers": [path]}, 400, "what is escaped by % in the path or query is not UTF-8")
 
 
 def _openapi(document: str) -> Json:

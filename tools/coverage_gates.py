@@ -85,6 +85,7 @@ PURE = (
     "gateway/envoy_transcoder.py",
     "gateway/envoy_xds.py",
     "gateway/errors.py",
+    "gateway/escapes.py",
     "gateway/exposed.py",
     "gateway/exposed_api.py",
     "gateway/http_status.py",

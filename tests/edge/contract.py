@@ -70,6 +70,27 @@ PATHS = (
         kong=Difference(f"`%2F`, `%5C` and `%00` in paths are not refused; {_UNMEASURED} what becomes of them"),
     ),
 )
+NO_TEXT = (
+    *(
+        Row(
+            f"escapes that are no text, {path}",
+            "GET",
+            path,
+            refused(400, 3, "what is escaped by % in the path or query is not UTF-8"),
+            kong=Difference(f"escapes that are not UTF-8, or no escapes: {_UNMEASURED}"),
+        )
+        for path in (
+            *("/v1/echo/%ff", "/v1/echo/%C0%AF", "/v1/echo/a%zz", "/v1/echo/a%", "/v1/echo/%ed%a0%80"),
+            *("/v1/echo/a?tags=%ff", "/v1/echo/a?tags=%", "/v1/echo/a?tags=x%2", "/v1/nowhere/%ff"),
+        )
+    ),
+    Row(
+        "escapes that are text",
+        "GET",
+        "/v1/echo/a?inner.text=%F0%9F%98%80%20%2525",
+        echo(name="a", inner={"text": "😀 %25"}),
+    ),
+)
 QUERIES = (
     Row("query", "GET", "/v1/echo/a?fraction=1.5", echo(name="a", fraction=1.5)),
     Row("repeated", "GET", "/v1/echo/a?tags=x&tags=y", echo(name="a", tags=["x", "y"])),
@@ -525,7 +546,7 @@ METADATA = (
         kong=Difference("`grpc-status` and `grpc-message` stay in the headers of answers", Answer()),
     ),
 )
-TABLE = (*PATHS, *QUERIES, *BODIES, *STREAMS, *STATUSES, *CORS, *TOKENS, *API_KEYS, *LIMITS, *METADATA)
+TABLE = (*PATHS, *NO_TEXT, *QUERIES, *BODIES, *STREAMS, *STATUSES, *CORS, *TOKENS, *API_KEYS, *LIMITS, *METADATA)
 
 
 def policy() -> dict[str, object]:
