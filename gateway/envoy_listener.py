@@ -15,6 +15,9 @@ from mesh_client.core.edge_policy import EdgePolicy, Tracing
 
 _BUFFER = 32 << 10
 """Bytes that a connection may have in buffers, but for bodies that are transcoded."""
+_MAX_HEADERS = 24
+"""KiB of headers that a request may have, with its path. Services are sent the path twice, and what the edge says, for
+which `mesh_client.transport.MAX_METADATA` has room."""
 _MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutation"
 
 _MESSAGES = {
@@ -79,6 +82,7 @@ def _connection_manager(
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
         "strip_any_host_port": True,
+        "max_request_headers_kb": _MAX_HEADERS,
         "common_http_protocol_options": {
             "headers_with_underscores_action": "REJECT_REQUEST",
             "idle_timeout": "3600s",

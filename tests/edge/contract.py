@@ -493,6 +493,27 @@ LIMITS = (
         headers={"x-api-key": KEYS["batch-key"]},
     ),
 )
+_SIZES = Difference(f"nginx has a limit of its own for headers, `large_client_header_buffers`; {_UNMEASURED}")
+SIZES = (
+    *(
+        Row(
+            f"{size} bytes of headers",
+            "GET",
+            "/v1/echo/a",
+            answer,
+            headers={"x-large": "a" * size},
+            kong=_SIZES,
+        )
+        for size, answer in (
+            (9_000, echo(name="a")),
+            (23_000, echo(name="a")),
+            (25_000, refused(431, 3)),
+            (60_000, refused(431, 3)),
+        )
+    ),
+    Row("long path", "GET", f"/v1/fail/5?message={'a' * 23_000}&details=false", refused(404, 5), kong=_SIZES),
+    Row("path that is too long", "GET", f"/v1/echo/{'a' * 25_000}", refused(431, 3), kong=_SIZES),
+)
 METADATA = (
     Row(
         "header to metadata and back",
@@ -546,7 +567,20 @@ METADATA = (
         kong=Difference("`grpc-status` and `grpc-message` stay in the headers of answers", Answer()),
     ),
 )
-TABLE = (*PATHS, *NO_TEXT, *QUERIES, *BODIES, *STREAMS, *STATUSES, *CORS, *TOKENS, *API_KEYS, *LIMITS, *METADATA)
+TABLE = (
+    *PATHS,
+    *NO_TEXT,
+    *QUERIES,
+    *BODIES,
+    *STREAMS,
+    *STATUSES,
+    *CORS,
+    *TOKENS,
+    *API_KEYS,
+    *LIMITS,
+    *SIZES,
+    *METADATA,
+)
 
 
 def policy() -> dict[str, object]:

@@ -21,6 +21,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_tools import protoc
 
+from mesh_client.transport import SERVER_OPTIONS
 from tests.gateway.compiling import WELL_KNOWN
 
 PROTOS = Path(__file__).parent / "protos"
@@ -99,7 +100,7 @@ class Contract:
 
 async def main() -> None:
     """Serves until standard input ends."""
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     contract = Contract()
     stubs()[1].add_ContractServiceServicer_to_server(contract, server)
     stubs()[1].add_ExtraServiceServicer_to_server(contract, server)
