@@ -13,7 +13,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
-from gateway.envoy_xds import Json, typed
+from gateway.envoy_xds import Json, cel_text, typed
 from gateway.escapes import text_regex
 from gateway.exposed import OPENAPI_PATH
 from gateway.path_template import PathTemplate, Wildcard
@@ -35,7 +35,7 @@ _STREAM_RETRY_ON = "connect-failure,refused-stream,reset-before-request"
 _SLOW_CALLER = 5.0
 """Seconds of silence, beyond a call's timeout, after which a caller that has not sent its whole request is given up."""
 
-_GRPC: Json = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
+_GRPC: Json = {"name": "content-type", "string_match": {"safe_regex": {"regex": "application/grpc(?:[+;].*)?"}}}
 _NOT_GRPC: Json = {**_GRPC, "invert_match": True, "treat_missing_header_as_empty": True}
 
 
@@ -47,16 +47,23 @@ def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> 
         policy: of the edge.
         openapi: what is answered at `OPENAPI_PATH`.
     """
-    routes = [_not_text(), _openapi(openapi), *_rest(table, policy), *_native(table, policy)]
+    routes = [
+        _not_text(),
+        _openapi(openapi),
+        _other_method({"path": OPENAPI_PATH}, ("GET",)),
+        *_rest(table, policy),
+        *_native(table, policy),
+    ]
     allowed = allowed_methods(table)
     if policy.cors is not None and table.routes:
         cluster = policy.services[table.routes[0].method.service].upstream
         routes += [_preflight(item.template, cluster) for item in allowed]
-    routes += [_other_method(item.template, item.verbs) for item in allowed]
+    routes += [_other_method(_path(item.template), item.verbs) for item in allowed]
     routes.append(_answer({"prefix": "/"}, 404, "no method has this path"))
     host: Json = {"name": NAME, "domains": ["*"], "routes": routes}
     if policy.cors is not None:
         host["typed_per_filter_config"] = {CORS_FILTER: _cors(table, policy.cors)}
+        host["response_headers_to_add"] = list(_cors_headers(policy.cors))
     return {
         "name": NAME,
         "virtual_hosts": [host],
@@ -239,14 +246,29 @@ def _preflight(template: PathTemplate, cluster: str) -> Json:
     return {"match": {**_path(template), "headers": [_verb("OPTIONS"), *present]}, "route": {"cluster": cluster}}
 
 
-def _other_method(template: PathTemplate, verbs: tuple[str, ...]) -> Json:
+def _other_method(path: Json, verbs: tuple[str, ...]) -> Json:
     allowed = ", ".join(verbs)
-    answer = _answer({**_path(template), "headers": [_NOT_GRPC]}, 405, f"this path has the methods {allowed}")
+    answer = _answer({**path, "headers": [_NOT_GRPC]}, 405, f"this path has the methods {allowed}")
     return {**answer, "response_headers_to_add": [{"header": {"key": "allow", "value": allowed}}]}
 
 
 def _answer(match: Json, status: int, message: str) -> Json:
     return {"match": match, "direct_response": {"status": status, "body": {"inline_string": message}}}
+
+
+def _cors_headers(cors: Cors) -> Iterator[Json]:
+    """What the CORS filter says to pages, where Envoy answers itself by a route: the filter passes such answers by."""
+    origins = ", ".join(map(cel_text, cors.origins))
+    allowed = "true" if "*" in cors.origins else f"request.headers['origin'] in [{origins}]"
+    values = {
+        "access-control-allow-origin": "request.headers['origin']",
+        "access-control-allow-credentials": "'true'" if cors.credentials else "",
+        "access-control-expose-headers": cel_text(", ".join(cors.exposed_headers)) if cors.exposed_headers else "",
+    }
+    for name, value in values.items():
+        if value:
+            header = {"key": name, "value": f"%CEL('origin' in request.headers && {allowed} ? {value} : '')%"}
+            yield {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _cors(table: RouteTable, cors: Cors) -> Json:

@@ -9,6 +9,10 @@ from typing import Final
 
 from tests.edge import tokens
 
+NO_405 = "a path with a method that it does not have is 404, without `Allow`"
+UNMEASURED = "not measured with Kong"
+"""Why Kong may answer otherwise."""
+
 
 class _Anything:
     def __repr__(self) -> str:
