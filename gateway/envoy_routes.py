@@ -35,8 +35,11 @@ _STREAM_RETRY_ON = "connect-failure,refused-stream,reset-before-request"
 _SLOW_CALLER = 5.0
 """Seconds of silence, beyond a call's timeout, after which a caller that has not sent its whole request is given up."""
 
-_GRPC: Json = {"name": "content-type", "string_match": {"safe_regex": {"regex": "application/grpc(?:[+;].*)?"}}}
-_NOT_GRPC: Json = {**_GRPC, "invert_match": True, "treat_missing_header_as_empty": True}
+_NOTHING = "no method has this path"
+_GRPC: list[Json] = [
+    {"name": "content-type", "string_match": {"prefix": "application/grpc"}},  # of most requests not even this is true
+    {"name": "content-type", "string_match": {"safe_regex": {"regex": "application/grpc(?:[+;].*)?"}}},
+]
 
 
 def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> Json:
@@ -50,16 +53,18 @@ def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> 
     routes = [
         _not_text(),
         _openapi(openapi),
+        # What is gRPC's ends here, so that no route after it has to look.
+        *_native(table, policy),
+        _answer({"prefix": "/", "headers": _GRPC}, 404, _NOTHING),
         _other_method({"path": OPENAPI_PATH}, ("GET",)),
         *_rest(table, policy),
-        *_native(table, policy),
     ]
     allowed = allowed_methods(table)
     if policy.cors is not None and table.routes:
         cluster = policy.services[table.routes[0].method.service].upstream
         routes += [_preflight(item.template, cluster) for item in allowed]
     routes += [_other_method(_path(item.template), item.verbs) for item in allowed]
-    routes.append(_answer({"prefix": "/"}, 404, "no method has this path"))
+    routes.append(_answer({"prefix": "/"}, 404, _NOTHING))
     host: Json = {"name": NAME, "domains": ["*"], "routes": routes}
     if policy.cors is not None:
         host["typed_per_filter_config"] = {CORS_FILTER: _cors(table, policy.cors)}
@@ -76,7 +81,7 @@ def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
         method = route.method
         service = policy.services[method.service]
         settings = service.settings(method.name, streams=method.streams)
-        match: Json = {**_path(route.template), "headers": [_verb(route.verb), _NOT_GRPC]}
+        match: Json = {**_path(route.template), "headers": [_verb(route.verb)]}
         if route.template.variables:
             yield _override(route, match)
         yield {
@@ -103,7 +108,7 @@ def _native(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
             settings = service.settings(method.name, streams=method.streams)
             yield {
                 "name": f"{method.full_name}~grpc",
-                "match": {"path": f"/{name}/{method.name}", "headers": [_verb("POST"), _GRPC]},
+                "match": {"path": f"/{name}/{method.name}", "headers": [_verb("POST"), *_GRPC]},
                 "route": _native_action(service, settings, method),
                 "decorator": _operation(method),
                 "request_headers_to_add": _deadline(settings, "ADD_IF_ABSENT") if not method.streams else [],
@@ -119,7 +124,6 @@ def _override(route: Route, match: Json) -> Json:
     names = "|".join(query_names(route.fields_along(variable)) for variable in route.template.variables)
     headers: list[Json] = [
         _verb(route.verb),
-        _NOT_GRPC,
         {"name": ":path", "string_match": {"contains": "?"}},  # most requests have none, and this is quick
         # Names are decoded by the transcoder, and none of a field has to be encoded.
         {"name": ":path", "string_match": {"safe_regex": {"regex": f"[^?]*[?](?:.*&)?(?:[^=&]*%[^=&]*|{names})=.*"}}},
@@ -248,7 +252,7 @@ def _preflight(template: PathTemplate, cluster: str) -> Json:
 
 def _other_method(path: Json, verbs: tuple[str, ...]) -> Json:
     allowed = ", ".join(verbs)
-    answer = _answer({**path, "headers": [_NOT_GRPC]}, 405, f"this path has the methods {allowed}")
+    answer = _answer(path, 405, f"this path has the methods {allowed}")
     return {**answer, "response_headers_to_add": [{"header": {"key": "allow", "value": allowed}}]}
 
 

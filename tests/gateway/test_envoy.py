@@ -204,12 +204,13 @@ def test_without_anything_asked_for_there_are_no_filters_for_it() -> None:
 
 def test_a_policy_that_exposes_nothing_answers_404_to_all_but_its_description() -> None:
     configuration = made(shop(), {})
-    described, other_method, nothing = routes(configuration)[1:]
+    described, grpc, other_method, nothing = routes(configuration)[1:]
     assert described["match"] == {
         "path": "/openapi.json",
         "headers": [{"name": ":method", "string_match": {"exact": "GET"}}],
     }
     assert (other_method["match"]["path"], other_method["direct_response"]["status"]) == ("/openapi.json", 405)
+    assert (grpc["match"]["prefix"], grpc["direct_response"]["status"]) == ("/", 404)
     assert (nothing["match"], nothing["direct_response"]["status"]) == ({"prefix": "/"}, 404)
     assert resources(configuration, "cds.json") == []
     assert {name for name in made(shop(), {}, SECURE).versions if "sds" in name} == {
