@@ -101,8 +101,13 @@ def _cluster(upstream: str, connect_timeout: float, endpoints: Sequence[Endpoint
             _HTTP_OPTIONS: typed(
                 _HTTP_OPTIONS.removeprefix("envoy."),
                 explicit_http_config={
-                    # As the mesh's own clients do; its servers allow a ping each 5 s.
-                    "http2_protocol_options": {"connection_keepalive": {"interval": "10s", "timeout": "5s"}}
+                    "http2_protocol_options": {
+                        # As the mesh's own clients do; its servers allow a ping each 5 s.
+                        "connection_keepalive": {"interval": "10s", "timeout": "5s"},
+                        # Callers share connections, and so HPACK's table. A gRPC server keeps in it that a header was
+                        # malformed, and refuses other callers' headers for that. So nothing is in the table.
+                        "hpack_table_size": 0,
+                    }
                 },
             )
         },

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gateway import envoy_authentication, envoy_limits, envoy_transcoder
+from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.envoy_clusters import SERVER_CERTIFICATE, TRACING_CLUSTER, secret_source
-from gateway.envoy_routes import CORS_FILTER, NAME, REST_RESPONSE_FILTER, REST_STATUS_FILTER
+from gateway.envoy_routes import CORS_FILTER, NAME, REST_HEADERS_FILTER, REST_STATUS_FILTER
 from gateway.envoy_settings import EnvoySettings, split_address
 from gateway.envoy_xds import Json, extension, file_source, socket_address
 from gateway.http_status import GRPC_STATUS
@@ -15,11 +15,14 @@ from mesh_client.core.edge_policy import EdgePolicy, Tracing
 
 _BUFFER = 32 << 10
 """Bytes that a connection may have in buffers, but for bodies that are transcoded."""
+_MAX_HEADERS = 24
+"""KiB of headers that a request may have, with its path. Services are sent the path twice, and what the edge says, for
+which `mesh_client.transport.MAX_METADATA` has room."""
 _MUTATION = "extensions.filters.http.header_mutation.v3.HeaderMutation"
 
 _MESSAGES = {
     408: "the request did not come in time",
-    413: "the body is too large",
+    413: "the body is too large, or the method takes none",
     429: "too many requests; try again later",
     431: "the headers are too large",
     502: "the service gave no valid answer",
@@ -28,7 +31,8 @@ _MESSAGES = {
 }
 """What is said in place of Envoy's own words, which tell of hosts and connections."""
 _MALFORMED = "the request is malformed, has a header with an underscore, or has %%2F, %%5C or %%00 in its path"
-_STATUSES = (400, 401, 404, 405, 408, 413, 415, 426, 429, 431, 500, 501, 502, 503, 504)
+_NO_UPGRADE = "the request asks for an upgrade to another protocol, and there is none"
+_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 426, 429, 431, 500, 501, 502, 503, 504)
 
 
 def listener(
@@ -79,6 +83,7 @@ def _connection_manager(
         "merge_slashes": True,
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
         "strip_any_host_port": True,
+        "max_request_headers_kb": _MAX_HEADERS,
         "common_http_protocol_options": {
             "headers_with_underscores_action": "REJECT_REQUEST",
             "idle_timeout": "3600s",
@@ -111,9 +116,10 @@ def _filters(table: RouteTable, policy: EdgePolicy, api_keys: Mapping[str, str])
     """In the order of requests; answers pass them in the opposite one."""
     if policy.cors is not None:
         yield extension(CORS_FILTER, "extensions.filters.http.cors.v3.Cors")
-    yield extension(REST_RESPONSE_FILTER, _MUTATION)
+    yield extension(REST_HEADERS_FILTER, _MUTATION)
     yield from envoy_authentication.filters(policy, api_keys)
     yield from envoy_limits.filters(table, policy)
+    yield envoy_body.body_filter()
     yield {"name": envoy_transcoder.FILTER, "typed_config": envoy_transcoder.nothing()}
     yield extension(REST_STATUS_FILTER, _MUTATION)
     router = "extensions.filters.http.router.v3.Router"
@@ -122,19 +128,23 @@ def _filters(table: RouteTable, policy: EdgePolicy, api_keys: Mapping[str, str])
 
 def _local_replies() -> Iterator[Json]:
     """What Envoy answers itself, as google.rpc.Status in JSON; to callers by gRPC as their status."""
-    grpc = _header("content-type", {"string_match": {"prefix": "application/grpc"}})
+    # As Envoy has it, which makes these answers gRPC's.
+    grpc = _header("content-type", {"string_match": {"safe_regex": {"regex": "application/grpc(?:[+].*)?"}}})
     transcoded = _header("x-envoy-original-path", {"present_match": True, "invert_match": True})
     plain: Json = {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}}
     for status, message in sorted(_MESSAGES.items()):
         said: Json = {"text_format_source": {"inline_string": message}}
         yield {"filter": _all(grpc, transcoded, _status(status)), "body_format_override": said}
-    # The only thing that is 403 here: a token for somebody else, which is no token (RFC 6750, section 3.1).
-    yield {"filter": _all(grpc, transcoded, _status(403)), "status_code": 401, "body_format_override": plain}
+    # A token for somebody else is no token (RFC 6750, section 3.1).
+    for_others = _all(_status(403), _details("jwt_authn_access_denied"))
+    yield {"filter": _all(grpc, transcoded, for_others), "status_code": 401, "body_format_override": plain}
     yield {"filter": _all(grpc, transcoded), "body_format_override": plain}
     # What is refused before Envoy has written its own headers has no message, or one about HTTP's grammar.
     early = _header("x-forwarded-proto", {"present_match": True, "invert_match": True})
     yield {"filter": _all(early, _status(400)), "body_format_override": _json(3, _MALFORMED)}
-    yield {"filter": _status(403), "status_code": 401, "body_format_override": _json(16, "%LOCAL_REPLY_BODY%")}
+    yield {"filter": for_others, "status_code": 401, "body_format_override": _json(16, "%LOCAL_REPLY_BODY%")}
+    upgrade = _all(_status(403), _details("upgrade_failed"))
+    yield {"filter": upgrade, "status_code": 400, "body_format_override": _json(3, _NO_UPGRADE)}
     for status in _STATUSES:
         code = GRPC_STATUS.get(status, 3 if status < 500 else 13)
         yield {
@@ -154,6 +164,13 @@ def _all(*filters: Json) -> Json:
 def _status(status: int) -> Json:
     value = {"default_value": status, "runtime_key": "edge.unused"}
     return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+
+def _details(prefix: str) -> Json:
+    """By why Envoy answers itself."""
+    expression = f"response.code_details.startsWith('{prefix}')"
+    cel = "extensions.access_loggers.filters.cel.v3.ExpressionFilter"
+    return {"extension_filter": extension("envoy.access_loggers.extension_filters.cel", cel, expression=expression)}
 
 
 def _header(name: str, match: Json) -> Json:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from gateway import envoy_authentication, envoy_limits, envoy_transcoder
+from gateway import envoy_authentication, envoy_body, envoy_limits, envoy_transcoder
 from gateway.allowed_methods import allowed_methods
 from gateway.descriptors import Method
-from gateway.envoy_xds import Json, typed
+from gateway.envoy_xds import Json, cel_text, typed
+from gateway.escapes import text_regex
 from gateway.exposed import OPENAPI_PATH
 from gateway.path_template import PathTemplate, Wildcard
 from gateway.routes import Route, RouteTable
@@ -22,7 +23,7 @@ from mesh_client.core.policy_base import format_duration
 
 NAME = "edge"
 
-REST_RESPONSE_FILTER = "rest_response"
+REST_HEADERS_FILTER = "rest_headers"
 REST_STATUS_FILTER = "rest_status"
 CORS_FILTER = "envoy.filters.http.cors"
 
@@ -34,8 +35,11 @@ _STREAM_RETRY_ON = "connect-failure,refused-stream,reset-before-request"
 _SLOW_CALLER = 5.0
 """Seconds of silence, beyond a call's timeout, after which a caller that has not sent its whole request is given up."""
 
-_GRPC: Json = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
-_NOT_GRPC: Json = {**_GRPC, "invert_match": True, "treat_missing_header_as_empty": True}
+_NOTHING = "no method has this path"
+_GRPC: list[Json] = [
+    {"name": "content-type", "string_match": {"prefix": "application/grpc"}},  # of most requests not even this is true
+    {"name": "content-type", "string_match": {"safe_regex": {"regex": "application/grpc(?:[+;].*)?"}}},
+]
 
 
 def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> Json:
@@ -46,16 +50,25 @@ def route_configuration(table: RouteTable, policy: EdgePolicy, openapi: str) -> 
         policy: of the edge.
         openapi: what is answered at `OPENAPI_PATH`.
     """
-    routes = [_openapi(openapi), *_rest(table, policy), *_native(table, policy)]
+    routes = [
+        _not_text(),
+        _openapi(openapi),
+        # What is gRPC's ends here, so that no route after it has to look.
+        *_native(table, policy),
+        _answer({"prefix": "/", "headers": _GRPC}, 404, _NOTHING),
+        _other_method({"path": OPENAPI_PATH}, ("GET",)),
+        *_rest(table, policy),
+    ]
     allowed = allowed_methods(table)
     if policy.cors is not None and table.routes:
         cluster = policy.services[table.routes[0].method.service].upstream
         routes += [_preflight(item.template, cluster) for item in allowed]
-    routes += [_other_method(item.template, item.verbs) for item in allowed]
-    routes.append(_answer({"prefix": "/"}, 404, "no method has this path"))
+    routes += [_other_method(_path(item.template), item.verbs) for item in allowed]
+    routes.append(_answer({"prefix": "/"}, 404, _NOTHING))
     host: Json = {"name": NAME, "domains": ["*"], "routes": routes}
     if policy.cors is not None:
         host["typed_per_filter_config"] = {CORS_FILTER: _cors(table, policy.cors)}
+        host["response_headers_to_add"] = list(_cors_headers(policy.cors))
     return {
         "name": NAME,
         "virtual_hosts": [host],
@@ -68,17 +81,19 @@ def _rest(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
         method = route.method
         service = policy.services[method.service]
         settings = service.settings(method.name, streams=method.streams)
-        match: Json = {**_path(route.template), "headers": [_verb(route.verb), _NOT_GRPC]}
+        match: Json = {**_path(route.template), "headers": [_verb(route.verb)]}
         if route.template.variables:
             yield _override(route, match)
         yield {
             "name": route.name,
             "match": match,
             "route": _rest_action(service, settings, method),
+            **envoy_body.of_route(route, envoy_transcoder.max_body(route, service.max_body_bytes)),
             "decorator": _operation(method),
             "request_headers_to_add": _deadline(settings, "OVERWRITE_IF_EXISTS_OR_ADD") if not method.streams else [],
             "typed_per_filter_config": {
                 **envoy_authentication.of_route(settings),
+                **envoy_body.per_filter(route),
                 envoy_transcoder.FILTER: envoy_transcoder.transcoder(route, service.max_body_bytes),
                 **_rest_headers(),
             },
@@ -93,7 +108,7 @@ def _native(table: RouteTable, policy: EdgePolicy) -> Iterator[Json]:
             settings = service.settings(method.name, streams=method.streams)
             yield {
                 "name": f"{method.full_name}~grpc",
-                "match": {"path": f"/{name}/{method.name}", "headers": [_verb("POST"), _GRPC]},
+                "match": {"path": f"/{name}/{method.name}", "headers": [_verb("POST"), *_GRPC]},
                 "route": _native_action(service, settings, method),
                 "decorator": _operation(method),
                 "request_headers_to_add": _deadline(settings, "ADD_IF_ABSENT") if not method.streams else [],
@@ -109,7 +124,6 @@ def _override(route: Route, match: Json) -> Json:
     names = "|".join(query_names(route.fields_along(variable)) for variable in route.template.variables)
     headers: list[Json] = [
         _verb(route.verb),
-        _NOT_GRPC,
         {"name": ":path", "string_match": {"contains": "?"}},  # most requests have none, and this is quick
         # Names are decoded by the transcoder, and none of a field has to be encoded.
         {"name": ":path", "string_match": {"safe_regex": {"regex": f"[^?]*[?](?:.*&)?(?:[^=&]*%[^=&]*|{names})=.*"}}},
@@ -198,19 +212,26 @@ def _deadline(settings: MethodSettings, action: str) -> list[Json]:
 
 
 def _rest_headers() -> Json:
-    """What is gRPC's own in answers is of no use to callers of REST.
+    """What is gRPC's own means nothing in requests by REST, and in answers is of no use.
 
     Details of errors are dropped: with one of a type that the transcoder does not know, it would answer with no body.
     They also tell the outside what was meant for colleagues.
     """
+    requests = [{"remove_on_match": {"key_matcher": matcher}} for matcher in ({"prefix": "grpc-"}, {"suffix": "-bin"})]
     status = [{"remove": "grpc-status-details-bin"}]
     answers = [{"remove": name} for name in ("grpc-status", "grpc-message", "grpc-encoding", "grpc-accept-encoding")]
     return {
-        REST_RESPONSE_FILTER: typed(_MUTATION, mutations={"response_mutations": answers}),
+        REST_HEADERS_FILTER: typed(_MUTATION, mutations={"request_mutations": requests, "response_mutations": answers}),
         REST_STATUS_FILTER: typed(
             _MUTATION, mutations={"response_mutations": status, "response_trailers_mutations": status}
         ),
     }
+
+
+def _not_text() -> Json:
+    """What services could not read as text, and Python's protobuf fails to."""
+    path = {"name": ":path", "string_match": {"safe_regex": {"regex": text_regex()}}, "invert_match": True}
+    return _answer({"prefix": "/", "headers": [path]}, 400, "what is escaped by % in the path or query is not UTF-8")
 
 
 def _openapi(document: str) -> Json:
@@ -229,14 +250,29 @@ def _preflight(template: PathTemplate, cluster: str) -> Json:
     return {"match": {**_path(template), "headers": [_verb("OPTIONS"), *present]}, "route": {"cluster": cluster}}
 
 
-def _other_method(template: PathTemplate, verbs: tuple[str, ...]) -> Json:
+def _other_method(path: Json, verbs: tuple[str, ...]) -> Json:
     allowed = ", ".join(verbs)
-    answer = _answer({**_path(template), "headers": [_NOT_GRPC]}, 405, f"this path has the methods {allowed}")
+    answer = _answer(path, 405, f"this path has the methods {allowed}")
     return {**answer, "response_headers_to_add": [{"header": {"key": "allow", "value": allowed}}]}
 
 
 def _answer(match: Json, status: int, message: str) -> Json:
     return {"match": match, "direct_response": {"status": status, "body": {"inline_string": message}}}
+
+
+def _cors_headers(cors: Cors) -> Iterator[Json]:
+    """What the CORS filter says to pages, where Envoy answers itself by a route: the filter passes such answers by."""
+    origins = ", ".join(map(cel_text, cors.origins))
+    allowed = "true" if "*" in cors.origins else f"request.headers['origin'] in [{origins}]"
+    values = {
+        "access-control-allow-origin": "request.headers['origin']",
+        "access-control-allow-credentials": "'true'" if cors.credentials else "",
+        "access-control-expose-headers": cel_text(", ".join(cors.exposed_headers)) if cors.exposed_headers else "",
+    }
+    for name, value in values.items():
+        if value:
+            header = {"key": name, "value": f"%CEL('origin' in request.headers && {allowed} ? {value} : '')%"}
+            yield {"header": header, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _cors(table: RouteTable, cors: Cors) -> Json:

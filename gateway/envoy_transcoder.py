@@ -54,12 +54,25 @@ def transcoder(route: Route, max_body_bytes: int | None) -> Json:
         request_validation_options={
             "reject_unknown_method": True,
             "reject_unknown_query_parameters": True,
-            # What the path says cannot be contradicted by the body.
-            "reject_binding_body_field_collisions": True,
         },
-        max_request_body_size=max_body_bytes if max_body_bytes is not None else MAX_BODY_BYTES,
+        max_request_body_size=max_body(route, max_body_bytes),
         max_response_body_size=MAX_RESPONSE_BYTES,
     )
+
+
+def max_body(route: Route, max_body_bytes: int | None) -> int:
+    """The largest body that a route takes.
+
+    A body of a binding without one would be read all the same, and its word be the last. Envoy knows no limit of 0, and
+    one byte of JSON sets no field.
+
+    Args:
+        route: whose.
+        max_body_bytes: largest body of those that have one; None for `MAX_BODY_BYTES`.
+    """
+    if not route.body:
+        return 1
+    return max_body_bytes if max_body_bytes is not None else MAX_BODY_BYTES
 
 
 def descriptor_set(route: Route) -> FileDescriptorSet:

@@ -59,6 +59,12 @@ def file_source(path: str) -> Json:
     return {"path_config_source": {"path": path}, "resource_api_version": "V3"}
 
 
+def cel_text(value: str) -> str:
+    """A text in an expression of CEL that stands between ``%``: all that could mean something to either is escaped."""
+    plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~:/[], "
+    return "'" + "".join(letter if letter in plain else f"\\U{ord(letter):08x}" for letter in value) + "'"
+
+
 def socket_address(host: str, port: int) -> Json:
     """An address as Envoy has it."""
     return {"socket_address": {"address": host, "port_value": port}}

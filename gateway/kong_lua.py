@@ -24,13 +24,23 @@ end
 """
 """Runs first. Kong 3.6 to 3.9 do not send ``te: trailers``, without which gRPC servers in Python reset the stream."""
 
+_REST_HEADERS = """\
+-- What is gRPC's own means nothing in requests by REST.
+for name in pairs(kong.request.get_headers(1000)) do
+  if name:find("^grpc%-") or name:find("%-bin$") then
+    kong.service.request.clear_header(name)
+  end
+end
+"""
+
 _QUERY = """\
 -- Kong's grpc-gateway lets query parameters override what the path says.
 local bound = {bound}
 for name in pairs(kong.request.get_query()) do
   local field = name:match("[^.]+")
   if field and bound[field] then
-    return kong.response.exit(400, {{ code = 3, message = field .. " is set by the path; leave it out of the query" }})
+    local message = bound[field] .. " is set by the path; leave it out of the query"
+    return kong.response.exit(400, {{ code = 3, message = message }})
   end
 end
 """
@@ -55,11 +65,17 @@ end
 """
 
 _OVERRIDE = """\
--- Kong's grpc-gateway lets the body override what the path says.
-for field in pairs({bound}) do
-  if decoded and decoded[field] ~= nil then
+-- Kong's grpc-gateway lets the body override what the path says. It reads bodies by the same decoder.
+for name, field in pairs({bound}) do
+  if decoded and decoded[name] ~= nil then
     return kong.response.exit(400, {{ code = 3, message = field .. " is set by the path; leave it out of the body" }})
   end
+end
+"""
+
+_NO_BODY = """\
+if kong.request.get_raw_body() ~= "" then
+  return kong.response.exit(413, {{ code = 3, message = "the method takes no body" }})
 end
 """
 
@@ -147,11 +163,10 @@ kong.response.set_raw_body(json.encode({{ code = code, message = message }}))
 
 def access(route: Route, max_body_bytes: int | None) -> list[str]:
     """What runs before Kong's grpc-gateway for requests to this route."""
-    names = [field.json_name for _, field in route.path_fields()]
-    bound = "{ " + ", ".join(f'["{name}"] = true' for name in names) + " }"
-    guards = ""
+    names = {name: field.name for _, field in route.path_fields() for name in (field.json_name, field.name)}
+    bound = "{ " + ", ".join(f"[{_text(name)}] = {_text(field)}" for name, field in names.items()) + " }"
     if not route.body:
-        guards = _QUERY.format(bound=bound) if names else ""
+        guards = (_QUERY.format(bound=bound) if names else "") + _NO_BODY.format()
     else:
         whole = route.body == "*"
         guards = _BODY.format(too_large=f" or #body > {max_body_bytes}" if max_body_bytes is not None else "")
@@ -160,7 +175,7 @@ def access(route: Route, max_body_bytes: int | None) -> list[str]:
             expected="a JSON object" if whole else "JSON",
         )
         guards += _OVERRIDE.format(bound=bound) if names and whole else ""
-    return [REQUEST_HEADERS, guards] if guards else [REQUEST_HEADERS]
+    return [REQUEST_HEADERS, _REST_HEADERS, guards]
 
 
 def audiences(known: Mapping[str, Sequence[str]]) -> str:
@@ -177,10 +192,13 @@ def audiences(known: Mapping[str, Sequence[str]]) -> str:
 
 
 def _text(value: str) -> str:
-    """A literal of Lua that holds nothing but letters, digits and escapes."""
+    """A literal of Lua that holds nothing but letters, digits, underscores and escapes."""
     return (
         '"'
-        + "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"\\{byte:03d}" for byte in value.encode())
+        + "".join(
+            chr(byte) if (chr(byte).isalnum() and byte < 128) or byte == ord("_") else f"\\{byte:03d}"
+            for byte in value.encode()
+        )
         + '"'
     )
 

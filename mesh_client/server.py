@@ -111,7 +111,7 @@ def server(
         identity_dir: likewise.
         insecure: likewise; a plaintext server knows none of its callers.
         interceptors: as for `grpc.aio.server`.
-        options: as for `grpc.aio.server`; they override those that the mesh sets.
+        options: as for `grpc.aio.server`; they override those that the mesh sets, such as ``grpc.max_metadata_size``.
         migration_thread_pool: as for `grpc.aio.server`.
         compression: as for `grpc.aio.server`.
         reflection: whether to serve gRPC reflection.

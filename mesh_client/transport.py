@@ -38,7 +38,13 @@ STREAM_OPTIONS: tuple[tuple[str, object], ...] = (
 )
 """Of long streams from a control plane. One that hangs is noticed by keepalive. Its snapshots are trusted in size."""
 
+MAX_METADATA = 64 << 10
+"""Bytes of metadata that a request to a server may have, with 32 for each entry. Edges let less pass. By default
+gRPC refuses some requests of more than 8 KiB, at random, and all of more than 16."""
+
 SERVER_OPTIONS: tuple[tuple[str, object], ...] = (
+    ("grpc.max_metadata_size", MAX_METADATA),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA),
     ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),

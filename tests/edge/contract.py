@@ -6,108 +6,14 @@ known; docs/edge.md lists these rows.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final
-
 from tests.edge import tokens
+from tests.edge.contract_messages import BODIES, MAX_BODY, NO_TEXT, PATHS, QUERIES
+from tests.edge.contract_rows import NO_405, UNMEASURED, Answer, Difference, Row, echo, refused
 
 ORIGIN = "https://shop.example"
 KEYS = {"web-key": "web-key-0123456789", "batch-key": "batch-key-0123456789"}
-MAX_BODY = 4_096
 DEADLINE = 2.0
 """Seconds that Sleep may take."""
-
-
-class _Anything:
-    def __repr__(self) -> str:
-        return "ANYTHING"
-
-
-ANYTHING: Final = _Anything()
-"""A body that is not looked at."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is expected. Of what is not said, nothing."""
-
-    status: int | tuple[int, ...] = 200
-    body: object = ANYTHING
-    """The JSON."""
-    text: str | None = None
-    """The body as it is."""
-    code: int | None = None
-    """The body is a google.rpc.Status with this code."""
-    message: str | None = None
-    """And with this message."""
-    metadata: Mapping[str, str | None] = field(default_factory=dict)
-    """Of the request as the service saw it; None for what must not be there."""
-    headers: Mapping[str, str | None] = field(default_factory=dict)
-    """Of the answer; None for what must not be there, ``*`` for any value."""
-
-    def check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Holds an answer against this one."""
-        shown = f"{status} {dict(headers)} {body[:500]!r}"
-        assert status in (self.status if isinstance(self.status, tuple) else (self.status,)), shown
-        for name, value in self.headers.items():
-            assert (name in headers) if value == "*" else headers.get(name) == value, f"{name}: {shown}"
-        if self.text is not None:
-            assert body.decode() == self.text, shown
-        if self.body is not ANYTHING:
-            assert headers.get("content-type", "").startswith("application/json"), shown
-            assert json.loads(body) == self.body, shown
-        if self.code is not None:
-            assert headers.get("content-type", "").startswith("application/json"), shown
-            said = json.loads(body)
-            assert said["code"] == self.code, shown
-            assert isinstance(said.get("message", ""), str), shown
-            assert said.keys() <= {"code", "message"}, shown
-            if self.message is not None:
-                assert said.get("message", "") == self.message, shown
-        if self.metadata:
-            received = json.loads(body)["metadata"]
-            for name, value in self.metadata.items():
-                assert received.get(name) == value, f"{name}: {shown}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What Kong does otherwise."""
-
-    why: str
-    """For docs/edge.md."""
-    answer: Answer | None = None
-    """What it answers; None if it cannot be asked, or nobody has measured it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One request, or the last of several equal ones, and what is answered."""
-
-    name: str
-    verb: str
-    path: str
-    answer: Answer
-    body: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """With names of tokens in braces."""
-    times: int = 1
-    kong: Difference | None = None
-
-    def request_headers(self) -> dict[str, str]:
-        """The headers with tokens in place of their names."""
-        return {name: value.format_map(tokens.tokens()) for name, value in self.headers.items()}
-
-
-def _echo(**request: object) -> Answer:
-    return Answer(body={"request": request})
-
-
-def _status(status: int, code: int, message: str | None = None, **more: str | None) -> Answer:
-    return Answer(status, code=code, message=message, headers={name.replace("_", "-"): more[name] for name in more})
-
 
 _CODES = (
     *((1, 499), (2, 500), (3, 400), (4, 504), (5, 404), (6, 409), (7, 403), (8, 429), (9, 400), (10, 409), (11, 400)),
@@ -115,235 +21,7 @@ _CODES = (
 )
 _BEARER = "Bearer {%s}"
 _PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
-_UNMEASURED = "not measured with Kong"
 
-PATHS = (
-    Row("path", "GET", "/v1/echo/a", _echo(name="a")),
-    Row(
-        "percent-encoding in the path",
-        "GET",
-        "/v1/echo/a%20%C3%BC",
-        _echo(name="a ü"),
-        kong=Difference("percent-encoding in the path is not decoded", _echo(name="a%20%C3%BC")),
-    ),
-    Row("literal before variable", "GET", "/v1/echo/latest", Answer(body={"latest": True})),
-    Row("pattern in a variable", "GET", "/v1/deep/echoes/a/parts/b", _echo(name="echoes/a/parts/b")),
-    Row("many segments", "GET", "/v1/files/a/b/c", _echo(name="a/b/c")),
-    Row("many segments, none", "GET", "/v1/files", _echo()),
-    Row("custom verb", "GET", "/v1/echo/a:loud", _echo(name="a")),
-    Row("colon that is no verb", "GET", "/v1/echo/a:quiet", _echo(name="a:quiet")),
-    Row("verb of another path", "GET", "/v1/files/a:loud", _echo(name="a:loud")),
-    Row("custom verb without a body", "POST", "/v1/echo/a:remove", Answer(body={})),
-    Row("additional binding with a body", "POST", "/v1/echo/a", _echo(name="a", tags=["x"]), body='{"tags": ["x"]}'),
-    Row("delete", "DELETE", "/v1/echo/a", Answer(body={})),
-    Row(
-        "variable within a message",
-        "GET",
-        "/v1/nested/a",
-        _echo(inner={"text": "a"}),
-        kong=Difference("refused by `mesh gateway lint` (nested-path)"),
-    ),
-    Row("unknown path", "GET", "/v1/nowhere", _status(404, 5)),
-    Row("unknown path below a known one", "GET", "/v1/echo/a/b", _status(404, 5)),
-    Row("empty segment at the end", "GET", "/v1/echo/", _status(404, 5)),
-    Row(
-        "wrong method",
-        "PATCH",
-        "/v1/echo/a",
-        _status(405, 12, "this path has the methods DELETE, GET, POST", allow="DELETE, GET, POST"),
-        kong=Difference("a path with a method that it does not have is 404, without `Allow`", _status(404, 5)),
-    ),
-    Row(
-        "slash in a variable, encoded",
-        "GET",
-        "/v1/echo/a%2Fb",
-        _status(400, 3),
-        kong=Difference(f"`%2F`, `%5C` and `%00` in paths are not refused; {_UNMEASURED} what becomes of them"),
-    ),
-)
-QUERIES = (
-    Row("query", "GET", "/v1/echo/a?fraction=1.5", _echo(name="a", fraction=1.5)),
-    Row("repeated", "GET", "/v1/echo/a?tags=x&tags=y", _echo(name="a", tags=["x", "y"])),
-    Row(
-        "repeated, once",
-        "GET",
-        "/v1/echo/a?tags=x",
-        _echo(name="a", tags=["x"]),
-        kong=Difference("a repeated parameter that comes once is 400", _status(400, 3)),
-    ),
-    Row("enum", "GET", "/v1/echo/a?color=COLOR_RED", _echo(name="a", color="COLOR_RED")),
-    Row(
-        "repeated enum",
-        "GET",
-        "/v1/echo/a?colors=COLOR_RED&colors=COLOR_GREEN",
-        _echo(name="a", colors=["COLOR_RED", "COLOR_GREEN"]),
-    ),
-    Row(
-        "enum by number",
-        "GET",
-        "/v1/echo/a?color=2",
-        _echo(name="a", color="COLOR_GREEN"),
-        kong=Difference(f"an enum by its number: {_UNMEASURED}"),
-    ),
-    Row(
-        "enum that is none",
-        "GET",
-        "/v1/echo/a?color=COLOR_BLUE",
-        _status(400, 3),
-        kong=Difference(f"an unknown name of an enum: {_UNMEASURED}"),
-    ),
-    Row("nested", "GET", "/v1/echo/a?inner.text=t&inner.number=3", _echo(name="a", inner={"text": "t", "number": 3})),
-    Row("flag", "GET", "/v1/echo/a?flag=true", _echo(name="a", flag=True)),
-    Row(
-        "flag that is not set",
-        "GET",
-        "/v1/echo/a?flag=false",
-        _echo(name="a"),
-        kong=Difference(f"`false` in the query may be taken for true; {_UNMEASURED}"),
-    ),
-    Row(
-        "number of 64 bits",
-        "GET",
-        "/v1/echo/a?big=5",
-        _echo(name="a", big="5"),
-        kong=Difference("numbers of 64 bits are JSON numbers, and lose digits beyond 2^53", _echo(name="a", big=5)),
-    ),
-    Row(
-        "number of 64 bits with all its digits",
-        "GET",
-        "/v1/echo/a?big=9007199254740993",
-        _echo(name="a", big="9007199254740993"),
-        kong=Difference("numbers of 64 bits are JSON numbers, and lose digits beyond 2^53"),
-    ),
-    Row(
-        "timestamp",
-        "GET",
-        "/v1/echo/a?at=2024-01-02T03:04:05.5Z",
-        _echo(name="a", at="2024-01-02T03:04:05.500Z"),
-        kong=Difference("timestamps in queries are not understood; answers have them without Z and fractions"),
-    ),
-    Row(
-        "number that is none",
-        "GET",
-        "/v1/echo/a?inner.number=x",
-        _status(400, 3),
-        kong=Difference(f"text where a number belongs: {_UNMEASURED}"),
-    ),
-    Row(
-        "unknown parameter",
-        "GET",
-        "/v1/echo/a?colour=red",
-        _status(400, 3),
-        kong=Difference("unknown parameters are ignored", _echo(name="a")),
-    ),
-    Row("parameter that the path has", "GET", "/v1/echo/a?name=b", _status(400, 3)),
-    Row("parameter that the path has, after another", "GET", "/v1/echo/a?flag=true&name=b", _status(400, 3)),
-    Row(
-        "parameter that the path has, encoded",
-        "GET",
-        "/v1/echo/a?%6e%61me=b",
-        _status(400, 3),
-    ),
-    Row(
-        "parameter that the path has, beside a body",
-        "POST",
-        "/v1/echo/a?name=b",
-        _status(400, 3),
-        body="{}",
-        kong=Difference("the query of a method with a body is ignored", _echo(name="a")),
-    ),
-)
-BODIES = (
-    Row(
-        "body",
-        "POST",
-        "/v1/echo/a",
-        _echo(
-            name="a",
-            color="COLOR_RED",
-            inner={"text": "t", "color": "COLOR_GREEN", "words": ["x", "y"]},
-            inners=[{"text": "1"}, {"number": 2}],
-            labels={"k": "v"},
-            flag=True,
-            fraction=0.25,
-        ),
-        body=json.dumps(
-            {
-                "color": "COLOR_RED",
-                "inner": {"text": "t", "color": "COLOR_GREEN", "words": ["x", "y"]},
-                "inners": [{"text": "1"}, {"number": 2}],
-                "labels": {"k": "v"},
-                "flag": True,
-                "fraction": 0.25,
-            }
-        ),
-    ),
-    Row("no body", "POST", "/v1/echo/a", _echo(name="a")),
-    Row(
-        "body that is one field", "PUT", "/v1/echo/a/inner", _echo(name="a", inner={"text": "t"}), body='{"text": "t"}'
-    ),
-    Row(
-        "query beside a body",
-        "PUT",
-        "/v1/echo/a/inner?color=COLOR_RED",
-        _echo(name="a", color="COLOR_RED", inner={"text": "t"}),
-        body='{"text": "t"}',
-        kong=Difference("the query of a method with a body is ignored", _echo(name="a", inner={"text": "t"})),
-    ),
-    Row(
-        "query beside a whole body",
-        "POST",
-        "/v1/echo/a?color=COLOR_RED",
-        _echo(name="a", color="COLOR_RED"),
-        body="{}",
-        kong=Difference("the query of a method with a body is ignored", _echo(name="a")),
-    ),
-    Row("field that is unknown", "POST", "/v1/echo/a", _echo(name="a"), body='{"unknown": 1}'),
-    Row(
-        "body that contradicts a path within a message",
-        "POST",
-        "/v1/nested/a",
-        _status(400, 3),
-        body='{"inner": {"text": "b"}}',
-        kong=Difference("refused by `mesh gateway lint` (nested-path)"),
-    ),
-    Row(
-        "number of 64 bits in a body",
-        "POST",
-        "/v1/echo/a",
-        _echo(name="a", big="9007199254740993"),
-        body='{"big": "9007199254740993"}',
-        kong=Difference("numbers of 64 bits are JSON numbers, and lose digits beyond 2^53"),
-    ),
-    Row(
-        "timestamp in a body",
-        "POST",
-        "/v1/echo/a",
-        _echo(name="a", at="2024-01-02T03:04:05Z"),
-        body='{"at": "2024-01-02T03:04:05Z"}',
-        kong=Difference("timestamps in requests are objects with seconds, by Kong's code; not measured"),
-    ),
-    Row(
-        "null",
-        "POST",
-        "/v1/echo/a",
-        _echo(name="a"),
-        body='{"color": null}',
-        kong=Difference("null in a body is 400", _status(400, 3)),
-    ),
-    Row("bad JSON", "POST", "/v1/echo/a", _status(400, 3), body='{"tags": ['),
-    Row("JSON that is no object", "POST", "/v1/echo/a", _status(400, 3), body='["x"]'),
-    Row("body that contradicts the path", "POST", "/v1/echo/a", _status(400, 3), body='{"name": "b"}'),
-    Row("oversized body", "POST", "/v1/echo/a", _status(413, 3), body=json.dumps({"tags": ["x" * MAX_BODY]})),
-    Row(
-        "many requests",
-        "POST",
-        "/v1/sum",
-        Answer(body={"number": 3}),
-        body='[{"to": 1}, {"to": 2}]',
-        kong=Difference("refused by `mesh gateway lint` (client-streaming)"),
-    ),
-)
 STREAMS = (
     Row(
         "stream",
@@ -355,7 +33,7 @@ STREAMS = (
         ),
     ),
     Row("empty stream", "GET", "/v1/count/0", Answer(text="")),
-    Row("stream that fails at once", "GET", "/v1/count/0?code=5", _status(404, 5, "counted")),
+    Row("stream that fails at once", "GET", "/v1/count/0?code=5", refused(404, 5, "counted")),
     Row(
         "stream that fails later",
         "GET",
@@ -366,15 +44,15 @@ STREAMS = (
 )
 STATUSES = (
     *(
-        Row(f"status {code}", "GET", f"/v1/fail/{code}?message=it%20failed", _status(status, code, "it failed"))
+        Row(f"status {code}", "GET", f"/v1/fail/{code}?message=it%20failed", refused(status, code, "it failed"))
         for code, status in _CODES
     ),
-    Row("status with a message beyond ASCII", "GET", "/v1/fail/3?message=%C3%BC%25%22", _status(400, 3, 'ü%"')),
+    Row("status with a message beyond ASCII", "GET", "/v1/fail/3?message=%C3%BC%25%22", refused(400, 3, 'ü%"')),
     Row(
-        "status with details", "POST", "/v1/fail", _status(400, 3, "m"), body='{"code":3,"message":"m","details":true}'
+        "status with details", "POST", "/v1/fail", refused(400, 3, "m"), body='{"code":3,"message":"m","details":true}'
     ),
-    Row("service without endpoints", "GET", "/v1/gone", _status(503, 14)),
-    Row("deadline passed", "GET", "/v1/sleep/5000", _status(504, 4)),
+    Row("service without endpoints", "GET", "/v1/gone", refused(503, 14)),
+    Row("deadline passed", "GET", "/v1/sleep/5000", refused(504, 4)),
 )
 CORS = (
     Row(
@@ -416,7 +94,7 @@ CORS = (
         "error to a page",
         "GET",
         "/v1/with-key",
-        _status(401, 16, access_control_allow_origin=ORIGIN),
+        refused(401, 16, access_control_allow_origin=ORIGIN),
         headers={"origin": ORIGIN},
     ),
     Row(
@@ -427,14 +105,88 @@ CORS = (
         headers={"origin": "https://evil.example"},
     ),
 )
+_OF_THE_EDGE = Difference(f"whether pages may read what the edge answers itself: {UNMEASURED}")
+CORS_OF_THE_EDGE = tuple(
+    Row(
+        f"{what} to a page {'elsewhere' if origin != ORIGIN else 'that may call'}",
+        verb,
+        path,
+        Answer(
+            status,
+            headers={
+                "access-control-allow-origin": origin if origin == ORIGIN else None,
+                "access-control-expose-headers": "x-echo-a" if origin == ORIGIN else None,
+            },
+        ),
+        headers={"origin": origin},
+        kong=_OF_THE_EDGE,
+    )
+    for what, verb, path, status in (
+        ("unknown path", "GET", "/v1/nowhere", 404),
+        ("wrong method", "PATCH", "/v1/count/1", 405),
+        ("repeated parameter", "GET", "/v1/echo/a?name=b", 400),
+        ("description", "GET", "/openapi.json", 200),
+    )
+    for origin in (ORIGIN, "https://evil.example")
+)
+_OTHER_METHOD = Difference(NO_405, refused(404, 5))
+_UPGRADE = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "AAAA"}
+PROTOCOLS = (
+    Row(
+        "upgrade",
+        "GET",
+        "/v1/echo/a",
+        refused(400, 3, "the request asks for an upgrade to another protocol, and there is none"),
+        headers=_UPGRADE,
+        kong=Difference(f"upgrades: {UNMEASURED}"),
+    ),
+    *(
+        Row(
+            f"{kind}, {path}",
+            verb,
+            path,
+            answer,
+            headers={"content-type": kind},
+            kong=Difference(f"what begins with `application/grpc` is taken for gRPC; {UNMEASURED}"),
+        )
+        for kind in ("application/grpc-web", "application/grpcfoo")
+        for verb, path, answer in (
+            ("GET", "/v1/echo/a", echo(name="a")),
+            ("GET", "/v1/with-key", refused(401, 16)),
+            ("POST", "/contract.v1.ContractService/Echo", refused(404, 5, "no method has this path")),
+        )
+    ),
+    Row(
+        "gRPC with a parameter of its content type",
+        "GET",
+        "/v1/echo/a",
+        refused(404, 5, "no method has this path"),
+        headers={"content-type": "application/grpc; charset=utf-8"},
+        kong=Difference(f"what begins with `application/grpc` is taken for gRPC; {UNMEASURED}"),
+    ),
+    Row(
+        "description by POST",
+        "POST",
+        "/openapi.json",
+        refused(405, 12, "this path has the methods GET", allow="GET"),
+        kong=_OTHER_METHOD,
+    ),
+    Row(
+        "description by HEAD",
+        "HEAD",
+        "/openapi.json",
+        Answer(405, headers={"allow": "GET"}),
+        kong=Difference(_OTHER_METHOD.why, Answer(404)),
+    ),
+)
 TOKENS = (
-    Row("token missing", "GET", "/v1/with-token", _status(401, 16)),
+    Row("token missing", "GET", "/v1/with-token", refused(401, 16)),
     *(
         Row(
             f"token, {name.replace('_', ' ')}",
             "GET",
             "/v1/with-token",
-            _status(401, 16),
+            refused(401, 16),
             headers={"authorization": _BEARER % name},
             kong=Difference(
                 "what is wrong with a token may be said by 403; which version does so is not measured",
@@ -452,14 +204,14 @@ TOKENS = (
         "token, wrong audience",
         "GET",
         "/v1/with-token",
-        _status(401, 16),
+        refused(401, 16),
         headers={"authorization": _BEARER % "wrong_audience"},
     ),
     Row(
         "token in the query",
         "GET",
         "/v1/with-token?access_token=x&jwt=x",
-        _status(401, 16),
+        refused(401, 16),
     ),
     Row(
         "token, RS256",
@@ -477,9 +229,9 @@ TOKENS = (
     ),
 )
 API_KEYS = (
-    Row("key missing", "GET", "/v1/with-key", _status(401, 16)),
-    Row("key wrong", "GET", "/v1/with-key", _status(401, 16), headers={"x-api-key": "wrong"}),
-    Row("key in the query", "GET", f"/v1/with-key?x-api-key={KEYS['web-key']}", _status(401, 16)),
+    Row("key missing", "GET", "/v1/with-key", refused(401, 16)),
+    Row("key wrong", "GET", "/v1/with-key", refused(401, 16), headers={"x-api-key": "wrong"}),
+    Row("key in the query", "GET", f"/v1/with-key?x-api-key={KEYS['web-key']}", refused(401, 16)),
     Row(
         "key",
         "GET",
@@ -487,8 +239,8 @@ API_KEYS = (
         Answer(metadata={"x-consumer-username": "web", "x-api-key": None}),
         headers={"x-api-key": KEYS["web-key"], "x-consumer-username": "forged"},
     ),
-    Row("token without key", "GET", "/v1/with-both", _status(401, 16), headers={"authorization": _BEARER % "rs256"}),
-    Row("key without token", "GET", "/v1/with-both", _status(401, 16), headers={"x-api-key": KEYS["web-key"]}),
+    Row("token without key", "GET", "/v1/with-both", refused(401, 16), headers={"authorization": _BEARER % "rs256"}),
+    Row("key without token", "GET", "/v1/with-both", refused(401, 16), headers={"x-api-key": KEYS["web-key"]}),
     Row(
         "token and key",
         "GET",
@@ -498,19 +250,19 @@ API_KEYS = (
     ),
 )
 LIMITS = (
-    Row("limit by address", "GET", "/v1/limited-by-address", _status(429, 8, retry_after="*"), times=3),
+    Row("limit by address", "GET", "/v1/limited-by-address", refused(429, 8, retry_after="*"), times=3),
     Row(
         "limit of another path of the same method",
         "GET",
         "/v1/limited-by-address/too",
-        _status(429, 8),
+        refused(429, 8),
         kong=Difference("each path of a method has a limit of its own", Answer()),
     ),
     Row(
         "limit by consumer",
         "GET",
         "/v1/limited-by-consumer",
-        _status(429, 8, retry_after="*"),
+        refused(429, 8, retry_after="*"),
         headers={"x-api-key": KEYS["web-key"]},
         times=3,
     ),
@@ -521,6 +273,27 @@ LIMITS = (
         Answer(metadata={"x-consumer-username": "batch"}),
         headers={"x-api-key": KEYS["batch-key"]},
     ),
+)
+_SIZES = Difference(f"nginx has a limit of its own for headers, `large_client_header_buffers`; {UNMEASURED}")
+SIZES = (
+    *(
+        Row(
+            f"{size} bytes of headers",
+            "GET",
+            "/v1/echo/a",
+            answer,
+            headers={"x-large": "a" * size},
+            kong=_SIZES,
+        )
+        for size, answer in (
+            (9_000, echo(name="a")),
+            (23_000, echo(name="a")),
+            (25_000, refused(431, 3)),
+            (60_000, refused(431, 3)),
+        )
+    ),
+    Row("long path", "GET", f"/v1/fail/5?message={'a' * 23_000}&details=false", refused(404, 5), kong=_SIZES),
+    Row("path that is too long", "GET", f"/v1/echo/{'a' * 25_000}", refused(431, 3), kong=_SIZES),
 )
 METADATA = (
     Row(
@@ -545,13 +318,27 @@ METADATA = (
         headers={"x-request-id": "id-of-the-caller"},
     ),
     Row("request id that is made", "GET", "/v1/metadata", Answer(headers={"x-request-id": "*"})),
-    Row("request id of an error", "GET", "/v1/with-key", _status(401, 16, x_request_id="*")),
+    Row("request id of an error", "GET", "/v1/with-key", refused(401, 16, x_request_id="*")),
     Row(
         "request id of an unknown path",
         "GET",
         "/v1/nowhere",
-        _status(404, 5, x_request_id="*"),
-        kong=Difference("a path that no route has gets no `X-Request-ID`", _status(404, 5)),
+        refused(404, 5, x_request_id="*"),
+        kong=Difference("a path that no route has gets no `X-Request-ID`", refused(404, 5)),
+    ),
+    Row(
+        "headers that mean something to gRPC",
+        "GET",
+        "/v1/metadata",
+        Answer(metadata={"grpc-previous-rpc-attempts": None, "grpc-tags": None, "x-other": "1"}),
+        headers={"grpc-previous-rpc-attempts": "3", "grpc-tags": "1", "x-other": "1"},
+    ),
+    *(
+        Row(f"header that gRPC would not take, {name}", "GET", "/v1/metadata", Answer(), headers={name: value})
+        for name, value in (
+            *(("x-a-bin", "not base64 !!"), ("grpc-trace-bin", "!"), ("grpc-encoding", "junk")),
+            *(("grpc-status", "junk"), ("grpc-retry-pushback-ms", "junk"), ("grpc-timeout", "junk")),
+        )
     ),
     Row(
         "no headers of gRPC",
@@ -561,7 +348,22 @@ METADATA = (
         kong=Difference("`grpc-status` and `grpc-message` stay in the headers of answers", Answer()),
     ),
 )
-TABLE = (*PATHS, *QUERIES, *BODIES, *STREAMS, *STATUSES, *CORS, *TOKENS, *API_KEYS, *LIMITS, *METADATA)
+TABLE = (
+    *PATHS,
+    *NO_TEXT,
+    *QUERIES,
+    *BODIES,
+    *STREAMS,
+    *STATUSES,
+    *CORS,
+    *CORS_OF_THE_EDGE,
+    *PROTOCOLS,
+    *TOKENS,
+    *API_KEYS,
+    *LIMITS,
+    *SIZES,
+    *METADATA,
+)
 
 
 def policy() -> dict[str, object]:

@@ -69,9 +69,11 @@ class ContractRig:
         """The routes of what is exposed."""
         return build(contract_api(), self.policy.services)
 
-    def ask(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
-        """GET, on a connection of its own."""
-        return ask(self.address, "GET", path, headers)
+    def ask(
+        self, path: str, headers: Mapping[str, str] | None = None, *, verb: str = "GET", body: str | bytes | None = None
+    ) -> Response:
+        """One request on a connection of its own."""
+        return ask(self.address, verb, path, headers, body)
 
     def render(
         self, *endpoints: Endpoint, keys: Mapping[str, str] = contract.KEYS, **changes: object

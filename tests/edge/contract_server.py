@@ -21,6 +21,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_tools import protoc
 
+from mesh_client.transport import SERVER_OPTIONS
 from tests.gateway.compiling import WELL_KNOWN
 
 PROTOS = Path(__file__).parent / "protos"
@@ -82,8 +83,9 @@ class Contract:
         return stubs()[0].SleepResponse(left=0 if left is None else round(left * 1_000))
 
     async def Metadata(self, request: Any, context: Any) -> Any:
-        received = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
-        echoed = tuple((key, value) for key, value in received.items() if key.startswith(ECHOED))
+        sent = context.invocation_metadata()
+        received = {key: value for key, value in sent if isinstance(value, str)}
+        echoed = tuple((key, value) for key, value in sent if key.startswith(ECHOED))
         await context.send_initial_metadata(echoed)
         return stubs()[0].MetadataResponse(metadata=received)
 
@@ -98,7 +100,7 @@ class Contract:
 
 async def main() -> None:
     """Serves until standard input ends."""
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     contract = Contract()
     stubs()[1].add_ContractServiceServicer_to_server(contract, server)
     stubs()[1].add_ExtraServiceServicer_to_server(contract, server)

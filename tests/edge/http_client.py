@@ -17,7 +17,11 @@ class Response:
 
 
 def ask(
-    address: tuple[str, int], verb: str, path: str, headers: Mapping[str, str] | None = None, body: str | None = None
+    address: tuple[str, int],
+    verb: str,
+    path: str,
+    headers: Mapping[str, str] | None = None,
+    body: str | bytes | None = None,
 ) -> Response:
     """One request on a connection of its own."""
     connection = http.client.HTTPConnection(*address, timeout=20)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.edge.contract import TABLE, Row
+from tests.edge.contract import TABLE
 from tests.edge.contract_rig import ContractRig
+from tests.edge.contract_rows import Row
 from tests.edge.http_client import ask
 
 

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tests.edge.contract import ANYTHING, TABLE, Answer, Row
+from tests.edge.contract import TABLE
+from tests.edge.contract_rows import ANYTHING, Answer, Row
 from tests.gateway.compiling import ROOT
 
 REFERENCE = ROOT / "docs/edge.md"
@@ -23,7 +24,8 @@ def shown(answer: Answer) -> str:
 
 def line(row: Row) -> str:
     assert row.kong is not None
-    request = f"`{row.verb} {row.path}`" + (f" `{row.body}`" if row.body and len(row.body) < 60 else "")
+    path = row.path if len(row.path) < 60 else f"{row.path[:20]}…"
+    request = f"`{row.verb} {path}`" + (f" `{row.body}`" if row.body and len(row.body) < 60 else "")
     answer = f" ({shown(row.kong.answer)})" if row.kong.answer is not None and row.kong.answer != Answer() else ""
     return f"| {row.name} | {request} | {shown(row.answer)} | {row.kong.why}{answer} |\n"
 

@@ -16,8 +16,9 @@ import yaml
 
 from gateway.routes import build
 from mesh_client.core.edge_policy import EdgePolicy
-from tests.edge.contract import TABLE, Answer, Row, kong_policy
+from tests.edge.contract import TABLE, kong_policy
 from tests.edge.contract_rig import contract_api
+from tests.edge.contract_rows import Answer, Row
 from tests.edge.http_client import ask
 from tests.edge.kong import NEEDED, KongAddresses, kong_configuration, kong_rig
 

@@ -21,6 +21,7 @@ from mesh_client.core.identity import Principal
 from tests.certificates import Certificate, TestAuthority
 from tests.edge import contract
 from tests.edge.contract_rig import ContractRig, contract_rig, contract_server, local, running_envoy
+from tests.edge.contract_rows import Answer
 from tests.edge.http_client import ask
 from tests.ports import held_address
 
@@ -89,9 +90,7 @@ def test_an_endpoint_that_refuses_connections_costs_no_request(changing: Contrac
         assert {changing.ask("/v1/echo/a").status for _ in range(30)} == {200}
         changing.envoy.apply(changing.render(dead))
         answer = changing.ask("/v1/echo/a")
-        contract.Answer(503, code=14, message="the service cannot be reached").check(
-            answer.status, answer.headers, answer.body
-        )
+        Answer(503, code=14, message="the service cannot be reached").check(answer.status, answer.headers, answer.body)
 
 
 def test_an_endpoint_can_be_a_hosts_name(changing: ContractRig) -> None:
@@ -329,3 +328,19 @@ def test_a_malformed_request_is_refused(request_: bytes, rig: ContractRig) -> No
         with http.client.HTTPResponse(connection) as response:
             response.begin()
             assert (response.status, json.loads(response.read())["code"]) == (400, 3)
+
+
+def test_origins_and_headers_of_any_spelling_are_taken_as_they_are(changing: ContractRig) -> None:
+    odd = "it's )% \"\\ %REQ(x-a)% https://ü.example"
+    changing.envoy.apply(changing.render(cors={"origins": [odd, "https://[::1]:8443"], "exposed_headers": ["x-')%"]}))
+    answer = changing.ask("/v1/nowhere", {"origin": "https://[::1]:8443"})
+    assert answer.headers["access-control-allow-origin"] == "https://[::1]:8443"
+    assert answer.headers["access-control-expose-headers"] == "x-')%"
+    assert "access-control-allow-origin" not in changing.ask("/v1/nowhere", {"origin": "https://"}).headers
+
+
+def test_pages_of_all_origins_may_read_what_the_edge_answers(changing: ContractRig) -> None:
+    changing.envoy.apply(changing.render(cors={"origins": ["*"]}))
+    for path in ("/v1/nowhere", "/v1/echo/a"):
+        assert changing.ask(path, {"origin": "https://any"}).headers["access-control-allow-origin"] == "https://any"
+        assert "access-control-allow-origin" not in changing.ask(path).headers

@@ -190,7 +190,8 @@ def test_without_anything_asked_for_there_are_no_filters_for_it() -> None:
     (listener,) = resources(made(shop(), one("shop.v1.OrderService")), "lds.json")
     manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
     assert [item["name"] for item in manager["http_filters"]] == [
-        "rest_response",
+        "rest_headers",
+        "envoy.filters.http.lua",
         "envoy.filters.http.grpc_json_transcoder",
         "rest_status",
         "envoy.filters.http.router",
@@ -203,10 +204,14 @@ def test_without_anything_asked_for_there_are_no_filters_for_it() -> None:
 
 def test_a_policy_that_exposes_nothing_answers_404_to_all_but_its_description() -> None:
     configuration = made(shop(), {})
-    assert [route["match"] for route in routes(configuration)] == [
-        {"path": "/openapi.json", "headers": [{"name": ":method", "string_match": {"exact": "GET"}}]},
-        {"prefix": "/"},
-    ]
+    described, grpc, other_method, nothing = routes(configuration)[1:]
+    assert described["match"] == {
+        "path": "/openapi.json",
+        "headers": [{"name": ":method", "string_match": {"exact": "GET"}}],
+    }
+    assert (other_method["match"]["path"], other_method["direct_response"]["status"]) == ("/openapi.json", 405)
+    assert (grpc["match"]["prefix"], grpc["direct_response"]["status"]) == ("/", 404)
+    assert (nothing["match"], nothing["direct_response"]["status"]) == ({"prefix": "/"}, 404)
     assert resources(configuration, "cds.json") == []
     assert {name for name in made(shop(), {}, SECURE).versions if "sds" in name} == {
         "sds.server_certificate.version_text"

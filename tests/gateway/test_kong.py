@@ -257,7 +257,7 @@ def test_audiences_are_looked_at_wherever_tokens_are() -> None:
         ]
         for route in service["routes"]
     }
-    assert guarded[".PlaceOrder"] == [False, False, True]
+    assert guarded[".PlaceOrder"] == [False, False, False, True]
     assert guarded["~grpc"] == [False, True]
     assert not any(guarded[".GetOrder"] + guarded[".GetOrder~grpc"])
 
