@@ -36,7 +36,7 @@ _SPEND = (
     "UPDATE join_tokens SET uses_left = uses_left - 1 "
     "WHERE id = ? AND service = ? AND revoked = 0 AND expires > ? AND uses_left > 0"
 )
-_REVOKED_BY_KEY = "SELECT id FROM workloads WHERE revoked = 1 AND key = ?"
+_REVOKED_BY_KEY = "SELECT id FROM workloads WHERE revoked = 1 AND key = ? AND id != ?"
 _REVOKED_BY_ATTESTATION = "SELECT id FROM workloads WHERE revoked = 1 AND attested_by = ?"
 _REVOKE = {
     "id": "UPDATE workloads SET revoked = 1 WHERE id = ? AND last_expiry > ? RETURNING id",
@@ -385,7 +385,7 @@ def _row(workload: WorkloadRecord) -> tuple[object, ...]:
 
 def _refuse_key(connection: sqlite3.Connection, workload: WorkloadRecord) -> None:
     """A join with a key of another workload that was revoked; the same workload is known by its id."""
-    found = connection.execute(_REVOKED_BY_KEY, (workload.key,)).fetchone() if workload.key else None
+    found = connection.execute(_REVOKED_BY_KEY, (workload.key, workload.id)).fetchone() if workload.key else None
     if found is not None:
         raise RevokedError(f"workload {found[0]}, which has this key, has been revoked: make a new key")
 
