@@ -79,8 +79,8 @@ async def test_a_revoked_caller_is_refused_cut_off_and_not_renewed_while_others_
             assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
             assert f"gateway calls from workload {workload}, which has been revoked" in (refused.details() or "")
             await until(revoked, lambda: "the workload has been revoked" in revoked.state().control_plane)
-            # What is under way ends with its connection.
-            assert await asyncio.wait_for(ending(stream), SOON_CUT) is grpc.StatusCode.UNAVAILABLE
+            # What is under way ends as soon as its server knows.
+            assert await asyncio.wait_for(ending(stream), SOON_CUT) is grpc.StatusCode.PERMISSION_DENIED
             serial = identity_of(revoked).serial
             await until(revoked, lambda: "revoked" in identity_of(revoked).last_error)
             assert identity_of(revoked).serial == serial
