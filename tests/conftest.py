@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import logging
 import os
 import signal
 import threading
@@ -72,6 +73,14 @@ def unmeasured_processes(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     """
     if request.path.parent.name in WHOLE_SYSTEMS and request.node.get_closest_marker("measured") is None:
         monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_log() -> Iterator[None]:
+    """Commands that run in the test's process set it, as for a process of their own."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.fixture(autouse=True)
