@@ -17,6 +17,7 @@ from shop.v1.orders_pb2_grpc import OrderServiceStub
 
 from mesh_cli.demo.edge import RestError, RestOrders
 from mesh_client.core.errors import MeshError
+from mesh_client.tasks import end_tasks
 
 CALL_TIMEOUT = 10.0
 """Seconds that a customer waits."""
@@ -96,18 +97,21 @@ class Customers:
         self._finished = asyncio.Event()
 
     async def run(self) -> None:
-        """Sends orders at the rate until cancelled."""
+        """Sends orders at the rate until cancelled; those in flight end with it, before what they go by is closed."""
         due = time.monotonic()
-        while True:
-            await self._open.wait()
-            if not self._open.is_set():  # closed again before this task had its turn
-                continue
-            if len(self._in_flight) < MAX_IN_FLIGHT:
-                task = asyncio.create_task(self._one(self._rest))
-                self._in_flight.add(task)
-                task.add_done_callback(self._in_flight.discard)
-            due = max(due + 1.0 / self.rate, time.monotonic() - 1.0 / self.rate)
-            await asyncio.sleep(due - time.monotonic())
+        try:
+            while True:
+                await self._open.wait()
+                if not self._open.is_set():  # closed again before this task had its turn
+                    continue
+                if len(self._in_flight) < MAX_IN_FLIGHT:
+                    task = asyncio.create_task(self._one(self._rest))
+                    self._in_flight.add(task)
+                    task.add_done_callback(self._in_flight.discard)
+                due = max(due + 1.0 / self.rate, time.monotonic() - 1.0 / self.rate)
+                await asyncio.sleep(due - time.monotonic())
+        finally:
+            await end_tasks(*self._in_flight)
 
     async def pause(self) -> None:
         """No new orders from `run`; returns when those in flight are done."""
