@@ -356,7 +356,7 @@ async def test_only_coroutine_functions_are_handlers(services: Services) -> None
         raise AssertionError
 
     with pytest.raises(ConfigError, match="plain is no coroutine function: write `async def`"):
-        bus.subscribe(OrderPlaced)(plain)  # type: ignore[arg-type]
+        bus.subscribe(OrderPlaced)(plain)  # type: ignore[arg-type]  # as a program without types may
     bus.subscribe(OrderPlaced)(functools.partial(Seen().__call__))
 
 

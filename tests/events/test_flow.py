@@ -261,7 +261,7 @@ async def test_a_bus_is_closed_while_its_outbox_cannot_be_opened(services: Servi
         connection.execute("BEGIN EXCLUSIVE")
         orders = services.bus("orders")
         starting = asyncio.create_task(orders.start())
-        await asyncio.sleep(0.1)
+        await until(lambda: orders._opening is not None)
         async with asyncio.timeout(30.0):
             await orders.close()
         await asyncio.wait({starting})
